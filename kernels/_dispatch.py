@@ -1,0 +1,120 @@
+"""Which provider serves an op: the only place that asks for device, dtype and what was built.
+
+Providers are tried in the order of `PROVIDERS` from the fastest; `reference` (plain torch) always works.
+`UVC_BACKEND=name` or `with backend(name):` forces one, and then what it cannot do is an error.
+"""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+PROVIDERS = ("reference", "cpu", "triton", "cuda", "cuda-host")
+
+
+class _Implementation(NamedTuple):
+    run: Callable
+    device: str
+    dtypes: frozenset[torch.dtype]
+
+
+_implementations: dict[tuple[str, str], _Implementation] = {}
+_references: dict[str, Callable] = {}
+_forced: list[str] = []
+_warned: set[tuple] = set()
+
+
+def _load_extension() -> str | None:
+    """Load `uvc_kernels._C`; None when it is there, else why not."""
+    try:
+        importlib.import_module("uvc_kernels._C")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+extension_error = _load_extension()
+
+
+def provide_reference(op: str, run: Callable) -> None:
+    """Make `run` the plain-torch implementation of `op`."""
+    _references[op] = run
+
+
+def provide(op: str, provider: str, run: Callable, device: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Make `run` what `provider` offers for `op` on one device type and these dtypes."""
+    _implementations[op, provider] = _Implementation(run, device, frozenset(dtypes))
+
+
+def _known(name: str, source: str) -> str:
+    if name not in PROVIDERS:
+        raise ValueError(f"{source} names the unknown backend {name!r}; use one of {', '.join(PROVIDERS)}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one provider for every op inside the `with` block; ValueError when `name` is unknown."""
+    _forced.append(_known(name, "backend()"))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when `provider` can run `op` on this device and dtype, else the reason."""
+    if provider == "reference":
+        return None
+    if provider == "cpu" and extension_error is not None:
+        return f"the extension uvc_kernels._C is not built ({extension_error}); reinstall with a C++ compiler"
+    implementation = _implementations.get((op, provider))
+    if implementation is None:
+        return f"this build has no {provider} kernel for {op}"
+    if implementation.device != device.type:
+        return f"it runs on {implementation.device} tensors, not on {device.type}"
+    if dtype not in implementation.dtypes:
+        return f"it takes {', '.join(sorted(str(d) for d in implementation.dtypes))}, not {dtype}"
+    return None
+
+
+def _warn_once(key: tuple, message: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the provider that serves `op` for tensors of this device and dtype.
+
+    A forced provider that cannot is a RuntimeError; an unforced one falls back to `reference` with one warning.
+    """
+    name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
+    if name is not None:
+        reason = _why_not(op, _known(name, "UVC_BACKEND"), device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} was asked for {op} but cannot run it: {reason}")
+        return name
+    reasons = []
+    for provider in reversed(PROVIDERS[1:]):
+        reason = _why_not(op, provider, device, dtype)
+        if reason is None:
+            return provider
+        if provider == device.type:
+            reasons.append(reason)
+    _warn_once(
+        (op, device.type, dtype),
+        f"uvc_kernels.{op} runs on plain PyTorch for {dtype} on {device.type}: "
+        + (reasons[0] if reasons else f"no kernel serves {device.type} tensors"),
+    )
+    return "reference"
+
+
+def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
+    """The callable that `select` stands for."""
+    name = select(op, device, dtype)
+    return _references[op] if name == "reference" else _implementations[op, name].run
