@@ -68,7 +68,7 @@ def extensions() -> list:
 
 
 setup(
-    packages=[*find_packages(include=["uvc", "uvc.*"]), "uvc_kernels"],
+    packages=["uvc", *find_packages(include=["uvc.*"]), "uvc_kernels"],
     package_dir={"uvc_kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},
