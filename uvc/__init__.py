@@ -1,0 +1,33 @@
+"""Compress vision transformers under one budget: heads, head dims, neurons and blocks, found while training."""
+
+from uvc.budget import cost
+from uvc.compact import compact
+from uvc.layers import UVCAttention, UVCMlp, convert
+from uvc.structure import Structure, apply_structure, structure_of
+
+__all__ = [
+    "Structure",
+    "UVCAttention",
+    "UVCMlp",
+    "apply_structure",
+    "compact",
+    "compress",
+    "convert",
+    "cost",
+    "load",
+    "save",
+    "structure_of",
+]
+
+
+def __getattr__(name: str):
+    if name in ("load", "save"):
+        from uvc import checkpoint
+
+        return getattr(checkpoint, name)
+    # The training room is heavy and only `compress` needs it.
+    if name == "compress":
+        from uvc.train import compress
+
+        return compress
+    raise AttributeError(f"module 'uvc' has no attribute {name!r}")

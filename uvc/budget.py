@@ -1,0 +1,140 @@
+"""What a structure costs: one linear formula for every metric, for ints and for tensors with gradients.
+
+N tokens, D width, H heads, K head dim, L blocks.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from uvc.structure import Structure, sizes_of, structure_of
+
+METRICS = ("macs", "params")
+
+
+class Prices(NamedTuple):
+    """What each part costs in one metric: MACs per image, or parameters.
+
+    `fixed`: everything outside the blocks; `attn`, `mlp`: a half that runs, whatever it keeps; `qk`, `v`: a kept q/k dim
+    or v dim; `neuron`: a kept neuron.
+    """
+
+    fixed: int
+    attn: int
+    mlp: int
+    qk: int
+    v: int
+    neuron: int
+
+
+class Counts(NamedTuple):
+    """How much each block keeps: ints or tensors [L]. `attn`, `mlp` are 1 for a half that runs and 0 for a skipped one."""
+
+    attn: tuple[int, ...] | Tensor
+    mlp: tuple[int, ...] | Tensor
+    qk: tuple[int, ...] | Tensor
+    v: tuple[int, ...] | Tensor
+    neuron: tuple[int, ...] | Tensor
+
+
+class BlockCost(NamedTuple):
+    """MACs per image and parameters of one block."""
+
+    macs: int
+    params: int
+
+
+class Cost(NamedTuple):
+    """MACs per image and parameters of a model, and of each of its blocks."""
+
+    macs: int
+    params: int
+    blocks: tuple[BlockCost, ...]
+
+
+def counts(structure: Structure) -> Counts:
+    """How much `structure` keeps in each block."""
+    return Counts(
+        attn=tuple(int(b.attn) for b in structure.blocks),
+        mlp=tuple(int(b.mlp) for b in structure.blocks),
+        qk=tuple(sum(map(len, b.qk_dims)) for b in structure.blocks),
+        v=tuple(sum(map(len, b.v_dims)) for b in structure.blocks),
+        neuron=tuple(len(b.neurons) for b in structure.blocks),
+    )
+
+
+def prices(model: nn.Module, metric: str) -> Prices:
+    """The prices of a timm, converted or compacted model in "macs" or "params", at the model's own input size."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    s = sizes_of(model)
+    if metric == "params":
+        fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
+        row = s.dim + s.qkv_bias
+        # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
+        return Prices(fixed, s.attn_params, s.mlp_params, 2 * row, row + s.dim, 2 * s.dim + s.fc1_bias)
+    N = model.patch_embed.num_patches + model.num_prefix_tokens
+    # A q/k dim is a row of q, one of k, and a term of N^2 dot products; a v dim a row, N^2 products, and a column.
+    dim = 2 * N * s.dim + N * N
+    return Prices(fixed_macs(model), 0, 0, dim, dim, 2 * N * s.dim)
+
+
+def fixed_macs(model: nn.Module) -> int:
+    """MACs per image outside the blocks, by torch's flop counter, on a meta copy that holds no weights."""
+    memo = {id(model.blocks): nn.Sequential()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+        )
+    stem_and_head = copy.deepcopy(model, memo).eval()
+    size = model.patch_embed.img_size
+    if size is None:
+        raise ValueError(
+            "the model has no fixed input size: create it with img_size, so that its cost is defined"
+        )
+    weight = next(stem_and_head.patch_embed.parameters())
+    image = torch.empty(1, model.in_chans, *size, dtype=weight.dtype, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stem_and_head(image)
+    return counter.get_total_flops() // 2
+
+
+def block_costs(prices: Prices, counts: Counts) -> int | Tensor:
+    """Cost of one block (counts are ints) or of each block (counts are tensors [L])."""
+    attn = counts.attn * (prices.attn + prices.qk * counts.qk + prices.v * counts.v)
+    return attn + counts.mlp * (prices.mlp + prices.neuron * counts.neuron)
+
+
+def total(prices: Prices, counts: Counts) -> int | Tensor:
+    """R = fixed + sum over blocks of attn (p_attn + p_qk n_qk + p_v n_v) + mlp (p_mlp + p_neuron n_neuron).
+
+    Counts are tuples of ints (the exact int comes back) or tensors [L] (a scalar tensor with gradients).
+    """
+    if isinstance(counts.qk, Tensor):
+        return prices.fixed + block_costs(prices, counts).sum()
+    return prices.fixed + sum(block_costs(prices, Counts(*block)) for block in zip(*counts, strict=True))
+
+
+def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
+    """What `model` costs per image with its own structure, or with the one given.
+
+    MACs count patch embedding, linear layers, attention products and head: half of what torch's flop counter counts on
+    the compacted model. Parameters are those of the compacted model.
+    """
+    kept = counts(structure_of(model) if structure is None else structure)
+    macs, params = (prices(model, metric) for metric in METRICS)
+    blocks = tuple(
+        BlockCost(block_costs(macs, Counts(*block)), block_costs(params, Counts(*block)))
+        for block in zip(*kept, strict=True)
+    )
+    return Cost(total(macs, kept), total(params, kept), blocks)
+
+
+def smallest_reachable(model: nn.Module, metric: str) -> float:
+    """The smallest budget that can be met, as a fraction of the dense cost: every block skipped."""
+    p = prices(model, metric)
+    return p.fixed / total(p, counts(Structure.dense(model)))

@@ -1,0 +1,67 @@
+"""UVCBlock: a timm transformer block whose two halves can be skipped or gated.
+
+B batch, N tokens, D width.
+"""
+
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import Tensor, nn
+
+from uvc.layers._common import take_over
+
+
+class UVCBlock(nn.Module):
+    """The children of a timm `Block` (norm first) or `ResPostBlock` (norm last) under the same names.
+
+    A skipped half is its residual alone: its branch, bias included, does not run. Gates are scalar tensors that
+    multiply a half's branch, for gradients with respect to skipping; None means no multiplication.
+    """
+
+    @classmethod
+    def take_over(cls, block: Block | ResPostBlock) -> "UVCBlock":
+        """A UVCBlock on the children and hooks of `block`, running both halves."""
+        new = take_over(cls, block)
+        new.norm_last = norm_last(block)
+        new._skip = (False, False)
+        new._gates = (None, None)
+        return new
+
+    def set_skip(self, attn: bool, mlp: bool) -> None:
+        """Skip (True) or run (False) the attention half and the MLP half."""
+        self._skip = (bool(attn), bool(mlp))
+
+    @property
+    def skip_attn(self) -> bool:
+        """Whether the attention half is skipped."""
+        return self._skip[0]
+
+    @property
+    def skip_mlp(self) -> bool:
+        """Whether the MLP half is skipped."""
+        return self._skip[1]
+
+    def set_gates(self, attn: Tensor | None, mlp: Tensor | None) -> None:
+        """Multiply the branch of each half by a scalar tensor; None leaves it as it is."""
+        self._gates = (attn, mlp)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` go to the attention."""
+        if not self._skip[0]:
+            if self.norm_last:
+                branch = self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
+            else:
+                branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+            x = x + self.drop_path1(gated(branch, self._gates[0]))
+        if not self._skip[1]:
+            branch = self.norm2(self.mlp(x)) if self.norm_last else self.ls2(self.mlp(self.norm2(x)))
+            x = x + self.drop_path2(gated(branch, self._gates[1]))
+        return x
+
+
+def norm_last(block: nn.Module) -> bool:
+    """Whether a block normalises the branch's output (`ResPostBlock`) instead of its input (`Block`)."""
+    return getattr(block, "norm_last", isinstance(block, ResPostBlock))
+
+
+def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
+    """The branch times its gate."""
+    return branch if gate is None else branch * gate.to(branch.dtype)

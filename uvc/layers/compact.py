@@ -1,0 +1,165 @@
+"""What is left of a block after compaction: plain torch on small weights.
+
+B batch, N tokens, D width, A = H*K of the dense layer; h heads of a group, dq and dv the q/k and v dims of each.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uvc.layers.attention import UVCAttention, heads_of_mask
+from uvc.layers.block import UVCBlock, norm_last
+from uvc.layers.mlp import UVCMlp
+
+
+class HeadGroup(NamedTuple):
+    """Kept heads that share their numbers of dims, so that they run as one batched product."""
+
+    heads: tuple[int, ...]
+    dq: int
+    dv: int
+
+
+class CompactAttention(nn.Module):
+    """Attention over kept rows and columns only. The rows of qkv lie group by group: its q, its k, its v."""
+
+    def __init__(self, dense: UVCAttention, heads: tuple, qk_dims: tuple, v_dims: tuple):
+        super().__init__()
+        self.num_heads, self.scale = dense.num_heads, dense.scale
+        dims: dict[tuple[int, int], list[tuple]] = {}
+        for head, qk, v in zip(heads, qk_dims, v_dims, strict=True):
+            dims.setdefault((len(qk), len(v)), []).append((head, qk, v))
+        self.groups = tuple(HeadGroup(tuple(m[0] for m in members), *key) for key, members in dims.items())
+        rows, columns = [], []
+        for members in dims.values():
+            q = [head * dense.head_dim + d for head, qk, _ in members for d in qk]
+            v = [head * dense.head_dim + d for head, _, v in members for d in v]
+            rows += q + [dense.attn_dim + i for i in q] + [2 * dense.attn_dim + i for i in v]
+            columns += v
+        self.qkv = smaller(dense.qkv, rows=rows)
+        self.proj = smaller(dense.proj, columns=columns)
+        self.attn_drop = nn.Dropout(dense.attn_drop.p)
+        self.proj_drop = nn.Dropout(dense.proj_drop.p)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; masks as in timm, over the heads of the dense layer."""
+        B, N, _ = x.shape
+        if not self.groups:
+            return self.proj_drop(bias_alone(self.proj, x))
+        parts = iter(
+            self.qkv(x).split([len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1)
+        )
+        dropout = self.attn_drop.p if self.training else 0.0
+        outputs = []
+        for group in self.groups:
+            h = len(group.heads)
+            q, k, v = (
+                next(parts).reshape(B, N, h, d).transpose(1, 2) for d in (group.dq, group.dq, group.dv)
+            )
+            mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
+            out = attend(q, k, v, self.scale, mask, is_causal, dropout)
+            outputs.append(out.transpose(1, 2).reshape(B, N, h * group.dv))
+        return self.proj_drop(self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool, dropout: float
+) -> Tensor:
+    """softmax(scale q k^T + mask) v for q, k [B, h, N, dq] and v [B, h, N, dv]; uniform attention when dq is 0."""
+    if q.shape[-1] == v.shape[-1]:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+        )
+    B, h, N, dq = q.shape
+    scores = (q * scale) @ k.transpose(-2, -1) if dq else v.new_zeros(B, h, N, N)
+    if is_causal:
+        scores = scores.masked_fill(
+            torch.ones(N, N, dtype=torch.bool, device=v.device).triu(1), float("-inf")
+        )
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+class CompactMlp(nn.Module):
+    """The two linear layers over the kept neurons only."""
+
+    def __init__(self, dense: UVCMlp, neurons: tuple):
+        super().__init__()
+        self.fc1 = smaller(dense.fc1, rows=list(neurons))
+        self.act = copy.deepcopy(dense.act)
+        self.drop1 = nn.Dropout(dense.drop1.p)
+        self.fc2 = smaller(dense.fc2, columns=list(neurons))
+        self.drop2 = nn.Dropout(dense.drop2.p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        if self.fc2.in_features == 0:
+            return self.drop2(bias_alone(self.fc2, x))
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class CompactBlock(nn.Module):
+    """The running halves of a block, with the structure they were compacted with.
+
+    `record` is that structure's entry for this block; `sizes` describes the dense block it came from.
+    """
+
+    def __init__(self, dense: UVCBlock, record, sizes):
+        super().__init__()
+        self.record, self.sizes, self.norm_last = record, sizes, norm_last(dense)
+        children = {}
+        if record.attn:
+            children["norm1"] = copy.deepcopy(dense.norm1)
+            children["attn"] = CompactAttention(dense.attn, record.heads, record.qk_dims, record.v_dims)
+            children |= {
+                name: copy.deepcopy(getattr(dense, name, nn.Identity())) for name in ("ls1", "drop_path1")
+            }
+        if record.mlp:
+            children["norm2"] = copy.deepcopy(dense.norm2)
+            children["mlp"] = CompactMlp(dense.mlp, record.neurons)
+            children |= {
+                name: copy.deepcopy(getattr(dense, name, nn.Identity())) for name in ("ls2", "drop_path2")
+            }
+        for name, child in children.items():
+            self.add_module(name, child)
+        self.train(dense.training)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` go to the attention."""
+        if self.record.attn:
+            branch = self.attn(
+                x if self.norm_last else self.norm1(x), attn_mask=attn_mask, is_causal=is_causal
+            )
+            x = x + self.drop_path1(self.norm1(branch) if self.norm_last else self.ls1(branch))
+        if self.record.mlp:
+            branch = self.mlp(x if self.norm_last else self.norm2(x))
+            x = x + self.drop_path2(self.norm2(branch) if self.norm_last else self.ls2(branch))
+        return x
+
+
+def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] | None = None) -> nn.Linear:
+    """A copy of the given rows, or columns, of `dense`; without columns the bias stays."""
+    weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
+    if rows is not None:
+        index = torch.tensor(rows, dtype=torch.int64, device=weight.device)
+        weight, bias = weight.index_select(0, index), None if bias is None else bias.index_select(0, index)
+    else:
+        index = torch.tensor(columns, dtype=torch.int64, device=weight.device)
+        weight, bias = weight.index_select(1, index), None if bias is None else bias.clone()
+    # Made with one feature on meta and filled after, as torch's initialisation warns about zero features.
+    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=dense.weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=dense.bias.requires_grad)
+    return linear
+
+
+def bias_alone(linear: nn.Linear, x: Tensor) -> Tensor:
+    """What a linear layer without inputs adds to every token of x [B, N, D]."""
+    out = x.new_zeros(x.shape[:-1] + (linear.out_features,))
+    return out if linear.bias is None else out + linear.bias

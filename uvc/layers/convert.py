@@ -1,0 +1,64 @@
+"""Which timm models the layers can serve, and the swap in place."""
+
+from timm.layers import Attention, Mlp
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from uvc.layers.attention import UVCAttention, attention_fault
+from uvc.layers.block import UVCBlock
+from uvc.layers.compact import CompactBlock
+from uvc.layers.mlp import UVCMlp, mlp_fault
+
+SUPPORTED = "supported are timm VisionTransformers built of Block or ResPostBlock with Attention and Mlp"
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Swap the attention, MLP and block modules of a timm model for UVC's, in place, and return the model.
+
+    Parameters, state_dict keys and outputs stay. A converted model is returned as it is. Nothing is changed when the
+    model cannot be served: then a ValueError names the layer.
+    """
+    check(model)
+    for index, block in enumerate(model.blocks):
+        if type(block) is UVCBlock:
+            continue
+        if type(block.attn) is Attention:
+            block.attn = UVCAttention.take_over(block.attn)
+        if type(block.mlp) is Mlp:
+            block.mlp = UVCMlp.take_over(block.mlp)
+        model.blocks[index] = UVCBlock.take_over(block)
+    return model
+
+
+def is_compacted(model: nn.Module) -> bool:
+    """Whether `model` came out of `uvc.compact`."""
+    return any(isinstance(block, CompactBlock) for block in getattr(model, "blocks", ()))
+
+
+def check(model: nn.Module) -> None:
+    """ValueError, naming the layer, unless `convert` can serve `model`."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential) or len(blocks) == 0:
+        raise ValueError(f"the model is a {type(model).__name__} without transformer blocks; {SUPPORTED}")
+    if is_compacted(model):
+        raise ValueError(
+            "blocks.0 is a CompactBlock: the model is compacted, so its structure can no longer change"
+        )
+    shapes = {}
+    for index, block in enumerate(blocks):
+        name = f"blocks.{index}"
+        if type(block) not in (Block, ResPostBlock, UVCBlock):
+            raise ValueError(f"{name} is a {type(block).__name__}; {SUPPORTED}")
+        if type(block.attn) not in (Attention, UVCAttention):
+            raise ValueError(f"{name}.attn is a {type(block.attn).__name__}; {SUPPORTED}")
+        if type(block.mlp) not in (Mlp, UVCMlp):
+            raise ValueError(f"{name}.mlp is a {type(block.mlp).__name__}; {SUPPORTED}")
+        if fault := attention_fault(block.attn):
+            raise ValueError(f"{name}.attn.{fault}")
+        if fault := mlp_fault(block.mlp):
+            raise ValueError(f"{name}.mlp.{fault}")
+        shape = (block.attn.num_heads, tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
+        if shapes.setdefault("first", shape) != shape:
+            raise ValueError(f"{name} differs in size from blocks.0; all blocks must have one size")
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"the model is a {type(model).__name__}; {SUPPORTED}")

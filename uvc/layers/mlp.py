@@ -1,0 +1,109 @@
+"""UVCMlp: timm's Mlp that can leave out hidden neurons and compute only the rest.
+
+B batch, N tokens, D width, F hidden.
+"""
+
+import functools
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+import uvc_kernels
+from uvc.layers._common import autocast, say_once, take_over
+
+
+class UVCMlp(Mlp):
+    """Two linear layers with timm's arguments, state_dict keys and, while dense, timm's own forward.
+
+    A structure (`set_kept`) removes hidden neurons without touching the weights.
+    """
+
+    @functools.wraps(Mlp.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._be_dense()
+
+    @classmethod
+    def take_over(cls, mlp: Mlp) -> "UVCMlp":
+        """A UVCMlp on the parameters and hooks of `mlp`, with nothing removed."""
+        new = take_over(cls, mlp)
+        new._be_dense()
+        return new
+
+    def _be_dense(self) -> None:
+        for name in ("_neurons", "_mask"):
+            self.register_buffer(name, None, persistent=False)
+
+    def set_kept(self, neurons: Tensor | None) -> None:
+        """Keep the hidden neurons marked in the bool mask [F] `neurons`; None, or all True, keeps all.
+
+        ValueError for a mask of another shape or dtype, or for a layer whose normalisation forbids removal.
+        """
+        if neurons is None:
+            return self._be_dense()
+        whole = (self.fc1.weight.shape[0],)
+        if neurons.dtype != torch.bool or neurons.shape != whole:
+            raise ValueError(
+                f"neurons must be a bool mask of shape {list(whole)}, got {neurons.dtype} {list(neurons.shape)}"
+            )
+        if neurons.all():
+            return self._be_dense()
+        if fault := mlp_fault(self):
+            raise ValueError(f"cannot remove neurons of this UVCMlp: {fault}")
+        self._mask = neurons.to(self.fc1.weight.device)
+        self._neurons = self._mask.nonzero().flatten()
+
+    @property
+    def kept_neurons(self) -> Tensor:
+        """Bool mask [F] of the kept neurons."""
+        if self._mask is None:
+            return torch.ones(self.fc1.weight.shape[0], dtype=torch.bool, device=self.fc1.weight.device)
+        return self._mask.clone()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is removed."""
+        return self._mask is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        if self._mask is None:
+            return super().forward(x)
+        activation = activation_name(self.act)
+        dropout = self.training and self.drop1.p > 0.0
+        if activation is not None and not dropout:
+            tensors = autocast(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return self.drop2(uvc_kernels.mlp(*tensors, self._neurons, activation))
+        reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
+        say_once(f"UVCMlp: {reason} is outside the fast op; plain torch computes the kept neurons")
+        bias = None if self.fc1.bias is None else self.fc1.bias[self._neurons]
+        hidden = self.drop1(self.act(F.linear(x, self.fc1.weight[self._neurons], bias)))
+        return self.drop2(F.linear(hidden, self.fc2.weight[:, self._neurons], self.fc2.bias))
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name of `act` among the activations of `uvc_kernels.mlp`; None when it has none."""
+    kind = type(act)
+    if kind is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    names = {
+        timm.layers.activations.GELU: "gelu",
+        timm.layers.activations.GELUTanh: "gelu_tanh",
+        timm.layers.activations.QuickGELU: "quick_gelu",
+        nn.ReLU: "relu",
+        nn.SiLU: "silu",
+    }
+    return names.get(kind)
+
+
+def mlp_fault(mlp: Mlp) -> str | None:
+    """Why neurons of `mlp` cannot be removed, naming the child that forbids it; None when they can."""
+    if not isinstance(mlp.norm, nn.Identity):
+        return f"norm is a {type(mlp.norm).__name__}, whose statistics change when neurons are removed"
+    for child in ("fc1", "fc2"):
+        if type(getattr(mlp, child)) is not nn.Linear:
+            return f"{child} is a {type(getattr(mlp, child)).__name__}, not a plain nn.Linear"
+    return None

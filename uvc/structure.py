@@ -1,0 +1,286 @@
+"""What is kept of a model: frozen records, JSON in and out, put on a model and read back.
+
+H heads, K head dim, F hidden neurons, L blocks.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from uvc.layers import check, convert, is_compacted
+
+
+class Sizes(NamedTuple):
+    """How large the blocks of a dense model are, and what each part holds in parameters (bias flags as 0 or 1)."""
+
+    blocks: int
+    dim: int
+    heads: int
+    head_dim: int
+    neurons: int
+    qkv_bias: int
+    fc1_bias: int
+    attn_params: (
+        int  # parameters of an attention half that stay whatever is kept: norm, layer scale, output bias
+    )
+    mlp_params: int  # the same of an MLP half
+
+
+def sizes_of(model: nn.Module) -> Sizes:
+    """The sizes of the dense model behind a timm, converted or compacted model; ValueError for another model."""
+    if is_compacted(model):
+        return model.blocks[0].sizes
+    check(model)
+    block = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
+
+    def count(*modules: nn.Module | nn.Parameter | None) -> int:
+        tensors = [
+            t for m in modules for t in (m.parameters() if isinstance(m, nn.Module) else [m]) if t is not None
+        ]
+        return sum(t.numel() for t in tensors)
+
+    return Sizes(
+        blocks=len(model.blocks),
+        dim=attn.qkv.in_features,
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        neurons=mlp.fc1.out_features,
+        qkv_bias=int(attn.qkv.bias is not None),
+        fc1_bias=int(mlp.fc1.bias is not None),
+        attn_params=count(block.norm1, getattr(block, "ls1", None), attn.proj.bias),
+        mlp_params=count(block.norm2, getattr(block, "ls2", None), mlp.fc2.bias),
+    )
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """What is kept of one block.
+
+    `attn`, `mlp`: False skips that half; its groups stay on record. `heads`: kept head indices; `qk_dims`, `v_dims`:
+    per kept head, its kept dims; `neurons`: kept neuron indices. Indices are ascending. A head without v dims adds
+    nothing and is dropped. ValueError for anything else.
+    """
+
+    attn: bool
+    mlp: bool
+    heads: tuple[int, ...]
+    qk_dims: tuple[tuple[int, ...], ...]
+    v_dims: tuple[tuple[int, ...], ...]
+    neurons: tuple[int, ...]
+
+    def __post_init__(self):
+        for name in ("attn", "mlp"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        heads, neurons = indices("heads", self.heads), indices("neurons", self.neurons)
+        dims = {}
+        for name in ("qk_dims", "v_dims"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or len(value) != len(heads):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(heads)} kept heads, got {value!r:.60}"
+                )
+            dims[name] = [indices(f"{name} of head {head}", d) for head, d in zip(heads, value, strict=True)]
+        kept = [i for i, v in enumerate(dims["v_dims"]) if v]
+        object.__setattr__(self, "heads", tuple(heads[i] for i in kept))
+        object.__setattr__(self, "qk_dims", tuple(dims["qk_dims"][i] for i in kept))
+        object.__setattr__(self, "v_dims", tuple(dims["v_dims"][i] for i in kept))
+        object.__setattr__(self, "neurons", neurons)
+
+
+def indices(name: str, values: object) -> tuple[int, ...]:
+    """`values` as a tuple of strictly ascending, non-negative ints; ValueError naming `name` otherwise."""
+    if not isinstance(values, list | tuple) or any(type(v) is not int for v in values):
+        raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
+    if values and values[0] < 0:
+        raise ValueError(f"{name} must not be negative, got {values[0]}")
+    for a, b in zip(values, values[1:], strict=False):
+        if a >= b:
+            raise ValueError(f"{name} must ascend without repeats, got {a} before {b}")
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is kept of every block of a model; compares by value, and travels as JSON."""
+
+    blocks: tuple[BlockStructure, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    @classmethod
+    def dense(cls, model: nn.Module) -> "Structure":
+        """Everything is kept."""
+        return cls.uniform(model)
+
+    @classmethod
+    def uniform(
+        cls,
+        model: nn.Module,
+        heads: float = 1.0,
+        head_dims: float = 1.0,
+        neurons: float = 1.0,
+        blocks: float = 1.0,
+    ) -> "Structure":
+        """Keep the first units of each family, the same in every block, and run the first blocks.
+
+        Each argument is a fraction in [0, 1] of its family, rounded to whole units: `heads` of the heads, `head_dims` of
+        the q/k dims and v dims of each kept head, `neurons` of the neurons, `blocks` of the blocks.
+        """
+        s = sizes_of(model)
+        n_heads = portion("heads", heads, s.heads)
+        dims = tuple(range(portion("head_dims", head_dims, s.head_dim)))
+        kept = tuple(range(portion("neurons", neurons, s.neurons)))
+        n_blocks = portion("blocks", blocks, s.blocks)
+        return cls(
+            tuple(
+                BlockStructure(
+                    i < n_blocks,
+                    i < n_blocks,
+                    tuple(range(n_heads)),
+                    (dims,) * n_heads,
+                    (dims,) * n_heads,
+                    kept,
+                )
+                for i in range(s.blocks)
+            )
+        )
+
+    @classmethod
+    def random(cls, model: nn.Module, keep: float, seed: int = 0) -> "Structure":
+        """Keep round(keep * F) neurons and round(keep * H * K) (head, dim) units of every block, drawn at random.
+
+        How many heads survive is drawn among what is possible, then q/k dims and v dims are drawn apart within the
+        surviving heads, so that heads are ragged. The same seed gives the same structure.
+        """
+        s = sizes_of(model)
+        units, n_neurons = portion("keep", keep, s.heads * s.head_dim), portion("keep", keep, s.neurons)
+        generator = torch.Generator().manual_seed(seed)
+        return cls(tuple(random_block(s, units, n_neurons, generator) for _ in range(s.blocks)))
+
+    def to_json(self) -> str:
+        """This structure as one line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Structure":
+        """The structure written by `to_json`; ValueError, in one line, for anything else."""
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the structure is not JSON: {error}") from None
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: object) -> "Structure":
+        """The structure in parsed JSON; ValueError, in one line, for anything else."""
+        if not isinstance(data, dict) or set(data) != {"blocks"} or not isinstance(data["blocks"], list):
+            raise ValueError('a structure must be an object with the one key "blocks", a list')
+        fields = list(BlockStructure.__dataclass_fields__)
+        blocks = []
+        for i, block in enumerate(data["blocks"]):
+            if not isinstance(block, dict) or set(block) != set(fields):
+                raise ValueError(
+                    f"blocks[{i}] of the structure must have exactly the keys {', '.join(fields)}"
+                )
+            try:
+                blocks.append(BlockStructure(**block))
+            except ValueError as error:
+                raise ValueError(f"blocks[{i}] of the structure: {error}") from None
+        return cls(tuple(blocks))
+
+
+def portion(name: str, fraction: float, whole: int) -> int:
+    """`fraction` of `whole` in whole units; ValueError unless the fraction lies in [0, 1]."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{name} must be a fraction between 0 and 1, got {fraction}")
+    return round(fraction * whole)
+
+
+def random_block(s: Sizes, units: int, n_neurons: int, generator: torch.Generator) -> BlockStructure:
+    """A block with exactly `units` v dims and q/k dims over a random number of heads."""
+
+    def draw(n: int, of: int) -> list[int]:
+        return sorted(torch.randperm(of, generator=generator)[:n].tolist())
+
+    # Every kept head needs at least one v dim and holds at most K of them.
+    fewest, most = -(-units // s.head_dim), min(s.heads, units)
+    n_heads = int(torch.randint(fewest, most + 1, (), generator=generator))
+    heads = draw(n_heads, s.heads)
+    v = [draw(1, s.head_dim) for _ in heads]
+    rest = [(i, d) for i in range(n_heads) for d in range(s.head_dim) if d != v[i][0]]
+    for j in draw(units - n_heads, len(rest)):
+        v[rest[j][0]].append(rest[j][1])
+    qk = [[] for _ in heads]
+    for j in draw(units, n_heads * s.head_dim):
+        qk[j // s.head_dim].append(j % s.head_dim)
+    neurons = tuple(draw(n_neurons, s.neurons))
+    return BlockStructure(
+        True, True, tuple(heads), tuple(map(tuple, qk)), tuple(tuple(sorted(d)) for d in v), neurons
+    )
+
+
+def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
+    """Leave out, in place, what `structure` does not keep; the weights stay. Returns the model, converted if need be.
+
+    ValueError when the model cannot be served, or when the structure does not fit its sizes; then nothing changes.
+    """
+    fit(structure, sizes_of(model))
+    convert(model)
+    for block, kept in zip(model.blocks, structure.blocks, strict=True):
+        qk, v = torch.zeros(2, block.attn.num_heads, block.attn.head_dim, dtype=torch.bool).unbind()
+        for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
+            qk[head, list(qk_dims)] = True
+            v[head, list(v_dims)] = True
+        neurons = torch.zeros(block.mlp.fc1.out_features, dtype=torch.bool)
+        neurons[list(kept.neurons)] = True
+        block.attn.set_kept(qk, v)
+        block.mlp.set_kept(neurons)
+        block.set_skip(not kept.attn, not kept.mlp)
+    return model
+
+
+def fit(structure: Structure, s: Sizes) -> None:
+    """ValueError unless `structure` fits a model of these sizes."""
+    if len(structure.blocks) != s.blocks:
+        raise ValueError(f"the structure has {len(structure.blocks)} blocks, the model {s.blocks}")
+    for i, block in enumerate(structure.blocks):
+        families = [("heads", block.heads, s.heads), ("neurons", block.neurons, s.neurons)]
+        families += [
+            (f"qk_dims of head {h}", d, s.head_dim) for h, d in zip(block.heads, block.qk_dims, strict=True)
+        ]
+        families += [
+            (f"v_dims of head {h}", d, s.head_dim) for h, d in zip(block.heads, block.v_dims, strict=True)
+        ]
+        for name, kept, size in families:
+            if kept and kept[-1] >= size:
+                raise ValueError(f"{name} of block {i} keeps index {kept[-1]}, the model has only {size}")
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """What is kept of a timm model (everything), a converted model, or a compacted one (as it was compacted)."""
+    if is_compacted(model):
+        return Structure(tuple(block.record for block in model.blocks))
+    if not all(hasattr(block, "skip_attn") for block in getattr(model, "blocks", ())):
+        return Structure.dense(model)
+    check(model)
+    blocks = []
+    for block in model.blocks:
+        qk, v = block.attn.kept_qk.cpu(), block.attn.kept_v.cpu()
+        heads = v.any(1).nonzero().flatten().tolist()
+        blocks.append(
+            BlockStructure(
+                attn=not block.skip_attn,
+                mlp=not block.skip_mlp,
+                heads=tuple(heads),
+                qk_dims=tuple(tuple(qk[h].nonzero().flatten().tolist()) for h in heads),
+                v_dims=tuple(tuple(v[h].nonzero().flatten().tolist()) for h in heads),
+                neurons=tuple(block.mlp.kept_neurons.nonzero().flatten().tolist()),
+            )
+        )
+    return Structure(tuple(blocks))
