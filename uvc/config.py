@@ -1,0 +1,58 @@
+"""Settings of a run: one frozen dataclass per room. Defaults follow the paper where it worked; recipes.py returns whole configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How the uncompressed model teaches. Loss = (1 - weight) * CE(labels) + weight * distillation."""
+
+    kind: str = "soft"  # "none", "soft": batch-mean KL times temperature^2, "hard": cross-entropy with the teacher's argmax
+    weight: float = 0.5
+    temperature: float = 2.0
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1]."""
+
+    every: int = 2  # training steps per solver step
+    primal_rate: float = 0.3  # of s and r
+    prox_rate: float = 0.05  # eta in the prox w <- w / (1 + 2 eta y)
+    dual_rate: float = 1.0  # of y and p
+    dual_leak: float = 0.05  # how fast y and p unwind to 1
+    dual_max: float = 8.0
+    budget_rate: float = 0.1  # of z
+    snap: float = 1e-3  # a removed group is set to zero below this squared norm, relative to its family's initial mean
+    importance_decay: float = 0.9  # of the moving average of first-order importance
+    anneal: tuple[float, float] = (0.05, 0.5)  # the budget goes from 1 to its value between these fractions of the search
+    skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
+    gate_every: int = 4  # training steps per gate update; only there all branches run
+    gate_rate: float = 0.1
+    gate_init: float = 3.0  # logit; sigmoid(3) = 0.95
+    gate_weight: float = 0.3  # price of a gate in units of z
+    gate_momentum: float = 0.9
+    gate_freeze: float = 0.6  # gates become hard at this fraction of the search
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: teacher (only when none is given), warm-up, search, post-training. Epochs are passes over the loader."""
+
+    teacher_epochs: int = 300
+    warmup_epochs: int = 5
+    search_epochs: int = 25
+    post_epochs: int = 120
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    search_learning_rate: float = 1e-4
+    lr_warmup_fraction: float = 0.05
+    min_learning_rate: float = 1e-6
+    weight_decay: float = 0.05
+    clip_grad: float = 1.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)

@@ -1,0 +1,165 @@
+"""The search: the solver beside a training loop. Call ``before`` the forward pass, ``observe`` after backward, ``step`` after the optimiser.
+
+The budget goes from 1 to its value over part of the search (``SolverConfig.anneal``); before that only importance is collected.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from uvc.budget import prices as prices_of
+from uvc.config import SolverConfig
+from uvc.layers import convert
+from uvc.solver import gates
+from uvc.solver.groups import Groups
+from uvc.solver.objective import hard_cost, soft_cost
+from uvc.solver.project import project_to_budget
+from uvc.solver.state import State
+from uvc.solver.step import Factors, dual, primal, project, prox
+
+
+class Search:
+    """Finds a structure of a model while it trains.
+
+    Args:
+        model: a timm model that ``uvc.convert`` serves; converted in place.
+        budget: fraction in (0, 1] of the dense cost.
+        metric: "macs" or "params".
+        steps: number of training steps of the search.
+        config: solver settings.
+        seed: of the skip samples.
+    """
+
+    def __init__(self, model: nn.Module, budget: float, metric: str, steps: int, config: SolverConfig, seed: int = 0) -> None:
+        self.model = convert(model)
+        self.config = config
+        self.steps = max(steps, 1)
+        self.prices = prices_of(model, metric)
+        self.groups = Groups(model)
+        device = next(model.parameters()).device
+        self.state = State.new(self.groups.geometry, config.gate_init, device)
+        if config.skip == "none":
+            self.state.theta.fill_(6.0)
+            self.state.hard = True
+        self.dense_cost = hard_cost(self.state, self.prices)
+        self.budget = budget
+        self.budget_cost = int(budget * self.dense_cost)
+        self.generator = torch.Generator().manual_seed(seed)
+        for name, norms in self.groups.norms().items():
+            self.state.families[name].scale = max(float(norms.mean()), 1e-30)
+        self.count = 0
+        self._gates: tuple[Tensor, Tensor] | None = None
+        self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
+
+    @property
+    def progress(self) -> float:
+        """Finished fraction of the search."""
+        return self.count / self.steps
+
+    def target(self) -> float:
+        """Budget of this moment: 1 before the annealing, the given budget after it."""
+        start, end = self.config.anneal
+        share = min(max((self.progress - start) / max(end - start, 1e-9), 0.0), 1.0)
+        return 1.0 + (self.budget - 1.0) * share
+
+    def before(self) -> None:
+        """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where branches get gates."""
+        if self.state.hard:
+            return
+        run = self._run = gates.sample(self.state, self.config.skip, self.generator)
+        update = self.count % self.config.gate_every == 0
+        self._gates = tuple(run.float().unbind(1)) if update else None
+        if update:
+            for gate in self._gates:
+                gate.requires_grad_(True)
+        for i, block in enumerate(self.groups.blocks):
+            if update:
+                block.set_skip(False, False)
+                block.set_gates(self._gates[0][i], self._gates[1][i])
+            else:
+                block.set_gates(None, None)
+                block.set_skip(*(not bool(r) for r in run[i]))
+
+    def observe(self, scale: float = 1.0) -> None:
+        """Reads gradients: first-order importance of every group, and of the gates. ``scale`` divides them (a loss scaler's factor)."""
+        config, state = self.config, self.state
+        if self._gates is not None:
+            grads = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates]
+            gates.update(state, torch.stack(grads, 1) / scale, config)
+        if self.count % config.every == 0:
+            rate = (1.0 - config.importance_decay) * self._run.to(state.theta.dtype)
+            for name, value in self.groups.first_order().items():
+                family = state.families[name]
+                ran = rate[:, 1 if name == "neuron" else 0].repeat_interleave(len(family.s) // len(rate))
+                family.importance.lerp_((value / scale).square(), ran[:, None])
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One solver step on every ``config.every``-th training step: prox, primal, dual, project."""
+        config, state, prices = self.config, self.state, self.prices
+        self.count += 1
+        if not state.hard and self.progress >= config.gate_freeze:
+            self.freeze_gates(optimizer)
+        if (self.count - 1) % config.every or self.progress < config.anneal[0]:
+            return
+        self.groups.shrink(prox(state, config))
+        primal(state, prices, config)
+        norms = self.groups.norms()
+        dual(state, norms, prices, self.dense_cost, self.target(), config)
+        if project(state, norms, prices, self.budget_cost, config):
+            self.bury(optimizer)
+
+    def freeze_gates(self, optimizer: torch.optim.Optimizer) -> None:
+        """From here on a half runs always or never."""
+        gates.freeze(self.state, self.prices, self.budget_cost)
+        self._gates, self._run = None, self.state.alive()[3]
+        for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist()):
+            block.set_gates(None, None)
+            block.set_skip(*(not r for r in running))
+        self.bury(optimizer)
+
+    def bury(self, optimizer: torch.optim.Optimizer) -> None:
+        """Dead groups: zero in weights and optimiser, and skipped from the next step on."""
+        qk, v, neuron, _ = self.state.alive()
+        self.groups.clear(Factors(~qk, ~v, ~neuron), optimizer)
+        self.groups.apply(self.state.alive())
+
+    def harden(self) -> None:
+        """Ends the search: gates hard, then the greedy projection; the model gets the final structure, at most the budget."""
+        if not self.state.hard:
+            gates.freeze(self.state, self.prices, self.budget_cost)
+        qk, v, neuron, running = project_to_budget(self.state, self.prices, self.budget_cost)
+        for block, half in zip(self.groups.blocks, running.tolist()):
+            block.set_gates(None, None)
+            block.set_skip(*(not r for r in half))
+        self.groups.apply((qk, v, neuron, running))
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for the log: costs as fractions of dense, duals, and mean removed fractions."""
+        state = self.state
+        out = {
+            "target": self.target(),
+            "soft_cost": float(soft_cost(state, self.prices)) / self.dense_cost,
+            "hard_cost": hard_cost(state, self.prices) / self.dense_cost,
+            "z": float(state.z),
+            "gates": float(state.gates().mean()),
+        }
+        for name, family in state.families.items():
+            out[f"removed_{name}"] = float(family.s.mean())
+            out[f"dead_{name}"] = float(family.dead.float().mean())
+            out[f"y_{name}"] = float(family.y.mean())
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State for a checkpoint."""
+        return {**self.state.tensors(), "count": torch.tensor(self.count), "generator": self.generator.get_state()}
+
+    def load_tensors(self, flat: dict[str, Tensor]) -> None:
+        """Inverse of ``tensors``; the model must already hold its weights. Skips what was skipped."""
+        self.state.load_tensors(flat)
+        self.count = int(flat["count"])
+        self.generator.set_state(flat["generator"])
+        self.groups.apply(self.state.alive())
+        if self.state.hard:
+            for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist()):
+                block.set_skip(*(not r for r in running))

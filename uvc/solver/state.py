@@ -1,0 +1,120 @@
+"""The solver's variables. S segments of G groups per family; all tensors are small and live on the model's device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of the dense model: L layers, H heads, K head dim, F neurons."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    hidden: int
+
+    def segments(self, family: str) -> tuple[int, int]:
+        """(S, G) of a family."""
+        per_head = (self.layers * self.heads, self.head_dim)
+        return {"head": (self.layers, self.heads), "qk": per_head, "v": per_head, "neuron": (self.layers, self.hidden)}[family]
+
+
+FAMILIES = ("head", "qk", "v", "neuron")
+
+
+@dataclass
+class Family:
+    """One kind of group.
+
+    importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
+    s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S, G]: at exact zero.
+    scale: mean squared norm of a group at the start, over all layers.
+    """
+
+    importance: Tensor
+    s: Tensor
+    y: Tensor
+    dead: Tensor
+    scale: float = 1.0
+
+    @classmethod
+    def new(cls, segments: int, groups: int, device: torch.device) -> Family:
+        zeros = torch.zeros(segments, device=device)
+        return cls(
+            importance=torch.zeros(segments, groups, device=device),
+            s=zeros.clone(),
+            y=zeros + 1.0,
+            dead=torch.zeros(segments, groups, dtype=torch.bool, device=device),
+        )
+
+    def removed(self) -> Tensor:
+        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them."""
+        return smallest(self.importance.masked_fill(self.dead, -1.0), (self.s * self.dead.shape[1]).round())
+
+
+def smallest(importance: Tensor, count: Tensor) -> Tensor:
+    """bool [S, G]: the ``count[s]`` smallest entries of every row. The one top-k walk behind prox, cost and skipping."""
+    return ranks(importance) < count[:, None]
+
+
+def ranks(importance: Tensor) -> Tensor:
+    """int64 [S, G]: position of every entry in its row, ascending, ties by index."""
+    order = importance.argsort(dim=1, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+@dataclass
+class State:
+    """All variables of the solver. theta [L, 2]: gate logits; hard: gates are frozen to 0 or 1."""
+
+    geometry: Geometry
+    families: dict[str, Family]
+    theta: Tensor
+    gate_usefulness: Tensor
+    z: Tensor
+    hard: bool = False
+
+    @classmethod
+    def new(cls, geometry: Geometry, gate_init: float, device: torch.device | str = "cpu") -> State:
+        device = torch.device(device)
+        theta = torch.full((geometry.layers, 2), float(gate_init), device=device)
+        families = {name: Family.new(*geometry.segments(name), device) for name in FAMILIES}
+        return cls(geometry, families, theta, torch.zeros_like(theta), torch.zeros((), device=device))
+
+    def gates(self) -> Tensor:
+        """[L, 2]: probability that a half runs; exactly 0 or 1 once hard."""
+        return (self.theta > 0).to(self.theta.dtype) if self.hard else torch.sigmoid(self.theta)
+
+    def alive(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Masks of what is not at exact zero: q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]."""
+        g = self.geometry
+        shape = (g.layers, g.heads, g.head_dim)
+        v = ~self.families["v"].dead.view(shape)
+        qk = ~self.families["qk"].dead.view(shape) & v.any(-1, keepdim=True)
+        running = self.theta > 0 if self.hard else torch.ones_like(self.theta, dtype=torch.bool)
+        return qk, v, ~self.families["neuron"].dead, running
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat name -> tensor, for checkpoints."""
+        flat = {"theta": self.theta, "gate_usefulness": self.gate_usefulness, "z": self.z, "hard": torch.tensor(self.hard)}
+        for name, family in self.families.items():
+            for key in ("importance", "s", "y", "dead"):
+                flat[f"{name}.{key}"] = getattr(family, key)
+            flat[f"{name}.scale"] = torch.tensor(family.scale, dtype=torch.float64)
+        return flat
+
+    def load_tensors(self, flat: dict[str, Tensor]) -> None:
+        """Inverse of ``tensors``; KeyError or RuntimeError when names or shapes differ."""
+        self.theta.copy_(flat["theta"])
+        self.gate_usefulness.copy_(flat["gate_usefulness"])
+        self.z.copy_(flat["z"])
+        self.hard = bool(flat["hard"])
+        for name, family in self.families.items():
+            for key in ("importance", "s", "y", "dead"):
+                getattr(family, key).copy_(flat[f"{name}.{key}"])
+            family.scale = float(flat[f"{name}.scale"])

@@ -1,0 +1,121 @@
+"""One solver step: prox, primal, dual, project, in that order. Sources: UVC (ICLR 2022), algorithm 1; UMEC (ICLR 2021).
+
+Where it differs from the published code, and why: s and r are fractions; scores are first-order importance per marginal cost on one
+scale (``objective.quantiles``), so each coordinate's gradient is divided by its own cost (a diagonal preconditioner) and reads
+y * q_next - z; y, p and z unwind; a group is removed for good only when the prox has brought it to zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uvc.budget import Prices
+from uvc.config import SolverConfig
+from uvc.solver.objective import hard_cost, quantiles, soft_cost
+from uvc.solver.state import FAMILIES, State
+
+
+class Factors(NamedTuple):
+    """What the prox multiplies weights with: q/k dims and v dims [L, H, K], neurons [L, F]."""
+
+    qk: Tensor
+    v: Tensor
+    neuron: Tensor
+
+
+def prox(state: State, config: SolverConfig) -> Factors:
+    """prox of y * ||w_S||^2 on the removed groups S: w <- w / (1 + 2 eta y). A removed head shrinks through its v dims."""
+    shape = (state.geometry.layers, state.geometry.heads, state.geometry.head_dim)
+    factor = {}
+    for name, family in state.families.items():
+        shrink = 1.0 / (1.0 + 2.0 * config.prox_rate * family.y)
+        factor[name] = torch.where(family.removed() & ~family.dead, shrink[:, None], 1.0)
+    v = torch.minimum(factor["v"].view(shape), factor["head"][:, :, None])
+    return Factors(factor["qk"].view(shape), v, factor["neuron"])
+
+
+def primal(state: State, prices: Prices, config: SolverConfig) -> None:
+    """s <- s - rate * clip(subgradient, -1, 1), for s and r.
+
+    With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (y q_i - z) over the x smallest:
+    it falls while y q_next < z, rises back while y q_last > z, and between the two x rests on the whole number.
+    Dims move in surviving heads only.
+    """
+    scores = quantiles(state, prices)
+    surviving = ~state.families["head"].removed()
+    for name in FAMILIES:
+        family = state.families[name]
+        segments, groups = family.dead.shape
+        q = torch.nn.functional.pad(scores[name].sort(dim=1).values, (1, 1))
+        q[:, 0], q[:, -1] = -torch.inf, torch.inf
+        count = (family.s * groups).round().long()[:, None]
+        q_last, q_next = q.gather(1, count)[:, 0], q.gather(1, count + 1)[:, 0]
+        up = (state.z - family.y * q_next).clamp_min(0.0)
+        down = (family.y * q_last - state.z).clamp_min(0.0)
+        move = torch.where((up > 0) | (down > 0), up - down, count[:, 0] / groups - family.s)
+        if name in ("qk", "v"):
+            move = move * surviving.flatten()
+        dead = family.dead.float().mean(1)
+        family.s.add_(config.primal_rate * move.clamp(-1.0, 1.0)).clamp_(max=1.0)
+        family.s.copy_(torch.maximum(family.s, dead))
+
+
+def dual(state: State, norms: dict[str, Tensor], prices: Prices, dense_cost: float, target: float, config: SolverConfig) -> None:
+    """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target), kept in [0, 1].
+
+    norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to the segment's size.
+    """
+    for name, family in state.families.items():
+        left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
+        family.y.copy_(1.0 + (family.y - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left)
+        family.y.clamp_(1.0, config.dual_max)
+    state.z.add_(config.budget_rate * (soft_cost(state, prices) / dense_cost - target)).clamp_(0.0, 1.0)
+
+
+def project(state: State, norms: dict[str, Tensor], prices: Prices, budget_cost: float, config: SolverConfig) -> bool:
+    """Snaps removed groups whose norm has reached the tolerance to zero (``dead``), never below the budget. True if any was.
+
+    A head dies with all its dims; a head whose last v dim dies is dead.
+    """
+    changed = False
+    for name, family in state.families.items():
+        small = norms[name] < config.snap * family.scale
+        ready = family.removed() & small & ~family.dead
+        if ready.any():
+            changed |= _bury(state, name, ready, norms[name], prices, budget_cost)
+    for family in state.families.values():
+        family.s.copy_(torch.maximum(family.s, family.dead.float().mean(1)))
+    return changed
+
+
+def _bury(state: State, name: str, ready: Tensor, norms: Tensor, prices: Prices, budget_cost: float) -> bool:
+    """Marks the ``ready`` groups dead, smallest norm first, as many as keep the hard cost at or above the budget (by bisection)."""
+    order = norms.masked_fill(~ready, torch.inf).flatten().argsort(stable=True)
+    before = {n: f.dead.clone() for n, f in state.families.items()}
+
+    def try_first(count: int) -> bool:
+        for n, f in state.families.items():
+            f.dead.copy_(before[n])
+        state.families[name].dead.view(-1)[order[:count]] = True
+        _close(state)
+        return hard_cost(state, prices) >= budget_cost
+
+    low, high = 0, int(ready.sum())
+    if try_first(high):
+        return True
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if try_first(middle) else (low, middle)
+    try_first(low)
+    return low > 0
+
+
+def _close(state: State) -> None:
+    """Makes the dead masks agree: dead head <=> all its v dims dead; a dead head's q/k dims are dead."""
+    head, qk, v = (state.families[n].dead for n in ("head", "qk", "v"))
+    v |= head.view(-1, 1)
+    head |= v.all(1).view_as(head)
+    qk |= head.view(-1, 1)

@@ -1,0 +1,56 @@
+"""The loss of a run: labels, and distillation from the uncompressed model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uvc.config import DistillConfig
+
+
+class Classification:
+    """Cross-entropy with the labels, integer [B] or soft [B, classes]."""
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Returns {"loss": scalar, "output": logits [B, classes]}. With a distillation token the two heads are averaged."""
+        output = model(images)
+        logits = (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
+        return {"loss": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), "output": logits}
+
+
+class Distillation(Classification):
+    """(1 - weight) * cross-entropy + weight * distillation from a frozen teacher.
+
+    A model with a distillation token (timm's ``distilled_training``) learns labels on the class token and the teacher on the other.
+    """
+
+    def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
+        super().__init__(label_smoothing)
+        if config.kind not in ("soft", "hard"):
+            raise ValueError(f"distill kind: {config.kind!r}; known are 'none', 'soft' and 'hard'")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.config = config
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+        output = model(images)
+        class_logits, student_logits = output if isinstance(output, tuple) else (output, output)
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        hard = F.cross_entropy(class_logits, labels, label_smoothing=self.label_smoothing)
+        distill = self.distance(student_logits, teacher_logits)
+        weight = self.config.weight
+        logits = (class_logits + student_logits) / 2
+        return {"loss": (1 - weight) * hard + weight * distill, "output": logits, "distill": distill.detach()}
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """soft: batch-mean KL of the tempered distributions times temperature^2; hard: cross-entropy with the teacher's argmax."""
+        if self.config.kind == "hard":
+            return F.cross_entropy(student, teacher.argmax(-1))
+        t = self.config.temperature
+        return t * t * F.kl_div((student / t).log_softmax(-1), (teacher / t).log_softmax(-1), log_target=True, reduction="batchmean")
