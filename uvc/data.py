@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DIGITS = "digits"
+# The model that fits a data set when none is named.
+DEFAULT_MODELS = {DIGITS: "uvc_vit_digits"}
 # Mean and deviation of the 1297 training images, pixels in [0, 1].
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
 # What timm.data.create_dataset knows and can read in random order.

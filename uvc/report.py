@@ -149,21 +149,27 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def measure_latency(models: Mapping[str, nn.Module], images: Tensor, repeats: int = 20) -> dict[str, float]:
+def measure_latency(
+    models: Mapping[str, nn.Module], images: Tensor, repeats: int = 50, seconds: float = 5.0
+) -> dict[str, float]:
     """Median milliseconds of one forward pass of `images` [B, C, H, W] through each model.
 
-    The models take turns, so that a busy moment of the machine hits all of them.
+    The models take turns, so that a busy moment of the machine hits all of them. It ends after `repeats` rounds, or
+    after `seconds` and three rounds.
     """
     modes = {name: model.training for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     try:
         with torch.inference_mode():
-            for round_index in range(repeats + 2):
+            for model in models.values():
+                # Caches and allocators warm up.
+                _time_ms(model.eval(), images)
+            start = time.monotonic()
+            for i in range(repeats):
+                if i >= 3 and time.monotonic() - start > seconds:
+                    break
                 for name, model in models.items():
-                    elapsed = _time_ms(model.eval(), images)
-                    # The first two rounds warm up caches and allocators.
-                    if round_index >= 2:
-                        times[name].append(elapsed)
+                    times[name].append(_time_ms(model, images))
     finally:
         for name, model in models.items():
             model.train(modes[name])

@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.11+ and a C++ compiler; the environment is made in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+# OpenMP threads that spin at barriers make a busy machine several times slower.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.PHONY: demo test lint install clean
+
+demo: install
+	rm -rf runs/demo
+	$(BIN)/uvc compress --data digits --budget 0.5 --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(STAMP)
+
+# torch goes in first: the extension is built against the torch that will load it, without build isolation.
+$(STAMP): pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja "torch>=2.10" timm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.so

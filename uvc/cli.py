@@ -1,0 +1,161 @@
+"""The command line: `uvc compress`, `uvc eval`, `uvc report`, `uvc doctor`.
+
+Options that are not given are None: their defaults stand in the recipe, in the functions called, and in the data.
+Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 and one line.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+FOLDER = click.Path(path_type=Path)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="uvc-vit", message="uvc %(version)s")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Compress vision transformers under one budget: heads, head dims, neurons and blocks, found while training."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def _fraction(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    # Written so that nan fails too.
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(f"--budget: {value:g}; it is a fraction of the dense cost, above 0 and at most 1")
+    return value
+
+
+def _positive(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{option.opts[0]}: {value:g}; it must be a positive number")
+    return value
+
+
+def _data_options(command: Callable) -> Callable:
+    for option in (
+        click.option("--workers", type=click.IntRange(0), help="Processes that read images; 0 reads in this one."),
+        click.option("--data-root", type=FOLDER, help="Where a data set that timm names is stored."),
+        click.option("--batch-size", type=click.IntRange(1), help="Images per batch."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads for torch."),
+        click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1."),
+        click.option("--data", help="digits, an image folder, or a timm data set name such as torch/cifar10."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option("--out", required=True, type=FOLDER, help="Folder of the run: new, empty, or with --resume its own.")
+@click.option("--model", help="A timm model name; digits has a small ViT of its own.")
+@_data_options
+@click.option("--budget", type=float, callback=_fraction, help="Fraction of the dense cost that may remain.")
+@click.option("--metric", type=click.Choice(["macs", "params"]), help="What the budget counts.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
+@click.option("--recipe", help="Named settings: default, digits.")
+@click.option("--teacher", type=FOLDER, help="Trained weights of the model: a safetensors file, or its folder.")
+@click.option("--teacher-epochs", type=click.IntRange(0), help="Epochs of the teacher, when no weights are given.")
+@click.option("--warmup-epochs", type=click.IntRange(0), help="Epochs before the search.")
+@click.option("--search-epochs", type=click.IntRange(0), help="Epochs of the joint search.")
+@click.option("--post-epochs", type=click.IntRange(0), help="Epochs after the structure is fixed.")
+@click.option("--lr", type=float, callback=_positive, help="Peak learning rate.")
+@click.option("--skip", type=click.Choice(["none", "blocks", "halves"]), help="What may be skipped.")
+@click.option("--distill", type=click.Choice(["none", "soft", "hard"]), help="How the teacher teaches.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out, with the options it began with.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
+    """Train a teacher (unless weights are given), search, harden to the budget, post-train, save and report."""
+    from uvc.run import compress_run
+
+    for name in ("teacher", "data_root"):
+        options[name] = None if options[name] is None else str(options[name].absolute())
+    try:
+        summary = compress_run(out, options, resume=resume, progress=not quiet)
+    except KeyboardInterrupt:
+        hint = f"; continue with: uvc compress --resume --out {out}" if (out / "run.json").is_file() else ""
+        raise KeyboardInterrupt(f"interrupted{hint}") from None
+    _print_report(out, summary)
+
+
+@cli.command("eval")
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_data_options
+def evaluate(folder: Path, **options: Any) -> None:
+    """Load the model in DIR and measure its top-1 accuracy; the data default to those of its run."""
+    from uvc.run import evaluate_run
+
+    figures = evaluate_run(folder, options)
+    click.echo(f"top-1 {figures['top1']:.2f} %  of {figures['images']} images of {figures['data']}")
+    click.echo(f"MACs {figures['macs']:,}  parameters {figures['params']:,}")
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(folder: Path) -> None:
+    """Show the results of the run in DIR and draw its structure again."""
+    from uvc.run import draw_run, read_summary
+
+    summary = read_summary(folder)
+    draw_run(folder, summary)
+    _print_report(folder, summary)
+
+
+@cli.command()
+def doctor() -> None:
+    """Say what was built, what this machine can run, and what passed its self-check."""
+    from rich.console import Console
+
+    from uvc.doctor import diagnosis
+
+    Console().print(diagnosis())
+
+
+def _print_report(out: Path, summary: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from uvc.report import result_table
+
+    console = Console(highlight=False)
+    console.print(result_table(summary))
+    # Plain prints: a path that rich wraps can no longer be copied.
+    click.echo(f"what was kept: {out / 'structure.png'}")
+    click.echo(f"the model:     {out / 'model.safetensors'}, by uvc.load({str(out)!r})")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run a command and exit with 0, 2 (bad input) or 130 (interrupted)."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors that a user can cause become one line on stderr."""
+    try:
+        status = cli.main(args=arguments, prog_name="uvc", standalone_mode=False)
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code if error.exit_code != 1 else 2)
+    except (ValueError, RuntimeError, OSError) as error:
+        if _is_bug(error):
+            raise
+        return _fail(str(error), 2)
+    except (KeyboardInterrupt, click.Abort) as error:
+        return _fail(str(error) or "interrupted", 130)
+    return status if isinstance(status, int) else 0
+
+
+def _is_bug(error: BaseException) -> bool:
+    """Whether an error was raised outside this package, so that its traceback is what helps."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return not isinstance(error, OSError) and module.partition(".")[0] not in ("uvc", "uvc_kernels")
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"uvc: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,231 @@
+"""A whole run from options to files: data, model, teacher, compression, and what is left in the folder."""
+
+import copy
+import difflib
+import inspect
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import uvc.models  # noqa: F401  registers the models that timm does not have
+from uvc.budget import cost
+from uvc.checkpoint import load, save
+from uvc.compact import compact
+from uvc.config import Config
+from uvc.data import DEFAULT_MODELS, DIGITS, Data, load_data
+from uvc.layers import convert
+from uvc.recipes import RECIPES
+from uvc.report import RunLog, draw_structure, measure_latency, write_json
+from uvc.rundir import SUMMARY, check_out, load_weights, merge_options, open_out, read_json, save_weights
+from uvc.structure import Structure
+from uvc.train import check_budget, compress, evaluate, train_teacher
+
+LATENCY_BATCHES = (1, 64)
+CHECKPOINT = "checkpoint.safetensors"
+# Options that are named as fields of Config; None leaves the recipe's value.
+CONFIG_FIELDS = {
+    "teacher_epochs": "teacher_epochs",
+    "warmup_epochs": "warmup_epochs",
+    "search_epochs": "search_epochs",
+    "post_epochs": "post_epochs",
+    "batch_size": "batch_size",
+    "lr": "learning_rate",
+    "seed": "seed",
+}
+
+
+def compress_run(out: Path, options: Mapping[str, Any], *, resume: bool = False, progress: bool = False) -> dict:
+    """Compress as the command-line `options` say (None: default), write the run folder, return the summary.
+
+    Everything that can be wrong is checked before `out` is touched: ValueError or RuntimeError, one line each.
+    """
+    check_out(out, resume)
+    if resume:
+        options = merge_options(out, options)
+        if (out / SUMMARY).is_file():
+            return read_summary(out)
+    started = time.monotonic()
+    config = _config(options)
+    device = _device(options["device"], options["threads"])
+    data_name = options["data"] or DIGITS
+    model_name = _model_name(options["model"], data_name)
+    budget, metric = (_given_or_default(options, name) for name in ("budget", "metric"))
+    data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
+    torch.manual_seed(config.seed)
+    model = convert(timm.create_model(model_name, num_classes=data.num_classes))
+    check_budget(model, budget, metric)
+    if options["teacher"]:
+        load_weights(model, Path(options["teacher"]))
+    open_out(out, options)
+
+    model.to(device)
+    with RunLog(out, progress) as log:
+        if not options["teacher"]:
+            _make_teacher(model, data, config, out, log)
+        teacher = copy.deepcopy(model)
+        # A run that is resumed after its teacher sees the batches of a run in one go.
+        data.train.load_state_dict({"epoch": config.teacher_epochs, "batch": 0})
+        result = compress(model, data.train, data.val, budget, metric, teacher, config, out, log, resume)
+    small = compact(result.model)
+    summary = {
+        "model": model_name,
+        "data": data.name,
+        "seed": config.seed,
+        "budget": budget,
+        "metric": metric,
+        "dense_macs": result.dense_cost.macs,
+        "final_macs": result.cost.macs,
+        "macs_ratio": result.cost.macs / result.dense_cost.macs,
+        "dense_params": result.dense_cost.params,
+        "final_params": result.cost.params,
+        "teacher_top1": result.teacher_top1,
+        "before_post_top1": result.before_post_top1,
+        "final_top1": evaluate(small, data.val, device),
+        "steps": result.steps,
+        "seconds": time.monotonic() - started,
+        "device": _device_name(device),
+        "latency": _latency(teacher, small, data, device),
+        "versions": versions(),
+        "structure": json.loads(result.structure.to_json()),
+    }
+    save(small, out)
+    (out / "structure.json").write_text(result.structure.to_json() + "\n")
+    draw_run(out, summary)
+    # Last: a folder with a summary is a finished run.
+    write_json(out / SUMMARY, summary)
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return summary
+
+
+def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Top-1 accuracy, images, MACs and parameters of the model that `uvc.save` left in a folder."""
+    device = _device(options["device"], options["threads"])
+    model = load(folder)
+    summary = read_summary(folder) if (folder / SUMMARY).is_file() else {}
+    data_name = options["data"] or summary.get("data", DIGITS)
+    known = _model_input(summary["model"]) if "model" in summary else {}
+    size = (model.in_chans, *model.patch_embed.img_size)
+    config = RECIPES.get(data_name, RECIPES["default"])()
+    batch_size = options["batch_size"] or config.batch_size
+    data = _data(data_name, {**known, "input_size": size}, batch_size, config.seed, options)
+    if data.num_classes != model.num_classes:
+        raise ValueError(f"--data: {data_name!r} has {data.num_classes} classes, the model has {model.num_classes}")
+    figures = cost(model)
+    return {
+        "top1": evaluate(model.to(device), data.val, device),
+        "images": sum(len(labels) for _, labels in data.val),
+        "data": data_name,
+        "macs": figures.macs,
+        "params": figures.params,
+    }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a finished run; ValueError when there is none."""
+    if not (folder / SUMMARY).is_file():
+        raise ValueError(f"DIR: {str(folder)!r} holds no finished run; finish it with uvc compress --resume --out")
+    return read_json(folder / SUMMARY)
+
+
+def draw_run(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `structure.png` from the model and the structure in a run folder."""
+    structure = Structure.from_json((folder / "structure.json").read_text())
+    title = f"{summary['model']} on {summary['data']}: {summary['macs_ratio']:.1%} of the MACs kept"
+    draw_structure(structure, Structure.dense(load(folder)), folder / "structure.png", title)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter for a result."""
+    found = {"python": platform.python_version()}
+    for package in ("uvc-vit", "torch", "timm", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _config(options: Mapping[str, Any]) -> Config:
+    name = options["recipe"] or (options["data"] or DIGITS)
+    if options["recipe"] and name not in RECIPES:
+        raise ValueError(f"--recipe: {name!r} is unknown; use one of {', '.join(RECIPES)}")
+    config = RECIPES.get(name, RECIPES["default"])()
+    given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options[name] is not None}
+    if options["skip"]:
+        given["solver"] = replace(config.solver, skip=options["skip"])
+    if options["distill"]:
+        given["distill"] = replace(config.distill, kind=options["distill"])
+    return replace(config, **given)
+
+
+def _device(name: str | None, threads: int | None) -> torch.device:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        device = torch.device(name or "cpu")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {name!r} is unknown; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _model_name(name: str | None, data: str) -> str:
+    if name is None and data not in DEFAULT_MODELS:
+        raise ValueError(f"--model: none given for --data {data!r}; name a timm model such as deit_tiny_patch16_224")
+    name = name or DEFAULT_MODELS[data]
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
+        raise ValueError(f"--model: {name!r} is no timm model; {hint}")
+    return name
+
+
+def _model_input(model_name: str) -> dict[str, Any]:
+    found = timm.get_pretrained_cfg(model_name)
+    return found.to_dict() if found is not None else {"input_size": (3, 224, 224)}
+
+
+def _data(name: str, model_input: Mapping[str, Any], batch_size: int, seed: int, options: Mapping[str, Any]) -> Data:
+    more = {key: value for key, value in (("workers", options["workers"]), ("root", options["data_root"])) if value}
+    return load_data(name, model_input=model_input, batch_size=batch_size, seed=seed, **more)
+
+
+def _given_or_default(options: Mapping[str, Any], name: str) -> Any:
+    given = options[name]
+    return inspect.signature(compress).parameters[name].default if given is None else given
+
+
+def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: RunLog) -> None:
+    """Train the teacher, or take up the one that this run had trained before it was interrupted."""
+    weights, checkpoint = out / "teacher" / "model.safetensors", out / "teacher" / CHECKPOINT
+    if weights.is_file():
+        load_weights(model, weights)
+        return
+    train_teacher(model, data.train, data.val, config, log, checkpoint)
+    save_weights(model, weights)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _latency(teacher: nn.Module, small: nn.Module, data: Data, device: torch.device) -> list[dict[str, float]]:
+    figures = []
+    for batch in LATENCY_BATCHES:
+        images = torch.randn(batch, *data.input_size, device=device)
+        times = measure_latency({"teacher": teacher, "compressed": small}, images)
+        figures.append({"batch": batch, "teacher_ms": times["teacher"], "compressed_ms": times["compressed"]})
+    return figures
