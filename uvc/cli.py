@@ -1,6 +1,6 @@
 """The command line: `uvc compress`, `uvc eval`, `uvc report`, `uvc doctor`.
 
-Options that are not given are None: their defaults stand in the recipe, in the functions called, and in the data.
+Options that are not given are None: their defaults stand in the recipe, in the functions called, in the data.
 Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 and one line.
 """
 
@@ -19,7 +19,7 @@ FOLDER = click.Path(path_type=Path)
 @click.version_option(package_name="uvc-vit", message="uvc %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Compress vision transformers under one budget: heads, head dims, neurons and blocks, found while training."""
+    """Compress vision transformers under one budget: heads, dims, neurons, blocks, found while training."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -39,27 +39,33 @@ def _positive(_context: click.Context, option: click.Parameter, value: float | N
 
 def _data_options(command: Callable) -> Callable:
     for option in (
-        click.option("--workers", type=click.IntRange(0), help="Processes that read images; 0 reads in this one."),
+        click.option("--workers", type=click.IntRange(0), help="Processes that read images; 0: this one."),
         click.option("--data-root", type=FOLDER, help="Where a data set that timm names is stored."),
         click.option("--batch-size", type=click.IntRange(1), help="Images per batch."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads for torch."),
         click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1."),
-        click.option("--data", help="digits, an image folder, or a timm data set name such as torch/cifar10."),
+        click.option("--data", help="digits, an image folder, or a timm name such as torch/cifar10."),
     ):
         command = option(command)
     return command
 
 
 @cli.command()
-@click.option("--out", required=True, type=FOLDER, help="Folder of the run: new, empty, or with --resume its own.")
+@click.option(
+    "--out", required=True, type=FOLDER, help="Folder of the run: new or empty; with --resume, begun."
+)
 @click.option("--model", help="A timm model name; digits has a small ViT of its own.")
 @_data_options
 @click.option("--budget", type=float, callback=_fraction, help="Fraction of the dense cost that may remain.")
 @click.option("--metric", type=click.Choice(["macs", "params"]), help="What the budget counts.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
 @click.option("--recipe", help="Named settings: default, digits.")
-@click.option("--teacher", type=FOLDER, help="Trained weights of the model: a safetensors file, or its folder.")
-@click.option("--teacher-epochs", type=click.IntRange(0), help="Epochs of the teacher, when no weights are given.")
+@click.option(
+    "--teacher", type=FOLDER, help="Trained weights of the model, a safetensors file or its folder."
+)
+@click.option(
+    "--teacher-epochs", type=click.IntRange(0), help="Epochs of the teacher, if no weights are given."
+)
 @click.option("--warmup-epochs", type=click.IntRange(0), help="Epochs before the search.")
 @click.option("--search-epochs", type=click.IntRange(0), help="Epochs of the joint search.")
 @click.option("--post-epochs", type=click.IntRange(0), help="Epochs after the structure is fixed.")
@@ -69,7 +75,7 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--resume", is_flag=True, help="Continue the run in --out, with the options it began with.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
-    """Train a teacher (unless weights are given), search, harden to the budget, post-train, save and report."""
+    """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.run import compress_run
 
     for name in ("teacher", "data_root"):

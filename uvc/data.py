@@ -1,7 +1,7 @@
 """Data: one call gives a train and an evaluation loader of (images float32 [B, C, H, W], labels int64 [B]).
 
-A loader's random choices depend on its seed, its epoch and the image's place in that epoch only. `state_dict()`
-names the next batch as two integers, so a run that is resumed sees exactly the batches it would have seen.
+A loader's random choices depend on its seed, its epoch and the image's place in that epoch only.
+`state_dict()` names the next batch as two integers, so a resumed run sees the batches it would have seen.
 """
 
 import random
@@ -20,7 +20,9 @@ DEFAULT_MODELS = {DIGITS: "uvc_vit_digits"}
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
 # What timm.data.create_dataset knows and can read in random order.
 TIMM_PREFIXES = ("torch/", "hfds/")
-USAGE = "use 'digits', a folder with train/ and val/ full of class folders, or a timm name such as torch/cifar10"
+USAGE = (
+    "use 'digits', a folder with train/ and val/ full of class folders, or a timm name such as torch/cifar10"
+)
 
 
 class Data(NamedTuple):
@@ -56,7 +58,7 @@ class Loader:
             self._epoch += 1
         epoch, self._batch, self._resume_at = self._epoch, self._resume_at, 0
         for images, labels in self._batches(epoch, self._batch):
-            # Count before handing over, so that a checkpoint written by the receiver names the batch after this one.
+            # Counted before it is handed over: a checkpoint that its receiver writes names the next one.
             self._batch += 1
             if self._batch == len(self):
                 self._epoch, self._batch = epoch + 1, 0
@@ -85,9 +87,9 @@ def _batch_count(images: int, batch_size: int, training: bool) -> int:
 class TensorLoader(Loader):
     """Images that lie in memory, float32 [n, C, H, W], already normalised; labels int64 [n].
 
-    With `training` every epoch is reshuffled, and each image is shifted by up to `shift` pixels along each axis
-    (`fill` moves in) and given normal noise of deviation `noise`. `size` (C, H, W) resizes each batch bilinearly
-    and repeats its channel.
+    With `training` every epoch is reshuffled, and each image is shifted by up to `shift` pixels along each
+    axis (`fill` moves in) and given normal noise of deviation `noise`. `size` (C, H, W) resizes each batch
+    bilinearly and repeats its channel.
     """
 
     def __init__(
@@ -130,7 +132,9 @@ class TensorLoader(Loader):
             rows = offset[0] + torch.arange(height)[:, None]  # [n, H, 1]
             columns = offset[1] + torch.arange(width)  # [n, 1, W]
             # Indices around the channel slice put it last: [n, H, W, C].
-            images = padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
+            images = (
+                padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
+            )
         if self.noise:
             images = images + self.noise * torch.randn(images.shape, generator=generator)
         return images
@@ -144,7 +148,7 @@ class TensorLoader(Loader):
 
 
 class _Views(torch.utils.data.Dataset):
-    """Images of a data set, transformed; a view depends on (seed, epoch, index), not on workers or global state."""
+    """Transformed images; a view depends on (seed, epoch, index), not on workers or global state."""
 
     def __init__(self, images: Sequence, transform: Any, mode: str, seed: int, epoch: int) -> None:
         self.images, self.transform, self.mode, self.seed, self.epoch = images, transform, mode, seed, epoch
@@ -272,7 +276,9 @@ def _open_folder(folder: Path) -> tuple[Sequence, Sequence, int]:
     train_folder, val_folder = _split_folder(folder, "train"), _split_folder(folder, "val", "validation")
     classes = _classes(train_folder)
     if _classes(val_folder) != classes:
-        raise ValueError(f"data: {str(folder)!r}: {train_folder.name}/ and {val_folder.name}/ differ in their classes")
+        raise ValueError(
+            f"data: {str(folder)!r}: {train_folder.name}/ and {val_folder.name}/ differ in their classes"
+        )
     index = {name: i for i, name in enumerate(classes)}
     train, val = (create_dataset("", root=str(part), class_map=index) for part in (train_folder, val_folder))
     return train, val, len(classes)

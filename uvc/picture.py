@@ -1,4 +1,4 @@
-"""The picture of a structure: one row per block, a cell per dim and per neuron, kept in colour, removed in grey."""
+"""The picture of a structure: a row per block, a cell per dim and neuron, kept in colour, removed in grey."""
 
 import math
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ HEADING, FOOTING = 0.85, 0.6
 
 
 def structure_figure(structure: "Structure", dense: "Structure", title: str) -> "Figure":
-    """A matplotlib figure of `structure` within `dense`; no window is opened and no global state is touched."""
+    """A matplotlib figure of `structure` within `dense`; no window opens, no global state is touched."""
     from matplotlib.figure import Figure
 
     rows = len(dense.blocks)
@@ -33,9 +33,14 @@ def structure_figure(structure: "Structure", dense: "Structure", title: str) -> 
     axes.set_ylim(height, 0)
     axes.axis("off")
     axes.text(0.3, 0.32, title, fontsize=13, color=INK, weight="bold", va="center")
-    for x, label in ((ATTENTION, "attention: heads, upper lane q/k dims, lower lane v dims"), (MLP, "MLP: neurons")):
+    for x, label in (
+        (ATTENTION, "attention: heads, upper lane q/k dims, lower lane v dims"),
+        (MLP, "MLP: neurons"),
+    ):
         axes.text(x, HEADING - 0.14, label, fontsize=8.5, color=INK, va="center")
-    axes.plot([STREAM, STREAM], [HEADING - 0.1, height - FOOTING + 0.05], color=FAINT, linewidth=1.2, zorder=1)
+    axes.plot(
+        [STREAM, STREAM], [HEADING - 0.1, height - FOOTING + 0.05], color=FAINT, linewidth=1.2, zorder=1
+    )
     for i, (block, full) in enumerate(zip(structure.blocks, dense.blocks, strict=True)):
         top = HEADING + i * (ROW + GAP)
         axes.text(STREAM - 0.28, top + ROW / 2, str(i + 1), fontsize=9, color=INK, ha="center", va="center")
@@ -64,7 +69,9 @@ def _attention(axes: "Axes", top: float, block: "BlockStructure", full: "BlockSt
             axes.plot([left, left + head_width], [top + ROW, top], color="white", linewidth=2.5, zorder=4)
             axes.plot([left, left + head_width], [top + ROW, top], color=FAINT, linewidth=0.8, zorder=5)
     qk_share = _share(block.qk_dims, full.qk_dims)
-    text = f"{len(block.heads)}/{len(full.heads)} heads\nq/k {qk_share}  v {_share(block.v_dims, full.v_dims)}"
+    text = (
+        f"{len(block.heads)}/{len(full.heads)} heads\nq/k {qk_share}  v {_share(block.v_dims, full.v_dims)}"
+    )
     axes.text(ATTENTION_TEXT, top + ROW / 2, text, fontsize=7.5, color=INK, va="center", linespacing=1.35)
 
 
@@ -85,13 +92,17 @@ def _cells(
     """A grid of near-square cells, one per index of `full`, filled row by row."""
     from matplotlib.colors import to_rgb
 
+    if not full:
+        return
     lines = _lines(len(full), height / width)
     columns = -(-len(full) // lines)
     pixels = np.ones((lines * columns, 3))
     pixels[: len(full)] = to_rgb(REMOVED)
     pixels[np.isin(full, kept).nonzero()[0]] = to_rgb(colour)
     extent = (left, left + width, top + height, top)
-    axes.imshow(pixels.reshape(lines, columns, 3), extent=extent, aspect="auto", interpolation="nearest", zorder=2)
+    axes.imshow(
+        pixels.reshape(lines, columns, 3), extent=extent, aspect="auto", interpolation="nearest", zorder=2
+    )
     # White lines between the cells, as long as these are large enough to be told apart.
     if width / columns > 0.035:
         for i in range(1, columns):
@@ -103,9 +114,11 @@ def _cells(
 
 
 def _lines(cells: int, aspect: float) -> int:
-    """Lines of a grid of near-square cells: a divisor of `cells` when one is near, so that no corner stays empty."""
+    """Lines of a grid of near-square cells: a divisor of `cells` if one is near, so no corner stays empty."""
     ideal = max(1.0, math.sqrt(cells * aspect))
-    nearest = min((n for n in range(1, cells + 1) if cells % n == 0), key=lambda n: abs(math.log(n / ideal)), default=1)
+    nearest = min(
+        (n for n in range(1, cells + 1) if cells % n == 0), key=lambda n: abs(math.log(n / ideal)), default=1
+    )
     return nearest if abs(math.log(nearest / ideal)) < math.log(2) else round(ideal)
 
 
@@ -119,10 +132,19 @@ def _stream_dot(axes: "Axes", y: float, runs: bool) -> None:
 def _skipped(axes: "Axes", left: float, top: float, width: float, label: str) -> None:
     from matplotlib.patches import Rectangle
 
-    box = Rectangle((left, top), width, ROW, fill=False, edgecolor=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
+    box = Rectangle(
+        (left, top), width, ROW, fill=False, edgecolor=FAINT, linewidth=0.9, linestyle=(0, (4, 3))
+    )
     axes.add_patch(box)
     axes.text(
-        left + width / 2, top + ROW / 2, label, fontsize=8, color=FAINT, style="italic", ha="center", va="center"
+        left + width / 2,
+        top + ROW / 2,
+        label,
+        fontsize=8,
+        color=FAINT,
+        style="italic",
+        ha="center",
+        va="center",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run tells its user: the log, the progress, the picture of the structure, latency, the final table."""
+"""What a run tells its user: log, progress, picture of the structure, latency, final table."""
 
 import json
 import math
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class RunLog:
     """Writes `out/log.jsonl` (one JSON line per logged step) and TensorBoard events, and shows progress.
 
-    On a terminal progress is a bar; elsewhere it is a plain line at about every tenth of a phase. With `out=None`
-    nothing is written, with `progress=False` nothing is shown. A run that is resumed appends to its log.
+    On a terminal progress is a bar; elsewhere it is a plain line at about every tenth of a phase. With
+    `out=None` nothing is written, with `progress=False` nothing is shown. A resumed run appends to its log.
     """
 
     def __init__(self, out: Path | None, progress: bool = False) -> None:
-        self._phase, self._step, self._total = "", 0, 0
+        self._phase, self._step, self._total, self._tenth = "", 0, 0, 0
         self._start = time.monotonic()
         self._file = self._events = self._progress = self._task = self._console = None
         if out is not None:
@@ -46,7 +46,7 @@ class RunLog:
     def phase(self, name: str, total_steps: int) -> None:
         """Start a phase ('teacher', 'warmup', 'search', 'post-train') of `total_steps` steps."""
         self._end_bar()
-        self._phase, self._step, self._total = name, 0, total_steps
+        self._phase, self._step, self._total, self._tenth = name, 0, total_steps, 0
         self._start = time.monotonic()
         if self._console is not None and self._console.is_terminal:
             self._start_bar()
@@ -60,7 +60,7 @@ class RunLog:
                 self._events.add_scalar(f"{self._phase}/{name}", value, step)
         if self._progress is not None:
             self._progress.update(self._task, completed=self._step, figures=_figures(scalars))
-        elif self._console is not None and self._is_tenth():
+        elif self._console is not None and self._new_tenth():
             seconds = time.monotonic() - self._start
             self._console.print(
                 f"{self._phase:<10} {self._step:>6}/{self._total}  {seconds:5.0f} s  {_figures(scalars)}"
@@ -92,10 +92,12 @@ class RunLog:
         if self._file is not None:
             self._file.write(json.dumps(_plain(fields)) + "\n")
 
-    def _is_tenth(self) -> bool:
-        if self._total <= 10:
-            return self._step == self._total
-        return self._step * 10 // self._total != (self._step - 1) * 10 // self._total
+    def _new_tenth(self) -> bool:
+        """Whether a further tenth of the phase has been done since this was last true."""
+        tenth = self._step * 10 // max(self._total, 1)
+        new = tenth > self._tenth
+        self._tenth = max(tenth, self._tenth)
+        return new
 
     def _start_bar(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -130,7 +132,7 @@ def _figures(scalars: Mapping[str, float]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value in types that strict JSON has: tensors and numpy scalars as numbers, nan and infinity as null."""
+    """The value in types of strict JSON: tensors and numpy scalars as numbers, nan and infinity as null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -154,8 +156,8 @@ def measure_latency(
 ) -> dict[str, float]:
     """Median milliseconds of one forward pass of `images` [B, C, H, W] through each model.
 
-    The models take turns, so that a busy moment of the machine hits all of them. It ends after `repeats` rounds, or
-    after `seconds` and three rounds.
+    The models take turns, so that a busy moment of the machine hits all of them. It ends after `repeats`
+    rounds, or after `seconds` and three rounds.
     """
     modes = {name: model.training for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -190,7 +192,9 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     """Teacher beside compressed model, from the fields of `summary.json`."""
     from rich.table import Table
 
-    table = Table(title=f"{summary['model']} on {summary['data']}, budget {summary['budget']:g} of {summary['metric']}")
+    table = Table(
+        title=f"{summary['model']} on {summary['data']}, budget {summary['budget']:g} of {summary['metric']}"
+    )
     for name in ("", "teacher", "compressed", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     before, after = summary["teacher_top1"], summary["final_top1"]

@@ -43,10 +43,12 @@ CONFIG_FIELDS = {
 }
 
 
-def compress_run(out: Path, options: Mapping[str, Any], *, resume: bool = False, progress: bool = False) -> dict:
+def compress_run(
+    out: Path, options: Mapping[str, Any], *, resume: bool = False, progress: bool = False
+) -> dict:
     """Compress as the command-line `options` say (None: default), write the run folder, return the summary.
 
-    Everything that can be wrong is checked before `out` is touched: ValueError or RuntimeError, one line each.
+    All that can be wrong is checked before `out` is touched: ValueError or RuntimeError, one line each.
     """
     check_out(out, resume)
     if resume:
@@ -118,7 +120,9 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     batch_size = options["batch_size"] or config.batch_size
     data = _data(data_name, {**known, "input_size": size}, batch_size, config.seed, options)
     if data.num_classes != model.num_classes:
-        raise ValueError(f"--data: {data_name!r} has {data.num_classes} classes, the model has {model.num_classes}")
+        raise ValueError(
+            f"--data: {data_name!r} has {data.num_classes} classes, the model has {model.num_classes}"
+        )
     figures = cost(model)
     return {
         "top1": evaluate(model.to(device), data.val, device),
@@ -132,7 +136,9 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def read_summary(folder: Path) -> dict[str, Any]:
     """`summary.json` of a finished run; ValueError when there is none."""
     if not (folder / SUMMARY).is_file():
-        raise ValueError(f"DIR: {str(folder)!r} holds no finished run; finish it with uvc compress --resume --out")
+        raise ValueError(
+            f"DIR: {str(folder)!r} holds no finished run; finish it with uvc compress --resume --out"
+        )
     return read_json(folder / SUMMARY)
 
 
@@ -177,7 +183,9 @@ def _device(name: str | None, threads: int | None) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: {name!r} is unknown; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+        raise ValueError(
+            f"--device: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
     return device
 
 
@@ -187,7 +195,9 @@ def _device_name(device: torch.device) -> str:
 
 def _model_name(name: str | None, data: str) -> str:
     if name is None and data not in DEFAULT_MODELS:
-        raise ValueError(f"--model: none given for --data {data!r}; name a timm model such as deit_tiny_patch16_224")
+        raise ValueError(
+            f"--model: none given for --data {data!r}; name a timm model such as deit_tiny_patch16_224"
+        )
     name = name or DEFAULT_MODELS[data]
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -201,8 +211,14 @@ def _model_input(model_name: str) -> dict[str, Any]:
     return found.to_dict() if found is not None else {"input_size": (3, 224, 224)}
 
 
-def _data(name: str, model_input: Mapping[str, Any], batch_size: int, seed: int, options: Mapping[str, Any]) -> Data:
-    more = {key: value for key, value in (("workers", options["workers"]), ("root", options["data_root"])) if value}
+def _data(
+    name: str, model_input: Mapping[str, Any], batch_size: int, seed: int, options: Mapping[str, Any]
+) -> Data:
+    more = {
+        key: value
+        for key, value in (("workers", options["workers"]), ("root", options["data_root"]))
+        if value
+    }
     return load_data(name, model_input=model_input, batch_size=batch_size, seed=seed, **more)
 
 
@@ -222,7 +238,9 @@ def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: 
     checkpoint.unlink(missing_ok=True)
 
 
-def _latency(teacher: nn.Module, small: nn.Module, data: Data, device: torch.device) -> list[dict[str, float]]:
+def _latency(
+    teacher: nn.Module, small: nn.Module, data: Data, device: torch.device
+) -> list[dict[str, float]]:
     figures = []
     for batch in LATENCY_BATCHES:
         images = torch.randn(batch, *data.input_size, device=device)

@@ -1,7 +1,7 @@
 """The folder of a run: made safely, resumed with the options it began with, weights read strictly.
 
-A run folder holds `run.json` (the options), `teacher/`, checkpoints, logs, and at its end the compacted model,
-`structure.json`, `structure.png` and `summary.json`.
+A run folder holds `run.json` (the options), `teacher/`, checkpoints, logs, and at its end the compacted
+model, `structure.json`, `structure.png` and `summary.json`.
 """
 
 import json
@@ -37,12 +37,16 @@ def check_out(out: Path, resume: bool) -> None:
     if resume and not started:
         raise ValueError(f"--resume: {str(out)!r} holds no run to continue; start it without --resume")
     if started and not resume:
-        raise ValueError(f"--out: {str(out)!r} holds a run already; add --resume to continue it, or name a new folder")
+        raise ValueError(
+            f"--out: {str(out)!r} holds a run already; add --resume to continue it, or name a new folder"
+        )
     if not started and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out: {str(out)!r} holds other files; name a new or an empty folder")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--out: {str(out)!r} cannot be made, {str(existing)!r} is no writable folder; name another")
+        raise ValueError(
+            f"--out: {str(out)!r} cannot be made, {str(existing)!r} is no writable folder; name another"
+        )
 
 
 def merge_options(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +55,9 @@ def merge_options(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if value is not None and stored.get(name) != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: {value!r}, but the run to resume began with {stored.get(name)!r}; leave it out")
+            raise ValueError(
+                f"{flag}: {value!r}, but the run to resume began with {stored.get(name)!r}; leave it out"
+            )
     return stored
 
 
@@ -62,7 +68,9 @@ def open_out(out: Path, options: Mapping[str, Any]) -> None:
         if not (out / OPTIONS).exists():
             write_json(out / OPTIONS, dict(options))
     except OSError as error:
-        raise ValueError(f"--out: {str(out)!r} cannot be written: {error.strerror}; name another folder") from error
+        raise ValueError(
+            f"--out: {str(out)!r} cannot be written: {error.strerror}; name another folder"
+        ) from error
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -76,20 +84,26 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path, option: str = "--teacher") -> None:
-    """Load a safetensors file, or `model.safetensors` of a folder, strictly; ValueError when it does not fit."""
+    """Load a safetensors file, or `model.safetensors` of a folder; ValueError unless it fits strictly."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{option}: {str(file)!r} does not exist; name a safetensors file or a folder that holds one")
+        raise ValueError(
+            f"{option}: {str(file)!r} does not exist; name a safetensors file or a folder that holds one"
+        )
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{option}: {str(file)!r} is no whole safetensors file ({error}); save it again") from error
+        raise ValueError(
+            f"{option}: {str(file)!r} is no whole safetensors file ({error}); save it again"
+        ) from error
     expected = model.state_dict()
     fault = next((f"lacks {name!r}" for name in expected if name not in weights), None)
-    fault = fault or next((f"has {name!r}, unknown to the model" for name in weights if name not in expected), None)
+    fault = fault or next(
+        (f"has {name!r}, unknown to the model" for name in weights if name not in expected), None
+    )
     fault = fault or next(
         (
             f"has {name!r} of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
@@ -99,5 +113,7 @@ def load_weights(model: nn.Module, path: Path, option: str = "--teacher") -> Non
         None,
     )
     if fault:
-        raise ValueError(f"{option}: {str(file)!r} {fault}; give weights of this very model and number of classes")
+        raise ValueError(
+            f"{option}: {str(file)!r} {fault}; give weights of this very model and number of classes"
+        )
     model.load_state_dict(weights)
