@@ -1,4 +1,4 @@
-"""Compress vision transformers under one budget: heads, head dims, neurons and blocks, found while training."""
+"""Compress vision transformers under one budget: heads, head dims, neurons, blocks, found while training."""
 
 from uvc.budget import cost
 from uvc.compact import compact

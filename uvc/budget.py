@@ -3,13 +3,13 @@
 N tokens, D width, H heads, K head dim, L blocks.
 """
 
-import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from uvc.layers import hollow
 from uvc.structure import Structure, sizes_of, structure_of
 
 METRICS = ("macs", "params")
@@ -18,8 +18,8 @@ METRICS = ("macs", "params")
 class Prices(NamedTuple):
     """What each part costs in one metric: MACs per image, or parameters.
 
-    `fixed`: everything outside the blocks; `attn`, `mlp`: a half that runs, whatever it keeps; `qk`, `v`: a kept q/k dim
-    or v dim; `neuron`: a kept neuron.
+    `fixed`: everything outside the blocks; `attn`, `mlp`: a half that runs, whatever it keeps; `qk`, `v`: a
+    kept q/k dim or v dim; `neuron`: a kept neuron.
     """
 
     fixed: int
@@ -31,7 +31,7 @@ class Prices(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How much each block keeps: ints or tensors [L]. `attn`, `mlp` are 1 for a half that runs and 0 for a skipped one."""
+    """How much each block keeps, as ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, 0 if skipped."""
 
     attn: tuple[int, ...] | Tensor
     mlp: tuple[int, ...] | Tensor
@@ -67,7 +67,7 @@ def counts(structure: Structure) -> Counts:
 
 
 def prices(model: nn.Module, metric: str) -> Prices:
-    """The prices of a timm, converted or compacted model in "macs" or "params", at the model's own input size."""
+    """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size."""
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     s = sizes_of(model)
@@ -77,29 +77,22 @@ def prices(model: nn.Module, metric: str) -> Prices:
         # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
         return Prices(fixed, s.attn_params, s.mlp_params, 2 * row, row + s.dim, 2 * s.dim + s.fc1_bias)
     N = model.patch_embed.num_patches + model.num_prefix_tokens
-    # A q/k dim is a row of q, one of k, and a term of N^2 dot products; a v dim a row, N^2 products, and a column.
+    # A q/k dim: a row of q, one of k, a term of N^2 dot products. A v dim: a row, N^2 products, a column.
     dim = 2 * N * s.dim + N * N
     return Prices(fixed_macs(model), 0, 0, dim, dim, 2 * N * s.dim)
 
 
 def fixed_macs(model: nn.Module) -> int:
-    """MACs per image outside the blocks, by torch's flop counter, on a meta copy that holds no weights."""
-    memo = {id(model.blocks): nn.Sequential()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        meta = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
-        )
-    stem_and_head = copy.deepcopy(model, memo).eval()
+    """MACs per image outside the blocks, by torch's flop counter, on a copy that holds no weights."""
     size = model.patch_embed.img_size
     if size is None:
         raise ValueError(
-            "the model has no fixed input size: create it with img_size, so that its cost is defined"
+            "the model has no input size of its own, so its cost is undefined; give it an img_size"
         )
-    weight = next(stem_and_head.patch_embed.parameters())
-    image = torch.empty(1, model.in_chans, *size, dtype=weight.dtype, device="meta")
+    stem_and_head = hollow(model, {id(model.blocks): nn.Sequential()}).eval().requires_grad_(False)
+    dtype = next(stem_and_head.patch_embed.parameters()).dtype
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stem_and_head(image)
+        stem_and_head(torch.empty(1, model.in_chans, *size, dtype=dtype, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -122,8 +115,8 @@ def total(prices: Prices, counts: Counts) -> int | Tensor:
 def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
     """What `model` costs per image with its own structure, or with the one given.
 
-    MACs count patch embedding, linear layers, attention products and head: half of what torch's flop counter counts on
-    the compacted model. Parameters are those of the compacted model.
+    MACs count patch embedding, linear layers, attention products and head: half of what torch's flop counter
+    counts on the compacted model. Parameters are those of the compacted model.
     """
     kept = counts(structure_of(model) if structure is None else structure)
     macs, params = (prices(model, metric) for metric in METRICS)

@@ -3,6 +3,7 @@
 H heads, K head dim, F hidden neurons, L blocks.
 """
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -14,7 +15,11 @@ from uvc.layers import check, convert, is_compacted
 
 
 class Sizes(NamedTuple):
-    """How large the blocks of a dense model are, and what each part holds in parameters (bias flags as 0 or 1)."""
+    """How large the blocks of a dense model are.
+
+    `qkv_bias`, `fc1_bias`: 1 with a bias, else 0. `attn_params`, `mlp_params`: the parameters of a running
+    half that stay whatever it keeps (norm, layer scale, output bias).
+    """
 
     blocks: int
     dim: int
@@ -23,46 +28,33 @@ class Sizes(NamedTuple):
     neurons: int
     qkv_bias: int
     fc1_bias: int
-    attn_params: (
-        int  # parameters of an attention half that stay whatever is kept: norm, layer scale, output bias
-    )
-    mlp_params: int  # the same of an MLP half
+    attn_params: int
+    mlp_params: int
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """The sizes of the dense model behind a timm, converted or compacted model; ValueError for another model."""
-    if is_compacted(model):
-        return model.blocks[0].sizes
-    check(model)
-    block = model.blocks[0]
+    """The sizes of a timm or converted model, or of the one behind a compacted model; else ValueError."""
+    compacted = is_compacted(model)
+    if not compacted:
+        check(model)
+    block = model.blocks[0].origin if compacted else model.blocks[0]
     attn, mlp = block.attn, block.mlp
-
-    def count(*modules: nn.Module | nn.Parameter | None) -> int:
-        tensors = [
-            t for m in modules for t in (m.parameters() if isinstance(m, nn.Module) else [m]) if t is not None
-        ]
-        return sum(t.numel() for t in tensors)
-
-    return Sizes(
-        blocks=len(model.blocks),
-        dim=attn.qkv.in_features,
-        heads=attn.num_heads,
-        head_dim=attn.head_dim,
-        neurons=mlp.fc1.out_features,
-        qkv_bias=int(attn.qkv.bias is not None),
-        fc1_bias=int(mlp.fc1.bias is not None),
-        attn_params=count(block.norm1, getattr(block, "ls1", None), attn.proj.bias),
-        mlp_params=count(block.norm2, getattr(block, "ls2", None), mlp.fc2.bias),
-    )
+    A, D, F = attn.num_heads * attn.head_dim, attn.qkv.in_features, mlp.fc1.out_features
+    qkv_bias, fc1_bias = int(attn.qkv.bias is not None), int(mlp.fc1.bias is not None)
+    halves = {"1": -A * (4 * D + 3 * qkv_bias), "2": -F * (2 * D + fc1_bias)}
+    for name, parameter in block.named_parameters():
+        child = name.split(".")[0]
+        halves["1" if child == "attn" else "2" if child == "mlp" else child[-1]] += parameter.numel()
+    return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, qkv_bias, fc1_bias, *halves.values())
 
 
 @dataclass(frozen=True)
 class BlockStructure:
     """What is kept of one block.
 
-    `attn`, `mlp`: False skips that half; its groups stay on record. `heads`: kept head indices; `qk_dims`, `v_dims`:
-    per kept head, its kept dims; `neurons`: kept neuron indices. Indices are ascending. A head without v dims adds
-    nothing and is dropped. ValueError for anything else.
+    `attn`, `mlp`: False skips that half; its groups stay on record. `heads`: kept head indices; `qk_dims`,
+    `v_dims`: per kept head, its kept dims; `neurons`: kept neuron indices. Indices ascend. A head without v
+    dims adds nothing and is dropped. ValueError for anything else.
     """
 
     attn: bool
@@ -98,7 +90,7 @@ def indices(name: str, values: object) -> tuple[int, ...]:
         raise ValueError(f"{name} must be a list of integers, got {values!r:.60}")
     if values and values[0] < 0:
         raise ValueError(f"{name} must not be negative, got {values[0]}")
-    for a, b in zip(values, values[1:], strict=False):
+    for a, b in itertools.pairwise(values):
         if a >= b:
             raise ValueError(f"{name} must ascend without repeats, got {a} before {b}")
     return tuple(values)
@@ -129,8 +121,9 @@ class Structure:
     ) -> "Structure":
         """Keep the first units of each family, the same in every block, and run the first blocks.
 
-        Each argument is a fraction in [0, 1] of its family, rounded to whole units: `heads` of the heads, `head_dims` of
-        the q/k dims and v dims of each kept head, `neurons` of the neurons, `blocks` of the blocks.
+        Each argument is a fraction in [0, 1] of its family, rounded to whole units: `heads` of the heads,
+        `head_dims` of the q/k dims and v dims of each kept head, `neurons` of the neurons, `blocks` of the
+        blocks.
         """
         s = sizes_of(model)
         n_heads = portion("heads", heads, s.heads)
@@ -153,10 +146,10 @@ class Structure:
 
     @classmethod
     def random(cls, model: nn.Module, keep: float, seed: int = 0) -> "Structure":
-        """Keep round(keep * F) neurons and round(keep * H * K) (head, dim) units of every block, drawn at random.
+        """Keep round(keep * F) neurons and round(keep * H * K) (head, dim) units of every block, at random.
 
-        How many heads survive is drawn among what is possible, then q/k dims and v dims are drawn apart within the
-        surviving heads, so that heads are ragged. The same seed gives the same structure.
+        How many heads survive is drawn among what is possible, then q/k dims and v dims are drawn apart
+        within the surviving heads, so that heads are ragged. The same seed gives the same structure.
         """
         s = sizes_of(model)
         units, n_neurons = portion("keep", keep, s.heads * s.head_dim), portion("keep", keep, s.neurons)
@@ -226,9 +219,9 @@ def random_block(s: Sizes, units: int, n_neurons: int, generator: torch.Generato
 
 
 def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
-    """Leave out, in place, what `structure` does not keep; the weights stay. Returns the model, converted if need be.
+    """Leave out, in place, what `structure` does not keep; weights stay. Returns the model, now converted.
 
-    ValueError when the model cannot be served, or when the structure does not fit its sizes; then nothing changes.
+    ValueError when the model cannot be served or the structure does not fit its sizes; then nothing changes.
     """
     fit(structure, sizes_of(model))
     convert(model)
@@ -263,7 +256,7 @@ def fit(structure: Structure, s: Sizes) -> None:
 
 
 def structure_of(model: nn.Module) -> Structure:
-    """What is kept of a timm model (everything), a converted model, or a compacted one (as it was compacted)."""
+    """What is kept of a timm model (everything), a converted one, or a compacted one (as compacted)."""
     if is_compacted(model):
         return Structure(tuple(block.record for block in model.blocks))
     if not all(hasattr(block, "skip_attn") for block in getattr(model, "blocks", ())):
@@ -271,7 +264,7 @@ def structure_of(model: nn.Module) -> Structure:
     check(model)
     blocks = []
     for block in model.blocks:
-        qk, v = block.attn.kept_qk.cpu(), block.attn.kept_v.cpu()
+        qk, v = block.attn.kept_qk, block.attn.kept_v
         heads = v.any(1).nonzero().flatten().tolist()
         blocks.append(
             BlockStructure(

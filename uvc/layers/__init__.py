@@ -1,9 +1,10 @@
 """The layers: timm's attention, MLP and block, with parts that can be left out."""
 
+from uvc.layers._common import hollow
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
 from uvc.layers.convert import check, convert, is_compacted
 from uvc.layers.mlp import UVCMlp
 
-__all__ = ["CompactBlock", "UVCAttention", "UVCBlock", "UVCMlp", "check", "convert", "is_compacted"]
+__all__ = ["CompactBlock", "UVCAttention", "UVCBlock", "UVCMlp", "check", "convert", "hollow", "is_compacted"]

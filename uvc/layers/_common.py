@@ -1,30 +1,41 @@
-"""What the layers share: taking over a timm module in place, saying a fallback once, following autocast."""
+"""What the layers share: taking a module over, copying one without weights, saying a thing once, autocast."""
 
+import copy
 import warnings
-from functools import lru_cache
+from functools import cache
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def take_over(cls: type[M], module: nn.Module) -> M:
-    """A `cls` that owns the very parameters, children, hooks and training flag of `module`, which is left behind."""
+    """A `cls` that owns the parameters, children, hooks and mode of `module`, which is left behind."""
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)
     return new
 
 
-@lru_cache(maxsize=None)
+def hollow(module: M, memo: dict[int, object] | None = None) -> M:
+    """A copy of `module` on the meta device that holds no weights; `memo` as for `copy.deepcopy`."""
+    memo = {} if memo is None else memo
+    for tensor in (*module.parameters(), *module.buffers()):
+        meta = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
+    return copy.deepcopy(module, memo)
+
+
+@cache
 def say_once(message: str) -> None:
     """Warn, once per process and message."""
     warnings.warn(message, stacklevel=4)
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors in the dtype that autocast would give a linear layer; unchanged outside autocast."""
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that autocast gives a linear layer; unchanged outside autocast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -7,18 +7,18 @@ import functools
 
 import torch
 import torch.nn.functional as F
+import uvc_kernels
 from timm.layers import Attention
 from torch import Tensor, nn
 
-import uvc_kernels
 from uvc.layers._common import autocast, say_once, take_over
 
 
 class UVCAttention(Attention):
     """Multi-head self attention with timm's arguments, state_dict keys and, while dense, timm's own forward.
 
-    A structure (`set_kept`) removes heads, q/k dims and v dims without touching the weights: the output and every
-    gradient equal those of the dense layer in which the removed contributions are absent.
+    A structure (`set_kept`) removes heads, q/k dims and v dims without touching the weights: the output and
+    every gradient equal those of the dense layer in which the removed contributions are absent.
     """
 
     @functools.wraps(Attention.__init__)
@@ -34,59 +34,57 @@ class UVCAttention(Attention):
         return new
 
     def _be_dense(self) -> None:
-        for name in ("_qk", "_qk_offsets", "_v", "_v_offsets", "_qk_mask", "_v_mask"):
+        # The masks are the record and stay on the CPU; the indices follow the module from device to device.
+        self._masks: tuple[Tensor, Tensor] | None = None
+        for name in ("_qk", "_qk_offsets", "_v", "_v_offsets"):
             self.register_buffer(name, None, persistent=False)
 
     def set_kept(self, qk: Tensor | None, v: Tensor | None) -> None:
-        """Keep the q/k dims and v dims marked in the bool masks [H, K] `qk` and `v`; None, or all True, keeps all.
+        """Keep the q/k dims and v dims marked in the bool masks [H, K] `qk` and `v`; None keeps all.
 
-        A head without kept v dims is removed; its q/k dims do not count. A kept head without q/k dims attends uniformly.
-        ValueError for a mask of another shape or dtype, or for a layer whose normalisation forbids removal.
+        A head without kept v dims is removed, and its q/k dims do not count. A kept head without q/k dims
+        attends uniformly. ValueError for a mask of another shape or dtype, or for a layer whose normalisation
+        forbids removal.
         """
         whole = (self.num_heads, self.head_dim)
-        qk, v = (torch.ones(whole, dtype=torch.bool) if m is None else m for m in (qk, v))
+        qk, v = (torch.ones(whole, dtype=torch.bool) if m is None else m.cpu() for m in (qk, v))
         for name, mask in (("qk", qk), ("v", v)):
             if mask.dtype != torch.bool or mask.shape != whole:
-                raise ValueError(
-                    f"{name} must be a bool mask of shape {list(whole)}, got {mask.dtype} {list(mask.shape)}"
-                )
-        qk = qk & v.any(1, keepdim=True).to(qk.device)
+                got = f"{mask.dtype} {list(mask.shape)}"
+                raise ValueError(f"{name} must be a bool mask of shape {list(whole)}, got {got}")
+        qk, v = qk & v.any(1, keepdim=True), v.clone()
         if qk.all() and v.all():
             return self._be_dense()
         if fault := attention_fault(self):
             raise ValueError(f"cannot remove parts of this UVCAttention: {fault}")
         device = self.qkv.weight.device
-        qk, v = qk.to(device), v.to(device)
         kept = uvc_kernels.kept_heads(qk, v)
-        self._qk, self._qk_offsets, self._v, self._v_offsets = (
-            kept.qk,
-            kept.qk_offsets,
-            kept.v,
-            kept.v_offsets,
-        )
-        self._qk_mask, self._v_mask = qk, v
-
-    @property
-    def kept_qk(self) -> Tensor:
-        """Bool mask [H, K] of the kept q/k dims; a removed head's row is False."""
-        return self._whole() if self._qk_mask is None else self._qk_mask.clone()
-
-    @property
-    def kept_v(self) -> Tensor:
-        """Bool mask [H, K] of the kept v dims."""
-        return self._whole() if self._v_mask is None else self._v_mask.clone()
+        self._qk, self._qk_offsets, self._v, self._v_offsets = (index.to(device) for index in kept)
+        self._masks = (qk, v)
 
     @property
     def is_dense(self) -> bool:
         """Whether nothing is removed."""
-        return self._v_mask is None
+        return self._masks is None
 
-    def _whole(self) -> Tensor:
-        return torch.ones(self.num_heads, self.head_dim, dtype=torch.bool, device=self.qkv.weight.device)
+    @property
+    def kept_qk(self) -> Tensor:
+        """Bool mask [H, K] of the kept q/k dims, on the CPU; the row of a removed head is False."""
+        return self._mask(0)
+
+    @property
+    def kept_v(self) -> Tensor:
+        """Bool mask [H, K] of the kept v dims, on the CPU."""
+        return self._mask(1)
+
+    def _mask(self, which: int) -> Tensor:
+        if self._masks is None:
+            return torch.ones(self.num_heads, self.head_dim, dtype=torch.bool, device="cpu")
+        return self._masks[which].clone()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` as in timm."""
-        if self._v_mask is None:
+        if self._masks is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is None and not is_causal and dropout == 0.0:
@@ -100,34 +98,32 @@ class UVCAttention(Attention):
     def _gathered(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
         """The kept heads in plain torch, each padded with zeros to the longest kept head."""
         B, N, _ = x.shape
-        heads = self._v_mask.any(1).nonzero().flatten()
+        qk_mask, v_mask = self._masks
+        heads = v_mask.any(1).nonzero().flatten()
         h = len(heads)
         if h == 0:
-            zero = x.new_zeros(B, N, 0)
-            return F.linear(zero, self.proj.weight[:, :0], self.proj.bias)
-        qk_mask, v_mask = self._qk_mask[heads], self._v_mask[heads]
+            return F.linear(x.new_zeros(B, N, 0), self.proj.weight[:, :0], self.proj.bias)
+        qk_mask, v_mask = qk_mask[heads], v_mask[heads]
         E = max(1, int(qk_mask.sum(1).max()), int(v_mask.sum(1).max()))
-        # A stable sort puts the kept dims of a head first; what is not kept is multiplied by exact zero.
-        qk_dim, v_dim = (
-            m.int().argsort(dim=1, descending=True, stable=True)[:, :E] for m in (qk_mask, v_mask)
-        )
+        # A stable sort puts the kept dims of a head first; the padding behind is multiplied by exact zero.
+        qk_dim, v_dim = (m.int().argsort(1, descending=True, stable=True)[:, :E] for m in (qk_mask, v_mask))
         qk_on, v_on = qk_mask.gather(1, qk_dim).flatten(), v_mask.gather(1, v_dim).flatten()
-        qk_row, v_row = ((heads[:, None] * self.head_dim + d).flatten() for d in (qk_dim, v_dim))
-        A = self.attn_dim
-        rows = torch.cat([qk_row, qk_row + A, v_row + 2 * A])
-        on = torch.cat([qk_on, qk_on, v_on]).to(self.qkv.weight.dtype)
+        first = heads[:, None] * self.head_dim
+        qk_row, v_row = (first + qk_dim).flatten(), (first + v_dim).flatten()
+        weight, proj = self.qkv.weight, self.proj.weight
+        rows = torch.cat([qk_row, qk_row + self.attn_dim, v_row + 2 * self.attn_dim]).to(weight.device)
+        on = torch.cat([qk_on, qk_on, v_on]).to(weight)
         bias = None if self.qkv.bias is None else self.qkv.bias[rows] * on
-        qkv = F.linear(x, self.qkv.weight[rows] * on[:, None], bias)
-        q, k, v = qkv.reshape(B, N, 3, h, E).permute(2, 0, 3, 1, 4)
-        mask = heads_of_mask(attn_mask, heads, self.num_heads)
+        q, k, v = F.linear(x, weight[rows] * on[:, None], bias).reshape(B, N, 3, h, E).permute(2, 0, 3, 1, 4)
+        mask = heads_of_mask(attn_mask, heads.tolist(), self.num_heads)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
         )
-        out = out.transpose(1, 2).reshape(B, N, h * E)
-        return F.linear(out, self.proj.weight[:, v_row] * v_on.to(self.proj.weight.dtype), self.proj.bias)
+        columns = proj[:, v_row.to(proj.device)] * v_on.to(proj)
+        return F.linear(out.transpose(1, 2).reshape(B, N, h * E), columns, self.proj.bias)
 
 
-def heads_of_mask(attn_mask: Tensor | None, heads: Tensor | list[int], num_heads: int) -> Tensor | None:
+def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) -> Tensor | None:
     """The part of an attention mask [..., H or 1, N, N] that concerns the kept heads."""
     if attn_mask is None or attn_mask.dim() < 3 or attn_mask.shape[-3] != num_heads or num_heads == 1:
         return attn_mask

@@ -12,8 +12,8 @@ from uvc.layers._common import take_over
 class UVCBlock(nn.Module):
     """The children of a timm `Block` (norm first) or `ResPostBlock` (norm last) under the same names.
 
-    A skipped half is its residual alone: its branch, bias included, does not run. Gates are scalar tensors that
-    multiply a half's branch, for gradients with respect to skipping; None means no multiplication.
+    A skipped half is its residual alone: its branch, bias included, does not run. Gates are scalar tensors
+    that multiply a half's branch, for gradients with respect to skipping; None means no multiplication.
     """
 
     @classmethod

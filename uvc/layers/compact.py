@@ -1,6 +1,6 @@
 """What is left of a block after compaction: plain torch on small weights.
 
-B batch, N tokens, D width, A = H*K of the dense layer; h heads of a group, dq and dv the q/k and v dims of each.
+B batch, N tokens, D width; h heads of a group, dq and dv the q/k and v dims of each.
 """
 
 import copy
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uvc.layers._common import hollow
 from uvc.layers.attention import UVCAttention, heads_of_mask
 from uvc.layers.block import UVCBlock, norm_last
 from uvc.layers.mlp import UVCMlp
@@ -26,11 +27,11 @@ class HeadGroup(NamedTuple):
 class CompactAttention(nn.Module):
     """Attention over kept rows and columns only. The rows of qkv lie group by group: its q, its k, its v."""
 
-    def __init__(self, dense: UVCAttention, heads: tuple, qk_dims: tuple, v_dims: tuple):
+    def __init__(self, dense: UVCAttention, record):
         super().__init__()
         self.num_heads, self.scale = dense.num_heads, dense.scale
         dims: dict[tuple[int, int], list[tuple]] = {}
-        for head, qk, v in zip(heads, qk_dims, v_dims, strict=True):
+        for head, qk, v in zip(record.heads, record.qk_dims, record.v_dims, strict=True):
             dims.setdefault((len(qk), len(v)), []).append((head, qk, v))
         self.groups = tuple(HeadGroup(tuple(m[0] for m in members), *key) for key, members in dims.items())
         rows, columns = [], []
@@ -68,7 +69,7 @@ class CompactAttention(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool, dropout: float
 ) -> Tensor:
-    """softmax(scale q k^T + mask) v for q, k [B, h, N, dq] and v [B, h, N, dv]; uniform attention when dq is 0."""
+    """softmax(scale q k^T + mask) v for q, k [B, h, N, dq], v [B, h, N, dv]; scores are 0 when dq is 0."""
     if q.shape[-1] == v.shape[-1]:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
@@ -103,30 +104,28 @@ class CompactMlp(nn.Module):
 
 
 class CompactBlock(nn.Module):
-    """The running halves of a block, with the structure they were compacted with.
+    """The running halves of a block, with `record`, the structure's entry for the block they came from."""
 
-    `record` is that structure's entry for this block; `sizes` describes the dense block it came from.
-    """
-
-    def __init__(self, dense: UVCBlock, record, sizes):
+    def __init__(self, dense: UVCBlock, record):
         super().__init__()
-        self.record, self.sizes, self.norm_last = record, sizes, norm_last(dense)
-        children = {}
+        self.record, self.norm_last = record, norm_last(dense)
+        # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
+        self._origin = (hollow(dense),)
         if record.attn:
-            children["norm1"] = copy.deepcopy(dense.norm1)
-            children["attn"] = CompactAttention(dense.attn, record.heads, record.qk_dims, record.v_dims)
-            children |= {
-                name: copy.deepcopy(getattr(dense, name, nn.Identity())) for name in ("ls1", "drop_path1")
-            }
+            self._keep_half(dense, "1", "attn", CompactAttention(dense.attn, record))
         if record.mlp:
-            children["norm2"] = copy.deepcopy(dense.norm2)
-            children["mlp"] = CompactMlp(dense.mlp, record.neurons)
-            children |= {
-                name: copy.deepcopy(getattr(dense, name, nn.Identity())) for name in ("ls2", "drop_path2")
-            }
-        for name, child in children.items():
-            self.add_module(name, child)
+            self._keep_half(dense, "2", "mlp", CompactMlp(dense.mlp, record.neurons))
         self.train(dense.training)
+
+    def _keep_half(self, dense: UVCBlock, digit: str, name: str, small: nn.Module) -> None:
+        self.add_module(name, small)
+        for part in ("norm", "ls", "drop_path"):
+            self.add_module(part + digit, copy.deepcopy(getattr(dense, part + digit, nn.Identity())))
+
+    @property
+    def origin(self) -> UVCBlock:
+        """The dense block on the meta device."""
+        return self._origin[0]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` go to the attention."""
@@ -161,5 +160,5 @@ def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] 
 
 def bias_alone(linear: nn.Linear, x: Tensor) -> Tensor:
     """What a linear layer without inputs adds to every token of x [B, N, D]."""
-    out = x.new_zeros(x.shape[:-1] + (linear.out_features,))
+    out = x.new_zeros((*x.shape[:-1], linear.out_features))
     return out if linear.bias is None else out + linear.bias

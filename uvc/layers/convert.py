@@ -15,8 +15,8 @@ SUPPORTED = "supported are timm VisionTransformers built of Block or ResPostBloc
 def convert(model: nn.Module) -> nn.Module:
     """Swap the attention, MLP and block modules of a timm model for UVC's, in place, and return the model.
 
-    Parameters, state_dict keys and outputs stay. A converted model is returned as it is. Nothing is changed when the
-    model cannot be served: then a ValueError names the layer.
+    Parameters, state_dict keys and outputs stay. A converted model is returned as it is. A model that cannot
+    be served is left as it is, and a ValueError names the layer.
     """
     check(model)
     for index, block in enumerate(model.blocks):
@@ -38,7 +38,7 @@ def is_compacted(model: nn.Module) -> bool:
 def check(model: nn.Module) -> None:
     """ValueError, naming the layer, unless `convert` can serve `model`."""
     blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.Sequential) or len(blocks) == 0:
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or len(blocks) == 0:
         raise ValueError(f"the model is a {type(model).__name__} without transformer blocks; {SUPPORTED}")
     if is_compacted(model):
         raise ValueError(

@@ -8,10 +8,10 @@ import functools
 import timm.layers
 import torch
 import torch.nn.functional as F
+import uvc_kernels
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-import uvc_kernels
 from uvc.layers._common import autocast, say_once, take_over
 
 
@@ -34,39 +34,38 @@ class UVCMlp(Mlp):
         return new
 
     def _be_dense(self) -> None:
-        for name in ("_neurons", "_mask"):
-            self.register_buffer(name, None, persistent=False)
+        # The mask is the record and stays on the CPU; the indices follow the module from device to device.
+        self._mask: Tensor | None = None
+        self.register_buffer("_neurons", None, persistent=False)
 
     def set_kept(self, neurons: Tensor | None) -> None:
-        """Keep the hidden neurons marked in the bool mask [F] `neurons`; None, or all True, keeps all.
+        """Keep the hidden neurons marked in the bool mask [F] `neurons`; None keeps all.
 
         ValueError for a mask of another shape or dtype, or for a layer whose normalisation forbids removal.
         """
         if neurons is None:
             return self._be_dense()
-        whole = (self.fc1.weight.shape[0],)
-        if neurons.dtype != torch.bool or neurons.shape != whole:
-            raise ValueError(
-                f"neurons must be a bool mask of shape {list(whole)}, got {neurons.dtype} {list(neurons.shape)}"
-            )
+        whole, got = [self.fc1.weight.shape[0]], f"{neurons.dtype} {list(neurons.shape)}"
+        if neurons.dtype != torch.bool or list(neurons.shape) != whole:
+            raise ValueError(f"neurons must be a bool mask of shape {whole}, got {got}")
         if neurons.all():
             return self._be_dense()
         if fault := mlp_fault(self):
             raise ValueError(f"cannot remove neurons of this UVCMlp: {fault}")
-        self._mask = neurons.to(self.fc1.weight.device)
-        self._neurons = self._mask.nonzero().flatten()
-
-    @property
-    def kept_neurons(self) -> Tensor:
-        """Bool mask [F] of the kept neurons."""
-        if self._mask is None:
-            return torch.ones(self.fc1.weight.shape[0], dtype=torch.bool, device=self.fc1.weight.device)
-        return self._mask.clone()
+        self._mask = neurons.cpu().clone()
+        self._neurons = self._mask.nonzero().flatten().to(self.fc1.weight.device)
 
     @property
     def is_dense(self) -> bool:
         """Whether nothing is removed."""
         return self._mask is None
+
+    @property
+    def kept_neurons(self) -> Tensor:
+        """Bool mask [F] of the kept neurons, on the CPU."""
+        if self._mask is None:
+            return torch.ones(self.fc1.weight.shape[0], dtype=torch.bool, device="cpu")
+        return self._mask.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
