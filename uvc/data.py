@@ -4,6 +4,7 @@ A loader's random choices depend on its seed, its epoch and the image's place in
 `state_dict()` names the next batch as two integers, so a resumed run sees the batches it would have seen.
 """
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,9 +88,9 @@ def _batch_count(images: int, batch_size: int, training: bool) -> int:
 class TensorLoader(Loader):
     """Images that lie in memory, float32 [n, C, H, W], already normalised; labels int64 [n].
 
-    With `training` every epoch is reshuffled, and each image is shifted by up to `shift` pixels along each
-    axis (`fill` moves in) and given normal noise of deviation `noise`. `size` (C, H, W) resizes each batch
-    bilinearly and repeats its channel.
+    With `training` every epoch is reshuffled, and each image goes through a random affine map and gets normal noise
+    of deviation `noise`. `warp` 1 means up to 10 degrees, 10% of scale and shear, and 1/16 of the image of shift;
+    `fill` moves in. `size` (C, H, W) resizes each batch bilinearly and repeats its channel.
     """
 
     def __init__(
@@ -100,14 +101,14 @@ class TensorLoader(Loader):
         *,
         training: bool = False,
         seed: int = 0,
-        shift: int = 0,
+        warp: float = 0.0,
         noise: float = 0.0,
         fill: float = 0.0,
         size: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__(seed)
         self.images, self.labels, self.batch_size, self.training = images, labels, batch_size, training
-        self.shift, self.noise, self.fill = shift, noise, fill
+        self.warp, self.noise, self.fill = warp, noise, fill
         self.size = size or tuple(images.shape[1:])
 
     def __len__(self) -> int:
@@ -125,19 +126,21 @@ class TensorLoader(Loader):
             yield self._resize(images[rows]), labels[rows]
 
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        if self.shift:
-            count, _, height, width = images.shape
-            padded = F.pad(images, [self.shift] * 4, value=self.fill)
-            offset = torch.randint(0, 2 * self.shift + 1, (2, count, 1, 1), generator=generator)
-            rows = offset[0] + torch.arange(height)[:, None]  # [n, H, 1]
-            columns = offset[1] + torch.arange(width)  # [n, 1, W]
-            # Indices around the channel slice put it last: [n, H, W, C].
-            images = (
-                padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
-            )
+        if self.warp:
+            # Bilinear, zeros outside: `fill` is made zero for the while.
+            maps = F.affine_grid(self._maps(len(images), generator), list(images.shape), align_corners=False)
+            images = F.grid_sample(images - self.fill, maps, align_corners=False) + self.fill
         if self.noise:
             images = images + self.noise * torch.randn(images.shape, generator=generator)
         return images
+
+    def _maps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random affine maps [count, 2, 3] in the coordinates of `affine_grid`, where the image spans [-1, 1]."""
+        angle, shear, *rest = ((torch.rand(6, count, generator=generator) * 2 - 1) * self.warp).unbind(0)
+        angle, shear = angle * math.radians(10), shear * 0.1
+        scale_x, scale_y, shift_x, shift_y = 1 + rest[0] * 0.1, 1 + rest[1] * 0.1, rest[2] / 8, rest[3] / 8
+        rows = [angle.cos() * scale_x, shear - angle.sin(), shift_x, angle.sin(), angle.cos() * scale_y, shift_y]
+        return torch.stack(rows, 1).view(count, 2, 3)
 
     def _resize(self, images: Tensor) -> Tensor:
         if tuple(images.shape[2:]) != self.size[1:]:
@@ -261,7 +264,7 @@ def _load_digits(input_size: tuple[int, int, int], batch_size: int, seed: int, v
     fill = -DIGITS_MEAN / DIGITS_STD
     return Data(
         TensorLoader(
-            images[train], labels[train], batch_size, training=True, seed=seed, shift=1, fill=fill, size=size
+            images[train], labels[train], batch_size, training=True, seed=seed, warp=1.0, noise=0.1, fill=fill, size=size
         ),
         TensorLoader(images[val], labels[val], batch_size, size=size),
         num_classes=10,
