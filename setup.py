@@ -15,7 +15,6 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_comp
 PROBE = "#include <vector>\nint main() { return static_cast<int>(std::vector<int>{}.size()); }\n"
 # The oldest torch whose stable ABI the sources may use: 2.10.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-LIMITED_API = "0x030b0000"
 
 
 def compiler_error() -> str | None:
@@ -59,7 +58,6 @@ def extensions() -> list:
             sources,
             depends=headers,
             include_dirs=[str(Path("csrc").resolve())],
-            define_macros=[("Py_LIMITED_API", LIMITED_API)],
             extra_compile_args={"cxx": [*flags, STABLE_ABI]},
             extra_link_args=["-s"] if sysconfig.get_platform().startswith("linux") else [],
             py_limited_api=True,

@@ -1,9 +1,31 @@
-// The extension module and the schema of every op. Kernels register themselves next to their code.
+// The extension module and the schema of every op; the kernels register themselves next to their code.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+// A backward op returns an empty tensor for each gradient that `needs` (one bit each, in order) does not ask for.
+STABLE_TORCH_LIBRARY(uvc_kernels, m) {
+  m.def(
+      "attention(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor qk, "
+      "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale) "
+      "-> (Tensor out, Tensor qkv, Tensor heads, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor qk, "
+      "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale, Tensor qkv, Tensor heads, Tensor lse, int needs) "
+      "-> (Tensor x, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias)");
+  m.def(
+      "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor neurons, "
+      "int activation) -> (Tensor out, Tensor hidden)");
+  m.def(
+      "mlp_backward(Tensor grad, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor neurons, "
+      "int activation, Tensor hidden, int needs) "
+      "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias)");
+  m.def("group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
+  m.def("prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
+}
+
 // `import uvc_kernels._C` only has to load this library: its static initialisers register the ops.
 PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
+                                      nullptr};
   return PyModule_Create(&module);
 }

@@ -8,10 +8,11 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 PROVIDERS = ("reference", "cpu", "triton", "cuda", "cuda-host")
 
@@ -38,6 +39,38 @@ def _load_extension() -> str | None:
 
 
 extension_error = _load_extension()
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and log-sum-exps are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def need_bits(needs: Sequence[bool]) -> int:
+    """`ctx.needs_input_grad` as one bit per gradient, in order: what a backward op takes."""
+    return sum(1 << i for i, need in enumerate(needs) if need)
+
+
+def asked_for(grads: Sequence[Tensor], needs: int) -> list[Tensor | None]:
+    """None in place of the gradients that were not asked for."""
+    return [grad if needs >> i & 1 else None for i, grad in enumerate(grads)]
+
+
+def empty_gradients(like: Tensor, shapes: Sequence[Sequence[int]], needs: int) -> tuple[Tensor, ...]:
+    """Fake outputs of a backward op: full-size where asked for, else empty."""
+    return tuple(like.new_empty(shape if needs >> i & 1 else (0,)) for i, shape in enumerate(shapes))
+
+
+def forbid_double_backward(op: str) -> None:
+    """Make the gradient of the gradient of `op` a clear error instead of a wrong number."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"uvc_kernels.{op} has no double backward; run it under uvc_kernels.backend('reference') for that"
+        )
+
+    torch.library.register_autograd(f"uvc_kernels::{op}_backward", backward)
 
 
 def provide_reference(op: str, run: Callable) -> None:

@@ -75,6 +75,59 @@ def attention_reference(
 _dispatch.provide_reference("attention", attention_reference)
 
 
+def _attention_cpu(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    kept: KeptHeads,
+    scale: float,
+) -> Tensor:
+    return torch.ops.uvc_kernels.attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *kept, scale)[0]
+
+
+def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale):
+    B, N, _ = x.shape
+    lse = x.new_empty(v_offsets.shape[0] - 1, B * N, dtype=_dispatch.statistics_dtype(x.dtype))
+    return (
+        x.new_empty(B, N, proj_weight.shape[0]),
+        x.new_empty(2 * qk.shape[0] + v.shape[0], B * N),
+        x.new_empty(v.shape[0], B * N),
+        lse,
+    )
+
+
+def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
+    A = proj_weight.shape[1]
+    shapes = (x.shape, qkv_weight.shape, (3 * A,), proj_weight.shape, (proj_weight.shape[0],))
+    return _dispatch.empty_gradients(x, shapes, rest[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    x, qkv_weight, qkv_bias, proj_weight, proj_bias, *kept, scale = inputs
+    ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
+    ctx.scale = scale
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad, *_):
+    x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, lse = ctx.saved_tensors
+    needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
+    grads = torch.ops.uvc_kernels.attention_backward(
+        grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, lse, needs
+    )
+    return *_dispatch.asked_for(grads, needs), None, None, None, None, None
+
+
+if _dispatch.extension_error is None:
+    torch.library.register_fake("uvc_kernels::attention", _fake)
+    torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
+    torch.library.register_autograd("uvc_kernels::attention", _backward, setup_context=_setup_context)
+    _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.forbid_double_backward("attention")
+
+
 def attention(
     x: Tensor,
     qkv_weight: Tensor,

@@ -27,6 +27,20 @@ def group_scores_reference(a: Sequence[Tensor], b: Sequence[Tensor], dims: Seque
 _dispatch.provide_reference("group_scores", group_scores_reference)
 
 
+def _group_scores_cpu(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
+    return torch.ops.uvc_kernels.group_scores(a, b, dims)
+
+
+def _fake(a, b, dims):
+    total = sum(t.shape[dim] for t, dim in zip(a, dims, strict=True))
+    return a[0].new_empty(total, dtype=_dispatch.statistics_dtype(a[0].dtype))
+
+
+if _dispatch.extension_error is None:
+    torch.library.register_fake("uvc_kernels::group_scores", _fake)
+    _dispatch.provide("group_scores", "cpu", _group_scores_cpu, "cpu", _dispatch.CPU_DTYPES)
+
+
 def group_scores(a: Sequence[Tensor], b: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
     """Sum of a*b over each row (dim 0) or column (dim 1) of every pair, concatenated.
 

@@ -18,6 +18,9 @@ ACTIVATIONS = {
     "silu": F.silu,
     "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
 }
+_CODES = {
+    name: code for code, name in enumerate(ACTIVATIONS)
+}  # the order of `Activation` in csrc/cpu/loops.h
 
 
 def mlp_reference(
@@ -36,6 +39,52 @@ def mlp_reference(
 
 
 _dispatch.provide_reference("mlp", mlp_reference)
+
+
+def _mlp_cpu(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    neurons: Tensor,
+    activation: str,
+) -> Tensor:
+    code = _CODES[activation]
+    return torch.ops.uvc_kernels.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, code)[0]
+
+
+def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation):
+    out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
+    return out, x.new_empty(neurons.shape[0], x.shape[:-1].numel())
+
+
+def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, activation, hidden, needs):
+    shapes = (x.shape, fc1_weight.shape, fc1_weight.shape[:1], fc2_weight.shape, fc2_weight.shape[:1])
+    return _dispatch.empty_gradients(x, shapes, needs)
+
+
+def _setup_context(ctx, inputs, output):
+    x, fc1_weight, fc1_bias, fc2_weight, _, neurons, ctx.activation = inputs
+    ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, neurons, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    x, fc1_weight, fc1_bias, fc2_weight, neurons, hidden = ctx.saved_tensors
+    needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
+    grads = torch.ops.uvc_kernels.mlp_backward(
+        grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, ctx.activation, hidden, needs
+    )
+    return *_dispatch.asked_for(grads, needs), None, None
+
+
+if _dispatch.extension_error is None:
+    torch.library.register_fake("uvc_kernels::mlp", _fake)
+    torch.library.register_fake("uvc_kernels::mlp_backward", _fake_backward)
+    torch.library.register_autograd("uvc_kernels::mlp", _backward, setup_context=_setup_context)
+    _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.forbid_double_backward("mlp")
 
 
 def mlp(

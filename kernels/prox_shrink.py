@@ -17,11 +17,25 @@ def prox_shrink_reference(weights: Sequence[Tensor], factors: Tensor, dims: Sequ
     """The formula in plain torch; a factor of 0 writes zeros whatever stood there."""
     sizes = [w.shape[dim] for w, dim in zip(weights, dims, strict=True)]
     for w, factor, dim in zip(weights, factors.split(sizes), dims, strict=True):
-        f = (factor if w.dim() == 1 or dim == 1 else factor[:, None]).to(w.dtype)
+        f = factor if w.dim() == 1 or dim == 1 else factor[:, None]
         w.copy_(torch.where(f == 0, 0, w * f))
 
 
 _dispatch.provide_reference("prox_shrink", prox_shrink_reference)
+
+
+def _prox_shrink_cpu(weights: list[Tensor], factors: Tensor, dims: list[int]) -> None:
+    wide = _dispatch.statistics_dtype(weights[0].dtype)
+    torch.ops.uvc_kernels.prox_shrink(weights, factors.to(wide).contiguous(), dims)
+
+
+def _fake(weights, factors, dims):
+    return None
+
+
+if _dispatch.extension_error is None:
+    torch.library.register_fake("uvc_kernels::prox_shrink", _fake)
+    _dispatch.provide("prox_shrink", "cpu", _prox_shrink_cpu, "cpu", _dispatch.CPU_DTYPES)
 
 
 def prox_shrink(weights: Sequence[Tensor], factors: Tensor, dims: Sequence[int]) -> None:

@@ -1,0 +1,88 @@
+// Includes the loops once per instruction set, and picks one. Standard headers stand before the first `pragma`, so
+// that no shared inline function is ever compiled for an instruction set that the machine may lack.
+#include "cpu/loops.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define UVC_X86 1
+#else
+#define UVC_X86 0
+#endif
+
+// 32 registers (AVX-512, NEON) hold a 6 x 4 tile of accumulators, 16 registers a 6 x 2 tile.
+#if UVC_X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define UVC_ISA avx512
+#define UVC_VECTOR_BYTES 64
+#define UVC_TILE 4
+#include "cpu/loops.inc"
+#undef UVC_ISA
+#undef UVC_VECTOR_BYTES
+#undef UVC_TILE
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define UVC_ISA avx2
+#define UVC_VECTOR_BYTES 32
+#define UVC_TILE 2
+#include "cpu/loops.inc"
+#undef UVC_ISA
+#undef UVC_VECTOR_BYTES
+#undef UVC_TILE
+#pragma GCC pop_options
+#endif
+
+#define UVC_ISA baseline
+#define UVC_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define UVC_TILE 4
+#else
+#define UVC_TILE 2
+#endif
+#include "cpu/loops.inc"
+
+namespace uvc {
+namespace {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+Isa best_isa() {
+  Isa best = Isa::kBaseline;
+#if UVC_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::kAvx2;
+  if (best == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    best = Isa::kAvx512;
+#endif
+  const char* wish = std::getenv("UVC_CPU_ISA");
+  if (wish != nullptr && std::string(wish) == "baseline") best = Isa::kBaseline;
+  if (wish != nullptr && std::string(wish) == "avx2" && best == Isa::kAvx512) best = Isa::kAvx2;
+  return best;
+}
+
+}  // namespace
+
+template <class T>
+const Loops<T>& loops() {
+  static const Isa isa = best_isa();
+#if UVC_X86
+  if (isa == Isa::kAvx512) return avx512::table<T>;
+  if (isa == Isa::kAvx2) return avx2::table<T>;
+#endif
+  return baseline::table<T>;
+}
+
+template const Loops<float>& loops<float>();
+template const Loops<double>& loops<double>();
+template const Loops<Bf16>& loops<Bf16>();
+
+}  // namespace uvc

@@ -1,0 +1,67 @@
+// The vectorised inner loops of the CPU kernels, built once per instruction set and chosen at run time.
+// Everything is channel-major: a row is one channel (q/k dim, v dim, neuron), its entries are the tokens. So lanes
+// run over tokens, and ragged heads cost nothing.
+#pragma once
+
+#include <cstdint>
+
+namespace uvc {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// Accumulators and statistics: float for float and bfloat16, double for double.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+enum class Activation : int64_t { kGelu, kGeluTanh, kRelu, kSilu, kQuickGelu };
+
+// One head of one image. q, k, v, out point at (first channel, first token); a step of `stride` is one channel.
+template <class T>
+struct Head {
+  int64_t tokens, stride, qk_dims, v_dims;
+  Accumulator<T> scale;
+  const T *q, *k, *v;
+  const Accumulator<T> *q_bias, *k_bias, *v_bias;  // one value per channel
+  T* out;                                          // read by the backward pass
+  Accumulator<T>* lse;                             // [tokens]: log of the sum of exponentials
+  const T* grad_out;                               // backward only, like the next three
+  T *grad_q, *grad_k, *grad_v;
+};
+
+template <class T>
+struct Loops {
+  using A = Accumulator<T>;
+  // Bytes of scratch that one call of attention_forward / attention_backward needs.
+  int64_t (*attention_scratch)(const Head<T>& head);
+  void (*attention_forward)(const Head<T>& head, A* scratch);
+  void (*attention_backward)(const Head<T>& head, A* scratch);
+  // y[i] = act(u[i] + bias)
+  void (*activate)(Activation act, const T* u, A bias, T* y, int64_t n);
+  // y[i] = act(u[i] + bias);  g[i] <- g[i] * act'(u[i] + bias);  returns the sum of the new g
+  A (*activate_backward)(Activation act, const T* u, A bias, T* y, T* g, int64_t n);
+  A (*sum)(const T* p, int64_t n);
+  A (*dot)(const T* a, const T* b, int64_t n);
+  // total[i] += a[i] * b[i], total[i] += a[i]
+  void (*add_product)(const T* a, const T* b, A* total, int64_t n);
+  void (*add_to)(const T* a, A* total, int64_t n);
+  // p[i] <- p[i] + q[i], p[i] <- p[i] * q[i] (zero where q[i] is zero)
+  void (*add_row)(T* p, const A* q, int64_t n);
+  void (*multiply_row)(T* p, const A* q, int64_t n);
+};
+
+// The loops for the best instruction set of this machine. UVC_CPU_ISA=avx512|avx2|baseline lowers the choice; it is
+// read once, at the first call.
+template <class T>
+const Loops<T>& loops();
+
+}  // namespace uvc
