@@ -1,6 +1,7 @@
 """Compress vision transformers under one budget: heads, head dims, neurons, blocks, found while training."""
 
 from uvc.budget import cost
+from uvc.checkpoint import load, save
 from uvc.compact import compact
 from uvc.layers import UVCAttention, UVCMlp, convert
 from uvc.structure import Structure, apply_structure, structure_of
@@ -21,10 +22,6 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("load", "save"):
-        from uvc import checkpoint
-
-        return getattr(checkpoint, name)
     # The training room is heavy and only `compress` needs it.
     if name == "compress":
         from uvc.train import compress
