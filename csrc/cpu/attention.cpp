@@ -53,8 +53,9 @@ template <class T>
 std::vector<Accumulator<T>> pack_bias(const MaybeTensor& bias, const Shape& s) {
   std::vector<Accumulator<T>> packed(s.rows(), 0);
   if (!bias) return packed;
-  check(bias->numel() == 3 * s.A && bias->is_contiguous(), "attention: qkv_bias must be [3A]");
-  const T* full = data<T>(*bias);
+  check(bias->numel() == 3 * s.A, "attention: qkv_bias must be [3A]");
+  const Tensor source = as_contiguous(*bias);
+  const T* full = data<T>(source);
   const int64_t Q = s.qk.count;
   for (int64_t i = 0; i < Q; ++i) {
     packed[i] = widen(full[s.qk[i]]);
@@ -131,8 +132,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return for_type(x, "attention_backward", [&]<class T>() {
     using A = Accumulator<T>;
     const int64_t S = s.rows(), Q = s.qk.count, V = s.v.count;
-    Tensor none = empty(x, {0}), grad_x = none, grad_qkv_weight = none, grad_qkv_bias = none, grad_proj = none;
-    Tensor grad_proj_bias = needs & kNeedBias2 ? column_sums<T>(grad, s.M, s.Dout) : none;
+    Tensor grad_x = empty(x, {0}), grad_qkv_weight = empty(x, {0}), grad_qkv_bias = empty(x, {0});
+    Tensor grad_proj = empty(x, {0});
+    Tensor grad_proj_bias = needs & kNeedBias2 ? column_sums<T>(grad, s.M, s.Dout) : empty(x, {0});
     if (needs & kNeedWeight2) {
       // dWproj[:, kept] [Dout, V] = grad^T heads^T
       Tensor packed = empty(x, {s.Dout, V});

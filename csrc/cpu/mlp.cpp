@@ -39,8 +39,9 @@ template <class T>
 std::vector<Accumulator<T>> pack_bias(const MaybeTensor& bias, const Shape& s) {
   std::vector<Accumulator<T>> packed(s.kept.count, 0);
   if (!bias) return packed;
-  check(bias->numel() == s.F && bias->is_contiguous(), "mlp: fc1_bias must be [F]");
-  for (int64_t i = 0; i < s.kept.count; ++i) packed[i] = widen(data<T>(*bias)[s.kept[i]]);
+  check(bias->numel() == s.F, "mlp: fc1_bias must be [F]");
+  const Tensor source = as_contiguous(*bias);
+  for (int64_t i = 0; i < s.kept.count; ++i) packed[i] = widen(data<T>(source)[s.kept[i]]);
   return packed;
 }
 
@@ -81,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor grad, Ten
   return for_type(x, "mlp_backward", [&]<class T>() {
     using A = Accumulator<T>;
     const int64_t n = s.kept.count;
-    Tensor none = empty(x, {0}), grad_x = none, grad_fc1 = none, grad_fc1_bias = none, grad_fc2 = none;
-    Tensor grad_fc2_bias = needs & kNeedBias2 ? column_sums<T>(grad, s.M, s.Dout) : none;
+    Tensor grad_x = empty(x, {0}), grad_fc1 = empty(x, {0}), grad_fc1_bias = empty(x, {0}), grad_fc2 = empty(x, {0});
+    Tensor grad_fc2_bias = needs & kNeedBias2 ? column_sums<T>(grad, s.M, s.Dout) : empty(x, {0});
     if (needs & (kNeedX | kNeedWeight1 | kNeedBias1 | kNeedWeight2)) {
       // dact [F', M] = W2[:, kept]^T grad^T, then times the slope in place
       Tensor grad_hidden = empty(x, {n, s.M}), active = empty(x, {n, s.M});
