@@ -1,4 +1,4 @@
-"""Models on disk: `model.safetensors` and `config.json`, each written whole, and read without running any code.
+"""Models on disk: `model.safetensors` and `config.json`, each written whole, read without running code.
 
 The config holds constructor arguments of one of timm's classes, read off the model, and the structure.
 """
@@ -58,8 +58,8 @@ UNSAVED = {
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write a compacted, converted or timm model to `folder`, which is made if need be.
 
-    ValueError, before anything is written, when the model cannot be rebuilt from timm's constructor arguments;
-    it names the part. ValueError when the folder cannot be written; what was there before stays whole.
+    ValueError, naming the part and before anything is written, when the model cannot be rebuilt from timm's
+    constructor arguments. ValueError when the folder cannot be written; what was there before stays whole.
     """
     text = json.dumps(describe(model))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -77,8 +77,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save` wrote to `folder`, on `device`, in eval mode: same outputs, dtype and structure.
 
-    A compacted model comes back compacted, any other converted. ValueError, in one line that names the file, for
-    a missing, truncated or foreign file; nothing is allocated before the sizes of all tensors are checked.
+    A compacted model comes back compacted, any other converted. ValueError, in one line that names the file,
+    for a missing, truncated or foreign file; all sizes are checked before anything is allocated.
     """
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
@@ -102,7 +102,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """The config of `model`; ValueError, naming the part, unless rebuilding from it gives the same modules."""
+    """The config of `model`; ValueError, naming the part, unless a rebuild from it gives the same modules."""
     if type(model) not in CLASSES.values():
         raise ValueError(f"cannot save a {type(model).__name__}; {' and '.join(CLASSES)} can be saved")
     if is_compacted(model):
@@ -165,7 +165,7 @@ def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
 
 
 def rebuild(config: object) -> tuple[Structure, nn.Module]:
-    """The structure and the model, on the meta device, that a config describes; some exception if it does not."""
+    """The structure and the model, on the meta device, that a config describes; an exception if it does not."""
     if not isinstance(config, dict) or set(config) != FIELDS:
         raise ValueError(f"expected an object with the fields {', '.join(sorted(FIELDS))}")
     if config["format"] != FORMAT:
@@ -240,7 +240,7 @@ def check_header(path: Path, model: nn.Module, digest: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}
             found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from None

@@ -106,7 +106,9 @@ class UVCAttention(Attention):
         qk_mask, v_mask = qk_mask[heads], v_mask[heads]
         E = max(1, int(qk_mask.sum(1).max()), int(v_mask.sum(1).max()))
         # A stable sort puts the kept dims of a head first; the padding behind is multiplied by exact zero.
-        qk_dim, v_dim = (m.int().argsort(1, descending=True, stable=True)[:, :E] for m in (qk_mask, v_mask))
+        qk_dim, v_dim = (
+            m.int().argsort(dim=1, descending=True, stable=True)[:, :E] for m in (qk_mask, v_mask)
+        )
         qk_on, v_on = qk_mask.gather(1, qk_dim).flatten(), v_mask.gather(1, v_dim).flatten()
         first = heads[:, None] * self.head_dim
         qk_row, v_row = (first + qk_dim).flatten(), (first + v_dim).flatten()

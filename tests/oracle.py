@@ -1,0 +1,126 @@
+"""The truth for the layers: a dense timm model in which the removed contributions are absent.
+
+Nothing of uvc computes here. Masks multiply the weights that carry a contribution (columns of the output
+projection, rows of q, columns of fc2), and a skipped half's branch is multiplied by zero.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import uvc
+from uvc.structure import BlockStructure, Structure
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def small_vit(cls: type = VisionTransformer, **changes) -> nn.Module:
+    """A ViT of 17 tokens (18 distilled): width 24, 3 blocks, 4 heads of 6 dims, 40 neurons, random biases."""
+    settings = dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=4, mlp_ratio=40 / 24, num_classes=5
+    )
+    model = cls(**{**settings, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    return model
+
+
+def distilled_198() -> nn.Module:
+    """A narrow distilled DeiT at the real number of tokens, 198."""
+    return small_vit(VisionTransformerDistilled, img_size=224, patch_size=16, depth=2)
+
+
+def structures(model: nn.Module) -> dict[str, Structure]:
+    """A structure for each thing that can be absent."""
+    dense, drawn = Structure.dense(model), Structure.random(model, 0.5, seed=3)
+
+    def change(base: Structure, **fields) -> Structure:
+        return Structure(tuple(BlockStructure(**{**vars(block), **fields}) for block in base.blocks))
+
+    ragged = drawn.blocks[0]
+    no_qk = BlockStructure(**{**vars(ragged), "qk_dims": ((), *ragged.qk_dims[1:])})
+    half = [dict(attn=False), dict(mlp=False), dict(attn=False, mlp=False)]
+    return {
+        "dense": dense,
+        "random at keep 0.5": drawn,
+        "random at keep 0.1": Structure.random(model, 0.1, seed=5),
+        "uniform with equal heads": Structure.uniform(model, heads=0.5, head_dims=0.5, neurons=0.5),
+        "no heads": change(drawn, heads=(), qk_dims=(), v_dims=()),
+        "no neurons": change(drawn, neurons=()),
+        "a head without q/k dims": Structure((no_qk, *drawn.blocks[1:])),
+        "halves skipped in turn": Structure(
+            tuple(BlockStructure(**{**vars(b), **half[i % 3]}) for i, b in enumerate(drawn.blocks))
+        ),
+        "every block skipped": change(drawn, attn=False, mlp=False),
+    }
+
+
+def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
+    """A function like the plain timm `model`, without the contributions that `structure` removes."""
+
+    def run(x: Tensor, **arguments) -> Tensor:
+        parameters, handles = dict(model.named_parameters()), []
+        for i, (block, kept) in enumerate(zip(model.blocks, structure.blocks, strict=True)):
+            K, A = block.attn.head_dim, block.attn.num_heads * block.attn.head_dim
+            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc1.out_features)
+            q[A:] = 1  # the dot product loses a term when its q is zero; k and v rows stay as they are
+            for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
+                for d in qk_dims:
+                    q[head * K + d] = 1
+                for d in v_dims:
+                    v[head * K + d] = 1
+            neurons[list(kept.neurons)] = 1
+            masks = {"attn.qkv.weight": q[:, None], "attn.qkv.bias": q, "attn.proj.weight": v}
+            for name, mask in {**masks, "mlp.fc2.weight": neurons}.items():
+                path = f"blocks.{i}.{name}"
+                if path in parameters:
+                    parameters[path] = parameters[path] * mask.to(x)
+            for runs, path in ((kept.attn, block.drop_path1), (kept.mlp, block.drop_path2)):
+                if not runs:
+                    handles.append(path.register_forward_hook(lambda module, inputs, branch: branch * 0.0))
+        out = functional_call(model, parameters, (x,), arguments)
+        for handle in handles:
+            handle.remove()
+        return out
+
+    return run
+
+
+def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of `out`; zeros where a parameter takes no part."""
+    model.zero_grad()
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    (out * weights.to(out)).sum().backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def error(found: Tensor, truth: Tensor, floor: float = 1e-30) -> float:
+    """Largest difference over the largest magnitude of the truth, which counts as at least `floor`."""
+    if truth.numel() == 0:
+        return 0.0
+    return float(((found - truth).abs().max() / truth.abs().max().clamp_min(floor)).detach())
+
+
+def gradient_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """The largest `error` over all gradients, where a magnitude counts as a thousandth of the largest at least."""
+    assert found.keys() == truth.keys()
+    floor = 1e-3 * max(float(t.abs().max()) for t in truth.values() if t.numel())
+    return max(error(found[name], truth[name], floor) for name in truth)
+
+
+def positions(model: nn.Module) -> dict[str, Tensor]:
+    """For each parameter of `uvc.compact(model)`: where in the full parameter of that name its entries were."""
+    numbered = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for parameter in numbered.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape))
+    return {name: p.detach().long() for name, p in uvc.compact(numbered).named_parameters()}
