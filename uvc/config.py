@@ -19,8 +19,8 @@ class SolverConfig:
     """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1]."""
 
     every: int = 2  # training steps per solver step
-    primal_rate: float = 0.3  # of s and r
-    prox_rate: float = 0.05  # eta in the prox w <- w / (1 + 2 eta y)
+    primal_rate: float = 0.5  # of s and r
+    prox_rate: float = 0.1  # eta in the prox w <- w / (1 + 2 eta y)
     dual_rate: float = 1.0  # of y and p
     dual_leak: float = 0.05  # how fast y and p unwind to 1
     dual_max: float = 8.0

@@ -94,7 +94,7 @@ class Trainer:
                 scheduler.step_update(before * steps + step)
                 out = self._train_step(task, images, labels, optimizer, search)
                 if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
-                    scalars = {"loss": float(out["loss"]), "lr": optimizer.param_groups[0]["lr"]}
+                    scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
                     self.log.step(step, **scalars, **(search.metrics() if search else {}))
                 self.steps += 1
             seconds = time.perf_counter() - start

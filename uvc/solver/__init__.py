@@ -7,7 +7,7 @@ s     fraction of a segment's groups that is removed: heads of a layer [L], neur
 r     the same for the q/k dims and the v dims inside every head, [L * H] each
 g     probability that a half runs, sigmoid of theta [L, 2] (attention, MLP)
 y, p  multipliers of "removed groups have zero norm", one per segment of s and of r, at rest at 1
-z     multiplier of the budget, in [0, 1]
+z     multiplier of the budget, in [0, 2]
 q     score of a group: the share of the prunable cost whose first-order importance per cost is lower, in [0, 1]
 R     cost of the structure divided by the dense cost
 ====  ==================================================================================================================

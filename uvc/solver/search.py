@@ -100,7 +100,7 @@ class Search:
         self.count += 1
         if not state.hard and self.progress >= config.gate_freeze:
             self.freeze_gates(optimizer)
-        if (self.count - 1) % config.every or self.progress < config.anneal[0]:
+        if state.settled or (self.count - 1) % config.every or self.progress < config.anneal[0]:
             return
         self.groups.shrink(prox(state, config))
         primal(state, prices, config)

@@ -70,7 +70,10 @@ def ranks(importance: Tensor) -> Tensor:
 
 @dataclass
 class State:
-    """All variables of the solver. theta [L, 2]: gate logits; hard: gates are frozen to 0 or 1."""
+    """All variables of the solver.
+
+    theta [L, 2]: gate logits. hard: gates are frozen to 0 or 1. settled: the budget is reached, nothing is removed any more.
+    """
 
     geometry: Geometry
     families: dict[str, Family]
@@ -78,6 +81,7 @@ class State:
     gate_usefulness: Tensor
     z: Tensor
     hard: bool = False
+    settled: bool = False
 
     @classmethod
     def new(cls, geometry: Geometry, gate_init: float, device: torch.device | str = "cpu") -> State:
@@ -101,7 +105,8 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat name -> tensor, for checkpoints."""
-        flat = {"theta": self.theta, "gate_usefulness": self.gate_usefulness, "z": self.z, "hard": torch.tensor(self.hard)}
+        flat = {"theta": self.theta, "gate_usefulness": self.gate_usefulness, "z": self.z}
+        flat |= {"hard": torch.tensor(self.hard), "settled": torch.tensor(self.settled)}
         for name, family in self.families.items():
             for key in ("importance", "s", "y", "dead"):
                 flat[f"{name}.{key}"] = getattr(family, key)
@@ -113,7 +118,7 @@ class State:
         self.theta.copy_(flat["theta"])
         self.gate_usefulness.copy_(flat["gate_usefulness"])
         self.z.copy_(flat["z"])
-        self.hard = bool(flat["hard"])
+        self.hard, self.settled = bool(flat["hard"]), bool(flat["settled"])
         for name, family in self.families.items():
             for key in ("importance", "s", "y", "dead"):
                 getattr(family, key).copy_(flat[f"{name}.{key}"])

@@ -58,13 +58,13 @@ def primal(state: State, prices: Prices, config: SolverConfig) -> None:
         move = torch.where((up > 0) | (down > 0), up - down, count[:, 0] / groups - family.s)
         if name in ("qk", "v"):
             move = move * surviving.flatten()
-        dead = family.dead.float().mean(1)
+        dead = family.dead.to(family.s.dtype).mean(1)
         family.s.add_(config.primal_rate * move.clamp(-1.0, 1.0)).clamp_(max=1.0)
         family.s.copy_(torch.maximum(family.s, dead))
 
 
 def dual(state: State, norms: dict[str, Tensor], prices: Prices, dense_cost: float, target: float, config: SolverConfig) -> None:
-    """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target), kept in [0, 1].
+    """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target), kept in [0, 2].
 
     norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to the segment's size.
     """
@@ -72,13 +72,14 @@ def dual(state: State, norms: dict[str, Tensor], prices: Prices, dense_cost: flo
         left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
         family.y.copy_(1.0 + (family.y - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left)
         family.y.clamp_(1.0, config.dual_max)
-    state.z.add_(config.budget_rate * (soft_cost(state, prices) / dense_cost - target)).clamp_(0.0, 1.0)
+    state.z.add_(config.budget_rate * (soft_cost(state, prices) / dense_cost - target)).clamp_(0.0, 2.0)
 
 
 def project(state: State, norms: dict[str, Tensor], prices: Prices, budget_cost: float, config: SolverConfig) -> bool:
     """Snaps removed groups whose norm has reached the tolerance to zero (``dead``), never below the budget. True if any was.
 
-    A head dies with all its dims; a head whose last v dim dies is dead.
+    A head dies with all its dims; a head whose last v dim dies is dead. When no further unit can go, the solver settles: groups that
+    were on their way out are released, so that they serve for the rest of the search.
     """
     changed = False
     for name, family in state.families.items():
@@ -86,8 +87,12 @@ def project(state: State, norms: dict[str, Tensor], prices: Prices, budget_cost:
         ready = family.removed() & small & ~family.dead
         if ready.any():
             changed |= _bury(state, name, ready, norms[name], prices, budget_cost)
+    unit = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
+    cheapest = min((price for name, price in unit.items() if not state.families[name].dead.all()), default=0)
+    state.settled = hard_cost(state, prices) - cheapest < budget_cost
     for family in state.families.values():
-        family.s.copy_(torch.maximum(family.s, family.dead.float().mean(1)))
+        dead = family.dead.to(family.s.dtype).mean(1)
+        family.s.copy_(dead if state.settled else torch.maximum(family.s, dead))
     return changed
 
 

@@ -1,0 +1,142 @@
+"""The vectorised solver step and its slow twin, side by side."""
+
+import pytest
+import torch
+
+from uvc.budget import Prices
+from uvc.config import SolverConfig
+from uvc.solver import reference, step
+from uvc.solver.objective import hard_cost, quantiles, soft_cost
+from uvc.solver.reference import SlowState
+from uvc.solver.state import FAMILIES, Geometry, State, ranks, smallest
+
+PRICES = Prices(fixed=500, attn=3, mlp=2, qk=11, v=13, neuron=7)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def random_state(geometry, seed=0):
+    torch.manual_seed(seed)
+    state = State.new(geometry, gate_init=3.0)
+    state.theta.normal_(2.0, 1.0)
+    for family in state.families.values():
+        # some ties on purpose
+        family.importance.copy_((torch.rand_like(family.importance) * 50).round() / 10)
+        family.scale = 1.5
+    return state
+
+
+def close(rows, tensor):
+    torch.testing.assert_close(torch.tensor(rows), tensor.detach().clone(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("geometry", [Geometry(3, 4, 5, 17), Geometry(1, 1, 1, 1), Geometry(2, 3, 8, 0 + 7)], ids=str)
+def test_a_hundred_steps_equal_the_slow_twin(geometry):
+    config = SolverConfig()
+    state = random_state(geometry)
+    slow = SlowState.of(state)
+    dense = hard_cost(state, PRICES)
+    norms = {name: torch.rand_like(family.importance) for name, family in state.families.items()}
+    moved = 0.0
+    for i in range(100):
+        factors, slow_factors = step.prox(state, config), reference.prox(slow, config)
+        for name in ("qk", "v", "neuron"):
+            rows = slow_factors[name]
+            close(rows, getattr(factors, name).reshape(len(rows), -1))
+        scores, slow_scores = quantiles(state, PRICES), reference.quantiles(slow, PRICES)
+        for name in FAMILIES:
+            close(slow_scores[name], scores[name])
+        step.primal(state, PRICES, config), reference.primal(slow, PRICES, config)
+        target = max(1.0 - i / 60, 0.3)
+        step.dual(state, norms, PRICES, dense, target, config)
+        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, PRICES, dense, target, config)
+        assert float(soft_cost(state, PRICES)) == pytest.approx(reference.soft_cost(slow, PRICES), rel=1e-9)
+        assert float(state.z) == pytest.approx(slow.z, rel=1e-9)
+        for name, family in state.families.items():
+            close(slow.s[name], family.s)
+            close(slow.y[name], family.y)
+            norms[name] = norms[name] * torch.where(family.removed(), 0.9, 1.0)
+            moved += float(family.s.sum())
+        if i == 50:
+            ready = state.families["neuron"].removed()
+            state.families["neuron"].dead |= ready
+            slow.dead["neuron"] = state.families["neuron"].dead.tolist()
+    assert moved > 0 or geometry.hidden == 1
+
+
+def test_the_cost_follows_the_budget_and_z_unwinds_after_an_overshoot():
+    config = SolverConfig()
+    state = random_state(Geometry(4, 3, 16, 64))
+    state.theta.fill_(8.0)
+    norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
+    dense = hard_cost(state, PRICES)
+    for target in (0.8, 0.5, 0.7):
+        for _ in range(400):
+            step.primal(state, PRICES, config)
+            step.dual(state, norms, PRICES, dense, target, config)
+        assert float(soft_cost(state, PRICES)) / dense == pytest.approx(target, abs=0.02)
+
+
+def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one():
+    config = SolverConfig(primal_rate=0.1, budget_rate=0.01)
+    state = random_state(Geometry(4, 3, 16, 64))
+    for family in state.families.values():
+        family.importance.uniform_(0.1, 5.0)
+    state.families["head"].importance.fill_(1e6)  # heads out of play
+    norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
+    dense = hard_cost(state, PRICES)
+    for _ in range(3000):
+        step.primal(state, PRICES, config)
+        step.dual(state, norms, PRICES, dense, 0.6, config)
+    scores = quantiles(state, PRICES)
+    kept = torch.cat([scores[n][~state.families[n].removed()] for n in ("qk", "v", "neuron")])
+    removed = torch.cat([scores[n][state.families[n].removed()] for n in ("qk", "v", "neuron")])
+    assert len(removed) > 50 and removed.max() < kept.min() + 0.05
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.9])
+def test_burying_never_passes_the_budget_and_settles_within_one_unit_of_it(budget):
+    config = SolverConfig()
+    state = random_state(Geometry(3, 4, 5, 17))
+    state.theta.fill_(6.0)
+    state.hard = True
+    norms = {name: torch.rand_like(family.importance) * 1e-6 for name, family in state.families.items()}
+    budget_cost = int(budget * hard_cost(state, PRICES))
+    for family in state.families.values():
+        family.s.fill_(1.0)
+    assert step.project(state, norms, PRICES, budget_cost, config)
+    for _ in range(40):
+        for family in state.families.values():
+            family.s.fill_(1.0)
+        step.project(state, norms, PRICES, budget_cost, config)
+    assert state.settled
+    assert budget_cost <= hard_cost(state, PRICES) < budget_cost + max(PRICES[3:])
+    assert all(torch.equal(f.s, f.dead.double().mean(1)) for f in state.families.values())
+
+
+def test_groups_with_norm_left_are_not_buried():
+    state = random_state(Geometry(2, 2, 4, 8))
+    norms = {name: torch.ones_like(family.importance) for name, family in state.families.items()}
+    for family in state.families.values():
+        family.s.fill_(0.5)
+    assert not step.project(state, norms, PRICES, 0, SolverConfig())
+    assert not any(family.dead.any() for family in state.families.values())
+
+
+def test_ranks_and_smallest_break_ties_by_index():
+    values = torch.tensor([[2.0, 1.0, 1.0, 0.0]])
+    assert ranks(values).tolist() == [[3, 1, 2, 0]]
+    assert smallest(values, torch.tensor([2.0])).tolist() == [[False, True, False, True]]
+
+
+def test_state_survives_a_round_trip_through_flat_tensors():
+    state, other = random_state(Geometry(2, 2, 4, 8)), State.new(Geometry(2, 2, 4, 8), 3.0)
+    state.families["v"].dead[0, 1] = True
+    state.hard, state.settled = True, True
+    other.load_tensors(state.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors().values(), other.tensors().values()))

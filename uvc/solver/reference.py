@@ -1,0 +1,136 @@
+"""The slow twin of ``step``: the same algorithm in loops over layers, heads and groups, on plain numbers. Tests step both together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from uvc.budget import Prices
+from uvc.config import SolverConfig
+from uvc.solver.state import FAMILIES, State
+
+Rows = list[list[float]]
+
+
+@dataclass
+class SlowState:
+    """Lists instead of tensors; fields as in ``State`` and ``Family``, keyed by family."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    hidden: int
+    importance: dict[str, Rows]
+    s: dict[str, list[float]]
+    y: dict[str, list[float]]
+    dead: dict[str, list[list[bool]]]
+    scale: dict[str, float]
+    gate: Rows
+    z: float
+
+    @classmethod
+    def of(cls, state: State) -> SlowState:
+        geo, families = state.geometry, state.families
+        return cls(
+            geo.layers, geo.heads, geo.head_dim, geo.hidden,
+            {n: families[n].importance.tolist() for n in FAMILIES}, {n: families[n].s.tolist() for n in FAMILIES},
+            {n: families[n].y.tolist() for n in FAMILIES}, {n: families[n].dead.tolist() for n in FAMILIES},
+            {n: families[n].scale for n in FAMILIES}, state.gates().tolist(), float(state.z),
+        )  # fmt: skip
+
+    def order(self, family: str, segment: int) -> list[int]:
+        """Groups of a segment, least important first, dead ones before all others."""
+        importance, dead = self.importance[family][segment], self.dead[family][segment]
+        return sorted(range(len(dead)), key=lambda g: -1.0 if dead[g] else importance[g])
+
+    def removed(self, family: str, segment: int) -> set[int]:
+        order = self.order(family, segment)
+        return set(order[: round(self.s[family][segment] * len(order))])
+
+
+def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
+    """Factor of every group, per family; a v dim takes the smaller of its own and its head's."""
+    factor = {}
+    for family in FAMILIES:
+        factor[family] = []
+        for segment, dead in enumerate(state.dead[family]):
+            shrink = 1.0 / (1.0 + 2.0 * config.prox_rate * state.y[family][segment])
+            removed = state.removed(family, segment)
+            factor[family].append([shrink if g in removed and not dead[g] else 1.0 for g in range(len(dead))])
+    for layer in range(state.layers):
+        for head in range(state.heads):
+            row = factor["v"][layer * state.heads + head]
+            for k in range(state.head_dim):
+                row[k] = min(row[k], factor["head"][layer][head])
+    return factor
+
+
+def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
+    """Share of the prunable cost with lower importance per cost, per group."""
+    price = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
+    units = []
+    for family in ("qk", "v", "neuron"):
+        for segment, dead in enumerate(state.dead[family]):
+            for g in range(len(dead)):
+                ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price[family]
+                units.append((ratio, family, segment, g))
+    units.sort(key=lambda unit: unit[0])
+    whole = sum(price[family] for _, family, _, _ in units)
+    score = {n: [[0.0] * len(dead) for dead in state.dead[n]] for n in FAMILIES}
+    below = 0.0
+    for _, family, segment, g in units:
+        score[family][segment][g] = below / whole
+        below += price[family]
+    for layer in range(state.layers):
+        for head in range(state.heads):
+            segment = layer * state.heads + head
+            alive_v = sum(not d for d in state.dead["v"][segment])
+            alive_qk = sum(not d for d in state.dead["qk"][segment]) if alive_v else 0
+            cost = max(prices.qk * alive_qk + prices.v * alive_v, 1.0)
+            ratio = -1.0 if state.dead["head"][layer][head] else state.importance["head"][layer][head] / cost
+            score["head"][layer][head] = sum(price[unit[1]] for unit in units if unit[0] < ratio) / whole
+    return score
+
+
+def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
+    """One subgradient step of every s and r."""
+    scores = quantiles(state, prices)
+    removed_heads = [state.removed("head", layer) for layer in range(state.layers)]
+    for family in FAMILIES:
+        for segment, row in enumerate(scores[family]):
+            if family in ("qk", "v") and segment % state.heads in removed_heads[segment // state.heads]:
+                move = 0.0
+            else:
+                q, y, s = sorted(row), state.y[family][segment], state.s[family][segment]
+                count = round(s * len(q))
+                up = max(state.z - y * q[count], 0.0) if count < len(q) else 0.0
+                down = max(y * q[count - 1] - state.z, 0.0) if count > 0 else 0.0
+                move = up - down if up > 0 or down > 0 else count / len(q) - s
+            dead = sum(state.dead[family][segment]) / len(row)
+            stepped = state.s[family][segment] + config.primal_rate * min(max(move, -1.0), 1.0)
+            state.s[family][segment] = max(min(stepped, 1.0), dead)
+
+
+def soft_cost(state: SlowState, prices: Prices) -> float:
+    """R(s, r, g), not yet divided by the dense cost."""
+    cost = float(prices.fixed)
+    for layer in range(state.layers):
+        attn = float(prices.attn)
+        for place, head in enumerate(state.order("head", layer)):
+            survive = min(max(place + 1 - state.s["head"][layer] * state.heads, 0.0), 1.0)
+            segment = layer * state.heads + head
+            n_qk, n_v = ((1.0 - state.s[name][segment]) * state.head_dim for name in ("qk", "v"))
+            attn += survive * (prices.qk * n_qk + prices.v * n_v)
+        mlp = prices.mlp + prices.neuron * (1.0 - state.s["neuron"][layer]) * state.hidden
+        cost += state.gate[layer][0] * attn + state.gate[layer][1] * mlp
+    return cost
+
+
+def dual(state: SlowState, norms: dict[str, Rows], prices: Prices, dense_cost: float, target: float, config: SolverConfig) -> None:
+    """Multipliers of the norms and of the budget."""
+    for family in FAMILIES:
+        for segment, row in enumerate(norms[family]):
+            left = sum(row[g] for g in state.removed(family, segment)) / (state.scale[family] * len(row))
+            y = 1.0 + (state.y[family][segment] - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left
+            state.y[family][segment] = min(max(y, 1.0), config.dual_max)
+    z = state.z + config.budget_rate * (soft_cost(state, prices) / dense_cost - target)
+    state.z = min(max(z, 0.0), 2.0)
