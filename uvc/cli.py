@@ -15,6 +15,12 @@ import click
 FOLDER = click.Path(path_type=Path)
 
 
+class Interrupted(click.ClickException):
+    """The user stopped a run; the message says how to continue it."""
+
+    exit_code = 130
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="uvc-vit", message="uvc %(version)s")
 @click.pass_context
@@ -27,13 +33,15 @@ def cli(context: click.Context) -> None:
 def _fraction(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
     # Written so that nan fails too.
     if value is not None and not 0 < value <= 1:
-        raise ValueError(f"--budget: {value:g}; it is a fraction of the dense cost, above 0 and at most 1")
+        raise click.UsageError(
+            f"--budget: {value:g}; it is a fraction of the dense cost, above 0 and at most 1"
+        )
     return value
 
 
 def _positive(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{option.opts[0]}: {value:g}; it must be a positive number")
+        raise click.UsageError(f"{option.opts[0]}: {value:g}; it must be a positive number")
     return value
 
 
@@ -84,7 +92,7 @@ def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
         summary = compress_run(out, options, resume=resume, progress=not quiet)
     except KeyboardInterrupt:
         hint = f"; continue with: uvc compress --resume --out {out}" if (out / "run.json").is_file() else ""
-        raise KeyboardInterrupt(f"interrupted{hint}") from None
+        raise Interrupted(f"interrupted{hint}") from None
     _print_report(out, summary)
 
 
@@ -143,13 +151,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         status = cli.main(args=arguments, prog_name="uvc", standalone_mode=False)
     except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code if error.exit_code != 1 else 2)
+        return _fail(error.format_message(), 2 if error.exit_code == 1 else error.exit_code)
+    except click.Abort:
+        return _fail("interrupted", 130)
     except (ValueError, RuntimeError, OSError) as error:
         if _is_bug(error):
             raise
         return _fail(str(error), 2)
-    except (KeyboardInterrupt, click.Abort) as error:
-        return _fail(str(error) or "interrupted", 130)
     return status if isinstance(status, int) else 0
 
 

@@ -139,7 +139,14 @@ class TensorLoader(Loader):
         angle, shear, *rest = ((torch.rand(6, count, generator=generator) * 2 - 1) * self.warp).unbind(0)
         angle, shear = angle * math.radians(10), shear * 0.1
         scale_x, scale_y, shift_x, shift_y = 1 + rest[0] * 0.1, 1 + rest[1] * 0.1, rest[2] / 8, rest[3] / 8
-        rows = [angle.cos() * scale_x, shear - angle.sin(), shift_x, angle.sin(), angle.cos() * scale_y, shift_y]
+        rows = [
+            angle.cos() * scale_x,
+            shear - angle.sin(),
+            shift_x,
+            angle.sin(),
+            angle.cos() * scale_y,
+            shift_y,
+        ]
         return torch.stack(rows, 1).view(count, 2, 3)
 
     def _resize(self, images: Tensor) -> Tensor:
@@ -264,7 +271,15 @@ def _load_digits(input_size: tuple[int, int, int], batch_size: int, seed: int, v
     fill = -DIGITS_MEAN / DIGITS_STD
     return Data(
         TensorLoader(
-            images[train], labels[train], batch_size, training=True, seed=seed, warp=1.0, noise=0.1, fill=fill, size=size
+            images[train],
+            labels[train],
+            batch_size,
+            training=True,
+            seed=seed,
+            warp=1.0,
+            noise=0.1,
+            fill=fill,
+            size=size,
         ),
         TensorLoader(images[val], labels[val], batch_size, size=size),
         num_classes=10,

@@ -63,7 +63,8 @@ class RunLog:
         elif self._console is not None and self._new_tenth():
             seconds = time.monotonic() - self._start
             self._console.print(
-                f"{self._phase:<10} {self._step:>6}/{self._total}  {seconds:5.0f} s  {_figures(scalars)}"
+                f"{self._phase:<10} {self._step:>6}/{self._total}  {seconds:5.0f} s  {_figures(scalars)}",
+                soft_wrap=True,
             )
 
     def note(self, **fields: Any) -> None:
@@ -152,7 +153,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def measure_latency(
-    models: Mapping[str, nn.Module], images: Tensor, repeats: int = 50, seconds: float = 5.0
+    models: Mapping[str, nn.Module], images: Tensor, repeats: int = 20, seconds: float = 5.0
 ) -> dict[str, float]:
     """Median milliseconds of one forward pass of `images` [B, C, H, W] through each model.
 

@@ -12,7 +12,9 @@ from torch import nn
 
 __all__ = ["uvc_vit_digits", "uvc_vit_digits_distilled"]
 
-_SHAPE = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=96, depth=6, num_heads=3, mlp_ratio=4.0, weight_init="jax")
+_SHAPE = dict(
+    img_size=8, patch_size=2, in_chans=1, embed_dim=96, depth=6, num_heads=3, mlp_ratio=4.0, weight_init="jax"
+)
 
 _INPUT = dict(
     num_classes=10,

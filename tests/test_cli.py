@@ -1,0 +1,273 @@
+"""The command line: one line per mistake, a run from options to files, resuming, and the other commands."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import generate_default_cfgs, register_model
+
+import uvc
+from uvc import cli
+from uvc.models import uvc_vit_digits
+from uvc.report import RunLog
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EPOCHS = {"teacher": 1, "warmup": 1, "search": 2, "post": 1}
+SHORT = ["--model", "uvc_test_vit", "--batch-size", "216", "--quiet"]
+SHORT += [word for name, count in EPOCHS.items() for word in (f"--{name}-epochs", str(count))]
+
+default_cfgs = generate_default_cfgs({"uvc_test_vit": {"input_size": (1, 8, 8), "num_classes": 10}})
+
+
+@register_model
+def uvc_test_vit(pretrained=False, **options):
+    """The ViT for digits, small enough for a run in a second."""
+    return uvc_vit_digits(pretrained, **{"embed_dim": 24, "depth": 3, "num_heads": 2, **options})
+
+
+def weights(path, **options):
+    save_file(uvc_test_vit(**options).state_dict(), path)
+    return path
+
+
+def mistakes(tmp_path):
+    """Options that are wrong, and what the line must name: the argument and the value."""
+    torn = weights(tmp_path / "torn.safetensors")
+    torn.write_bytes(torn.read_bytes()[:5000])
+    other = weights(tmp_path / "other.safetensors", num_classes=7)
+    lacking = tmp_path / "lacking.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 24)}, lacking)
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    return {
+        "a budget of zero": (["--budget", "0"], "--budget", "0"),
+        "a budget above one": (["--budget", "1.5"], "--budget", "1.5"),
+        "a budget of nan": (["--budget", "nan"], "--budget", "nan"),
+        "a budget that is no number": (["--budget", "half"], "--budget", "half"),
+        "a budget below the smallest reachable": (["--budget", "0.0001"], "budget", "0.0001"),
+        "an unknown metric": (["--metric", "joules"], "--metric", "joules"),
+        "an unknown model": (["--model", "deit_tiny_patch16_225"], "--model", "deit_tiny_patch16_224"),
+        "an unsupported model": (["--model", "resnet10t"], "model", "ResNet"),
+        "an unknown data set": (["--data", "no_such_data"], "data", "no_such_data"),
+        "an unknown device": (["--device", "abacus"], "--device", "abacus"),
+        "a device torch knows and we do not": (["--device", "mps"], "--device", "mps"),
+        "an unknown recipe": (["--recipe", "cake"], "--recipe", "cake"),
+        "a negative seed": (["--seed", "-1"], "--seed", "-1"),
+        "a learning rate of nan": (["--lr", "nan"], "--lr", "nan"),
+        "a teacher cut short": (["--teacher", str(torn)], "--teacher", str(torn)),
+        "a teacher with other classes": (["--teacher", str(other)], "--teacher", "head.weight"),
+        "a teacher that lacks weights": (["--teacher", str(lacking)], "--teacher", "lacks"),
+        "no such teacher": (["--teacher", str(tmp_path / "none")], "--teacher", "none"),
+        "an output that is a file": (["--out", str(tmp_path / "file")], "--out", "file"),
+        "an output below a file": (["--out", str(tmp_path / "file" / "x")], "--out", "file"),
+        "an output that nobody can write": (["--out", "/proc/uvc"], "--out", "/proc/uvc"),
+        "an output with other files": (["--out", str(tmp_path / "mine")], "--out", "mine"),
+        "nothing to resume": (["--resume"], "--resume", "out"),
+        "an unknown option": (["--bugdet", "0.5"], "--bugdet", "--budget"),
+    }
+
+
+NAMES = """\
+a budget of zero; a budget above one; a budget of nan; a budget that is no number;
+a budget below the smallest reachable; an unknown metric; an unknown model; an unsupported model;
+an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
+a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
+a teacher that lacks weights; no such teacher; an output that is a file; an output below a file;
+an output that nobody can write; an output with other files; nothing to resume; an unknown option"""
+NAMES = NAMES.replace("\n", " ").split("; ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mistake_is_one_line_and_leaves_nothing_behind(name, tmp_path, capsys):
+    cases = mistakes(tmp_path)
+    assert list(cases) == NAMES
+    arguments, argument, value = cases[name]
+    before = sorted(tmp_path.rglob("*"))
+    # A second --out overrides the first.
+    assert cli.run(["compress", "--out", str(tmp_path / "out"), *SHORT, *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("uvc: ")
+    assert argument in shown.err and value in shown.err and "Traceback" not in shown.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_that_is_absent_is_one_line(tmp_path, capsys):
+    assert cli.run(["compress", "--out", str(tmp_path / "out"), "--device", "cuda"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--device" in shown and "use cpu" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_a_model_of_its_own_needs_one(tmp_path, capsys):
+    assert cli.run(["compress", "--out", str(tmp_path / "out"), "--data", "torch/cifar10"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--model" in shown and "torch/cifar10" in shown
+
+
+def test_the_console_command_exits_with_2_and_no_traceback(tmp_path):
+    start = [sys.executable, "-c", "from uvc.cli import main; main()"]
+    done = subprocess.run(
+        [*start, "compress", "--out", str(tmp_path / "out"), "--budget", "1.5"],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("command", ["eval", "report"])
+@pytest.mark.parametrize("folder", ["missing", "empty"])
+def test_a_folder_without_a_run_is_one_line(command, folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert cli.run([command, str(tmp_path / folder)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and folder in shown
+
+
+def test_no_command_shows_help(capsys):
+    assert cli.run([]) == 0
+    assert "compress" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run on digits, from the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    assert cli.run(["compress", "--out", str(folder), "--seed", "3", *SHORT]) == 0
+    return folder
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_run_meets_the_budget_and_says_what_it_did(finished):
+    figures = summary(finished)
+    assert (figures["model"], figures["data"], figures["seed"]) == ("uvc_test_vit", "digits", 3)
+    assert (figures["budget"], figures["metric"], figures["device"]) == (0.5, "macs", "cpu")
+    assert figures["macs_ratio"] == figures["final_macs"] / figures["dense_macs"]
+    assert 0.495 <= figures["macs_ratio"] <= 0.5
+    dense = uvc.cost(uvc_test_vit())
+    assert (figures["dense_macs"], figures["dense_params"]) == (dense.macs, dense.params)
+    for name in ("teacher_top1", "before_post_top1", "final_top1"):
+        assert 0 <= figures[name] <= 100
+    # Warm-up, search and post-training: four epochs of 6 steps.
+    assert figures["steps"] == 24 and figures["seconds"] > 0
+    assert [entry["batch"] for entry in figures["latency"]] == [1, 64]
+
+
+def test_saved_model_loads_and_is_what_was_measured(finished):
+    small, figures = uvc.load(finished), summary(finished)
+    assert uvc.cost(small).macs == figures["final_macs"]
+    assert sum(p.numel() for p in small.parameters()) == figures["final_params"]
+    structure = uvc.Structure.from_json((finished / "structure.json").read_text())
+    assert structure == uvc.structure_of(small)
+    assert structure == uvc.Structure.from_json(json.dumps(figures["structure"]))
+
+
+def test_run_leaves_logs_and_a_picture(finished):
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == {"teacher", "warmup", "search", "post-train"}
+    assert [line["step"] for line in lines if "step" in line and line["phase"] == "post-train"][-1] == 5
+    assert (finished / "structure.png").read_bytes().startswith(b"\x89PNG")
+    assert list((finished / "tensorboard").iterdir())
+    assert not list(finished.rglob("*.part"))
+
+
+def test_eval_gives_the_accuracy_of_the_summary(finished, capsys):
+    assert cli.run(["eval", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert f"top-1 {summary(finished)['final_top1']:.2f} %  of 500 images of digits" in shown
+    assert f"MACs {summary(finished)['final_macs']:,}" in shown
+
+
+def test_eval_of_a_truncated_model_is_one_line(finished, tmp_path, capsys):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-100])
+    assert cli.run(["eval", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "model.safetensors" in shown
+
+
+def test_report_shows_the_table_and_draws_again(finished, capsys):
+    (finished / "structure.png").unlink()
+    assert cli.run(["report", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert "compressed" in shown and str(finished / "structure.png") in shown
+    assert (finished / "structure.png").exists()
+
+
+def test_a_run_is_not_overwritten_but_shown_again_with_resume(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert cli.run(["compress", "--out", str(finished), *SHORT]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.run(["compress", "--out", str(finished), "--resume"]) == 0
+    assert "compressed" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_resume_with_another_option_is_one_line(finished, capsys):
+    assert cli.run(["compress", "--out", str(finished), "--resume", "--budget", "0.3"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "--budget" in shown and "0.3" in shown
+
+
+def test_run_interrupted_in_every_phase_ends_with_130_and_resumes_to_the_same_result(
+    finished, tmp_path, capsys, monkeypatch
+):
+    out, note = tmp_path / "out", RunLog.note
+    arguments = ["--seed", "3", *SHORT]
+    for phase in ("teacher", "search", "post-train"):
+
+        def interrupt(self, phase=phase, **fields):
+            note(self, **fields)
+            if self._phase == phase and "epoch" in fields:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "note", interrupt)
+            assert cli.run(["compress", "--out", str(out), *arguments]) == 130
+        shown = capsys.readouterr().err.splitlines()
+        assert shown[-1].startswith("uvc: interrupted") and f"--resume --out {out}" in shown[-1]
+        assert not (out / "summary.json").exists()
+        arguments = ["--resume", "--quiet"]
+    assert cli.run(["compress", "--out", str(out), *arguments]) == 0
+    whole, resumed = summary(finished), summary(out)
+    for name in ("structure", "teacher_top1", "before_post_top1", "final_top1", "steps"):
+        assert resumed[name] == whole[name]
+
+
+def test_teacher_weights_are_used_and_not_trained(finished, tmp_path):
+    options = ["--teacher", str(finished / "teacher"), "--seed", "3", *SHORT]
+    assert cli.run(["compress", "--out", str(tmp_path / "out"), "--budget", "0.3", *options]) == 0
+    assert summary(tmp_path / "out")["teacher_top1"] == summary(finished)["teacher_top1"]
+    assert summary(tmp_path / "out")["macs_ratio"] <= 0.3
+    assert not (tmp_path / "out" / "teacher").exists()
+
+
+def test_doctor_tells_versions_and_backends(capsys):
+    assert cli.run(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in shown and "attention" in shown and "reference" in shown
+
+
+def test_drop_in_example_runs(capsys):
+    runpy.run_path(str(EXAMPLES / "drop_in_layers.py"))
+    shown = capsys.readouterr().out
+    assert float(shown.split("outputs differ by ")[1]) < 1e-4
+
+
+def test_compression_example_runs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compress_digits.py", "1"])
+    monkeypatch.setattr(timm, "create_model", lambda _name: uvc_test_vit())
+    runpy.run_path(str(EXAMPLES / "compress_digits.py"))
+    assert "first test digits: [" in capsys.readouterr().out
