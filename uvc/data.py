@@ -88,9 +88,9 @@ def _batch_count(images: int, batch_size: int, training: bool) -> int:
 class TensorLoader(Loader):
     """Images that lie in memory, float32 [n, C, H, W], already normalised; labels int64 [n].
 
-    With `training` every epoch is reshuffled, and each image goes through a random affine map and gets normal noise
-    of deviation `noise`. `warp` 1 means up to 10 degrees, 10% of scale and shear, and 1/16 of the image of shift;
-    `fill` moves in. `size` (C, H, W) resizes each batch bilinearly and repeats its channel.
+    With `training` every epoch is reshuffled, and each image goes through a random affine map and gets normal
+    noise of deviation `noise`. `warp` 1 means up to 10 degrees, 10% of scale and shear, and 1/16 of the image
+    of shift; `fill` moves in. `size` (C, H, W) resizes each batch bilinearly and repeats its channel.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TensorLoader(Loader):
         return images
 
     def _maps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random affine maps [count, 2, 3] in the coordinates of `affine_grid`, where the image spans [-1, 1]."""
+        """Random affine maps [count, 2, 3] in `affine_grid` coordinates: the image spans [-1, 1]."""
         angle, shear, *rest = ((torch.rand(6, count, generator=generator) * 2 - 1) * self.warp).unbind(0)
         angle, shear = angle * math.radians(10), shear * 0.1
         scale_x, scale_y, shift_x, shift_y = 1 + rest[0] * 0.1, 1 + rest[1] * 0.1, rest[2] / 8, rest[3] / 8
