@@ -1,6 +1,6 @@
 """Builds `uvc_kernels._C` from csrc/ (PyTorch's stable ABI only); everything else stands in pyproject.toml.
 
-Without a C++ compiler the install still succeeds: pure PyTorch then serves every op, and `uvc doctor` says so.
+Without a C++ compiler the install still succeeds: plain PyTorch then serves, and `uvc doctor` says so.
 """
 
 import subprocess
@@ -37,8 +37,8 @@ def extensions() -> list:
     """The extension, or nothing (and one warning) when no C++ compiler works here."""
     if (error := compiler_error()) is not None:
         print(
-            f"WARNING: no working C++ compiler ({error}); uvc_kernels is installed without its C++ kernels and "
-            "runs on plain PyTorch. Install g++ and reinstall to get them.",
+            f"WARNING: no working C++ compiler ({error}); uvc_kernels is installed without its C++ kernels "
+            "and runs on plain PyTorch. Install g++ and reinstall to get them.",
             file=sys.stderr,
         )
         return []

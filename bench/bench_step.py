@@ -2,8 +2,8 @@
 
     python bench/bench_step.py [--model deit_tiny_patch16_224] [--keep 0.5] [--batch 8] [--repeats 11]
 
-Repeats are interleaved, so that a change of the machine's speed hits all five alike, and medians are printed. Before
-any clock starts, the outputs of the three pruned ways are compared.
+Repeats are interleaved, so that a change of the machine's speed hits all five alike, and medians are printed.
+Before any clock starts, the outputs of the three pruned ways are compared.
 """
 
 import os
@@ -100,7 +100,9 @@ def run(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--batch", type=int, default=8)

@@ -47,6 +47,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that autocast gives a linear layer; unchanged outside autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def need_bits(needs: Sequence[bool]) -> int:
     """`ctx.needs_input_grad` as one bit per gradient, in order: what a backward op takes."""
     return sum(1 << i for i, need in enumerate(needs) if need)
@@ -63,14 +72,11 @@ def empty_gradients(like: Tensor, shapes: Sequence[Sequence[int]], needs: int) -
 
 
 def forbid_double_backward(op: str) -> None:
-    """Make the gradient of the gradient of `op` a clear error instead of a wrong number."""
-
-    def backward(ctx, *grads):
+    """To be called in the backward pass of `op`: RuntimeError when that pass itself is being recorded."""
+    if torch.is_grad_enabled():
         raise RuntimeError(
-            f"uvc_kernels.{op} has no double backward; run it under uvc_kernels.backend('reference') for that"
+            f"uvc_kernels.{op} has no second derivative (create_graph=True); use backend('reference')"
         )
-
-    torch.library.register_autograd(f"uvc_kernels::{op}_backward", backward)
 
 
 def provide_reference(op: str, run: Callable) -> None:
@@ -124,7 +130,8 @@ def _warn_once(key: tuple, message: str) -> None:
 def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the provider that serves `op` for tensors of this device and dtype.
 
-    A forced provider that cannot is a RuntimeError; an unforced one falls back to `reference` with one warning.
+    A forced provider that cannot is a RuntimeError; else what no kernel serves goes to `reference`, with one
+    warning.
     """
     name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
     if name is not None:

@@ -17,7 +17,7 @@ from . import _dispatch
 
 
 class KeptHeads(NamedTuple):
-    """The kept positions in 0..A of q/k dims and of v dims, head by head, ascending; int64, on the device of x.
+    """The kept positions in 0..A of q/k dims and of v dims, head by head, ascending; int64, on x's device.
 
     `qk_offsets` and `v_offsets` [h + 1] cut the lists `qk` and `v` by kept head; they start at 0.
     """
@@ -31,7 +31,8 @@ class KeptHeads(NamedTuple):
 def kept_heads(qk_mask: Tensor, v_mask: Tensor) -> KeptHeads:
     """The index form of two bool masks [H, K] (True = kept).
 
-    A head is kept when it has a kept v dim; the q/k dims of other heads are dropped. ValueError on other shapes.
+    A head is kept when it has a kept v dim; the q/k dims of other heads are dropped. ValueError on masks of
+    another shape or dtype.
     """
     if qk_mask.dim() != 2 or qk_mask.shape != v_mask.shape or {qk_mask.dtype, v_mask.dtype} != {torch.bool}:
         raise ValueError(
@@ -105,7 +106,7 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, qkv_weight, qkv_bias, proj_weight, proj_bias, *kept, scale = inputs
+    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale = inputs
     ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
@@ -113,6 +114,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, lse = ctx.saved_tensors
+    _dispatch.forbid_double_backward("attention")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(
         grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, lse, needs
@@ -125,7 +127,6 @@ if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::attention", _backward, setup_context=_setup_context)
     _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
-    _dispatch.forbid_double_backward("attention")
 
 
 def attention(
@@ -139,16 +140,20 @@ def attention(
 ) -> Tensor:
     """Attention over the kept heads and dims.
 
-    x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A], proj_bias [Dout]
-    or None, all of one floating dtype; returns [B, N, Dout] in that dtype. Gradients are full-size, zero where
-    removed. Zero kept heads leave the bias alone. ValueError on shapes that do not fit.
+    x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
+    proj_bias [Dout] or None, all of one floating dtype (autocast applies as to a linear layer). Returns
+    [B, N, Dout] in that dtype. Gradients are full-size, zero where removed. Zero kept heads leave the bias
+    alone. ValueError on shapes that do not fit.
     """
     if x.dim() != 3:
         raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")
     if qkv_weight.shape != (3 * proj_weight.shape[1], x.shape[2]):
         raise ValueError(
-            f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and proj_weight, "
-            f"got {tuple(qkv_weight.shape)}"
+            f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
+            f"proj_weight, got {tuple(qkv_weight.shape)}"
         )
+    x, qkv_weight, qkv_bias, proj_weight, proj_bias = _dispatch.autocast(
+        x, qkv_weight, qkv_bias, proj_weight, proj_bias
+    )
     run = _dispatch.implementation("attention", x.device, x.dtype)
     return run(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale)

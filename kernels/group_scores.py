@@ -44,9 +44,9 @@ if _dispatch.extension_error is None:
 def group_scores(a: Sequence[Tensor], b: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
     """Sum of a*b over each row (dim 0) or column (dim 1) of every pair, concatenated.
 
-    a, b: lists of tensors of equal shapes, [n, m] or [n] (then dim 0), one dtype and device; dims: 0 or 1 per pair.
-    Returns a flat float32 tensor (float64 for float64 input), pair by pair; it carries no gradient. ValueError on
-    lengths, shapes or dims that do not fit.
+    a, b: lists of tensors of equal shapes, [n, m] or [n] (then dim 0), one dtype and device; dims: 0 or 1 per
+    pair. Returns a flat float32 tensor (float64 for float64 input), pair by pair; it carries no gradient.
+    ValueError on lengths, shapes or dims that do not fit.
     """
     if not len(a) == len(b) == len(dims):
         raise ValueError(
@@ -55,8 +55,8 @@ def group_scores(a: Sequence[Tensor], b: Sequence[Tensor], dims: Sequence[int]) 
     for i, (first, second, dim) in enumerate(zip(a, b, dims, strict=True)):
         if first.shape != second.shape or first.dim() not in (1, 2) or dim not in range(first.dim()):
             raise ValueError(
-                f"group_scores: pair {i} must be two vectors (dim 0) or two matrices (dim 0 or 1) of one shape, got "
-                f"{tuple(first.shape)}, {tuple(second.shape)} and dim {dim}"
+                f"group_scores: pair {i} must be two vectors (dim 0) or two matrices (dim 0 or 1) of one "
+                f"shape, got {tuple(first.shape)}, {tuple(second.shape)} and dim {dim}"
             )
     if not a:
         return torch.zeros(0)

@@ -72,6 +72,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     x, fc1_weight, fc1_bias, fc2_weight, neurons, hidden = ctx.saved_tensors
+    _dispatch.forbid_double_backward("mlp")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.mlp_backward(
         grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, ctx.activation, hidden, needs
@@ -84,7 +85,6 @@ if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::mlp_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::mlp", _backward, setup_context=_setup_context)
     _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dispatch.CPU_DTYPES)
-    _dispatch.forbid_double_backward("mlp")
 
 
 def mlp(
@@ -98,10 +98,11 @@ def mlp(
 ) -> Tensor:
     """MLP over the kept neurons.
 
-    x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, all of one
-    floating dtype; neurons: int64 indices in 0..F, ascending; activation: a key of `ACTIVATIONS`. Returns
-    [..., Dout]. Gradients are full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on
-    shapes that do not fit and on an unknown activation.
+    x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, all of
+    one floating dtype (autocast applies as to a linear layer); neurons: int64 indices in 0..F, ascending;
+    activation: a key of `ACTIVATIONS`. Returns [..., Dout] in that dtype. Gradients are full-size, zero where
+    removed. No kept neuron leaves the bias alone. ValueError on shapes that do not fit and on an unknown
+    activation.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
@@ -110,5 +111,8 @@ def mlp(
             f"mlp: fc1_weight must be [{fc2_weight.shape[1]}, {x.shape[-1]}] to fit x and fc2_weight, "
             f"got {tuple(fc1_weight.shape)}"
         )
+    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = _dispatch.autocast(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+    )
     run = _dispatch.implementation("mlp", x.device, x.dtype)
     return run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation)

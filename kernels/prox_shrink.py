@@ -41,9 +41,9 @@ if _dispatch.extension_error is None:
 def prox_shrink(weights: Sequence[Tensor], factors: Tensor, dims: Sequence[int]) -> None:
     """Multiply row (dim 0) or column (dim 1) j of each weight by its factor, in place.
 
-    weights: list of [n, m] or [n] (then dim 0), one dtype and device; factors: one flat tensor (the layout that
-    `group_scores` returns), float32, or float64 for float64 weights; dims: 0 or 1 per weight. Factor 1 leaves
-    memory untouched, factor 0 writes exact zeros. No gradient is recorded. ValueError on shapes that do not fit.
+    weights: list of [n, m] or [n] (then dim 0), contiguous, of one dtype and device; factors: one flat
+    floating tensor in the layout that `group_scores` returns; dims: 0 or 1 per weight. Rows with factor 1 are
+    not touched, factor 0 writes exact zeros. No gradient is recorded. ValueError on shapes that do not fit.
     """
     if len(weights) != len(dims):
         raise ValueError(

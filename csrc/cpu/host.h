@@ -122,7 +122,7 @@ void add_bias(const Tensor& out, const MaybeTensor& bias, int64_t rows, int64_t 
   for (int64_t i = 0; i < n; ++i) wide[i] = widen(data<T>(source)[i]);
   const auto& loop = loops<T>();
   torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) loop.add_row(data<T>(out) + r * n, wide.data(), n);
+    loop.add_to_rows(data<T>(out) + begin * n, wide.data(), end - begin, n);
   });
 }
 
@@ -134,7 +134,7 @@ Tensor column_sums(const Tensor& g, int64_t rows, int64_t n) {
   const auto& loop = loops<T>();
   torch::stable::parallel_for(0, (n + 63) / 64, 1, [&](int64_t begin, int64_t end) {
     const int64_t from = begin * 64, to = end * 64 < n ? end * 64 : n;
-    for (int64_t r = 0; r < rows; ++r) loop.add_to(data<T>(g) + r * n + from, total.data() + from, to - from);
+    loop.sum_columns(data<T>(g) + from, rows, n, total.data() + from, to - from);
   });
   for (int64_t i = 0; i < n; ++i) narrow(total[i], data<T>(out)[i]);
   return out;

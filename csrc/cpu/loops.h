@@ -51,11 +51,13 @@ struct Loops {
   A (*activate_backward)(Activation act, const T* u, A bias, T* y, T* g, int64_t n);
   A (*sum)(const T* p, int64_t n);
   A (*dot)(const T* a, const T* b, int64_t n);
-  // total[i] += a[i] * b[i], total[i] += a[i]
+  // total[i] += a[i] * b[i]
   void (*add_product)(const T* a, const T* b, A* total, int64_t n);
-  void (*add_to)(const T* a, A* total, int64_t n);
-  // p[i] <- p[i] + q[i], p[i] <- p[i] * q[i] (zero where q[i] is zero)
-  void (*add_row)(T* p, const A* q, int64_t n);
+  // total[i] = sum over the rows r of a[r * stride + i], for n columns i
+  void (*sum_columns)(const T* a, int64_t rows, int64_t stride, A* total, int64_t n);
+  // p[r * n + i] <- p[r * n + i] + q[i] for every row r
+  void (*add_to_rows)(T* p, const A* q, int64_t rows, int64_t n);
+  // p[i] <- p[i] * q[i], zero where q[i] is zero
   void (*multiply_row)(T* p, const A* q, int64_t n);
 };
 
