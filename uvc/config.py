@@ -1,4 +1,6 @@
-"""Settings of a run: one frozen dataclass per room. Defaults follow the paper where it worked; recipes.py returns whole configs."""
+"""Settings of a run: one frozen dataclass per room. Defaults follow the paper where it worked; recipes.py
+returns whole configs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from dataclasses import dataclass, field
 class DistillConfig:
     """How the uncompressed model teaches. Loss = (1 - weight) * CE(labels) + weight * distillation."""
 
-    kind: str = "soft"  # "none", "soft": batch-mean KL times temperature^2, "hard": cross-entropy with the teacher's argmax
+    # "none"; "soft": batch-mean KL times temperature^2; "hard": cross-entropy with the teacher's argmax
+    kind: str = "soft"
     weight: float = 0.5
     temperature: float = 2.0
 
@@ -25,9 +28,14 @@ class SolverConfig:
     dual_leak: float = 0.05  # how fast y and p unwind to 1
     dual_max: float = 8.0
     budget_rate: float = 0.1  # of z
-    snap: float = 1e-3  # a removed group is set to zero below this squared norm, relative to its family's initial mean
+    snap: float = (
+        1e-3  # a removed group is set to zero below this squared norm, relative to its family's initial mean
+    )
     importance_decay: float = 0.9  # of the moving average of first-order importance
-    anneal: tuple[float, float] = (0.05, 0.5)  # the budget goes from 1 to its value between these fractions of the search
+    anneal: tuple[float, float] = (
+        0.05,
+        0.5,
+    )  # the budget goes from 1 to its value between these fractions of the search
     skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
     gate_every: int = 4  # training steps per gate update; only there all branches run
     gate_rate: float = 0.1
@@ -39,7 +47,9 @@ class SolverConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: teacher (only when none is given), warm-up, search, post-training. Epochs are passes over the loader."""
+    """A whole run: teacher (only when none is given), warm-up, search, post-training. Epochs are passes over
+    the loader.
+    """
 
     teacher_epochs: int = 300
     warmup_epochs: int = 5

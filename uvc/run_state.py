@@ -1,4 +1,6 @@
-"""The state of an unfinished run in one safetensors file: tensors by name, the rest as JSON in its metadata. Nothing is pickled."""
+"""The state of an unfinished run in one safetensors file: tensors by name, the rest as JSON in its metadata.
+Nothing is pickled.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ from torch import Tensor, nn
 
 def save_run(path: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
     """Writes groups of tensors and JSON facts; the file is whole or the old one stays."""
-    flat = {f"{group}/{name}": t.detach().contiguous().clone() for group, part in tensors.items() for name, t in part.items()}
+    flat = {
+        f"{group}/{name}": t.detach().contiguous().clone()
+        for group, part in tensors.items()
+        for name, t in part.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     save_file(flat, str(temporary), metadata={"facts": json.dumps(facts)})
@@ -29,7 +35,9 @@ def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             facts = json.loads((file.metadata() or {})["facts"])
             flat = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint of a run ({error}); delete it to start afresh") from None
+        raise ValueError(
+            f"{path}: not a readable checkpoint of a run ({error}); delete it to start afresh"
+        ) from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in flat.items():
         group, _, key = name.partition("/")
@@ -40,15 +48,23 @@ def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Optimiser moments as "parameter name:moment name" -> tensor."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {f"{names[p]}:{key}": torch.as_tensor(value) for p, state in optimizer.state.items() for key, value in state.items()}
+    return {
+        f"{names[p]}:{key}": torch.as_tensor(value)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, flat: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, flat: dict[str, Tensor]
+) -> None:
     """Inverse of ``optimizer_tensors``, for a fresh optimiser over the same model."""
     parameters = dict(model.named_parameters())
     for name, tensor in flat.items():
         parameter, _, key = name.rpartition(":")
         if parameter not in parameters:
-            raise ValueError(f"checkpoint: optimiser state of unknown parameter {parameter!r}; it belongs to another model")
+            raise ValueError(
+                f"checkpoint: optimiser state of unknown parameter {parameter!r}; it belongs to another model"
+            )
         device = parameters[parameter].device if tensor.dim() else "cpu"
         optimizer.state[parameters[parameter]][key] = tensor.to(device)

@@ -18,16 +18,22 @@ class Classification:
         self.label_smoothing = label_smoothing
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Returns {"loss": scalar, "output": logits [B, classes]}. With a distillation token the two heads are averaged."""
+        """Returns {"loss": scalar, "output": logits [B, classes]}. With a distillation token the two heads
+        are averaged.
+        """
         output = model(images)
         logits = (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
-        return {"loss": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing), "output": logits}
+        return {
+            "loss": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing),
+            "output": logits,
+        }
 
 
 class Distillation(Classification):
     """(1 - weight) * cross-entropy + weight * distillation from a frozen teacher.
 
-    A model with a distillation token (timm's ``distilled_training``) learns labels on the class token and the teacher on the other.
+    A model with a distillation token (timm's ``distilled_training``) learns labels on the class token and the
+    teacher on the other.
     """
 
     def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
@@ -49,8 +55,19 @@ class Distillation(Classification):
         return {"loss": (1 - weight) * hard + weight * distill, "output": logits, "distill": distill.detach()}
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """soft: batch-mean KL of the tempered distributions times temperature^2; hard: cross-entropy with the teacher's argmax."""
+        """soft: batch-mean KL of the tempered distributions times temperature^2; hard: cross-entropy with the
+        teacher's argmax.
+        """
         if self.config.kind == "hard":
             return F.cross_entropy(student, teacher.argmax(-1))
         t = self.config.temperature
-        return t * t * F.kl_div((student / t).log_softmax(-1), (teacher / t).log_softmax(-1), log_target=True, reduction="batchmean")
+        return (
+            t
+            * t
+            * F.kl_div(
+                (student / t).log_softmax(-1),
+                (teacher / t).log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            )
+        )

@@ -29,7 +29,9 @@ LOG_EVERY = 5  # steps
 
 @dataclass(frozen=True)
 class Result:
-    """What ``compress`` returns. model: converted, full-size weights, the final structure applied. top-1 in percent."""
+    """What ``compress`` returns. model: converted, full-size weights, the final structure applied. top-1 in
+    percent.
+    """
 
     model: nn.Module
     structure: Structure
@@ -59,11 +61,28 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device | str | 
 
 
 class Trainer:
-    """What the phases of one run share: model, loaders, log, checkpoint file, and the history of its epochs."""
+    """What the phases of a run share: model, loaders, log, checkpoint file, and its history by epoch."""
 
-    def __init__(self, model: nn.Module, train: DataLoader, val: DataLoader, config: Config, log: RunLog, file: Path | None) -> None:
-        self.model, self.train_loader, self.val_loader, self.config, self.log, self.file = model, train, val, config, log, file
+    def __init__(
+        self,
+        model: nn.Module,
+        train: DataLoader,
+        val: DataLoader,
+        config: Config,
+        log: RunLog,
+        file: Path | None,
+        **settings: Any,
+    ) -> None:
+        self.model, self.train_loader, self.val_loader, self.config, self.log, self.file = (
+            model,
+            train,
+            val,
+            config,
+            log,
+            file,
+        )
         self.device = next(model.parameters()).device
+        self.settings = _json_like({**asdict(config), **settings})  # a checkpoint belongs to one set of them
         self.history: list[dict[str, Any]] = []
         self.steps = 0
         self.resumed: dict[str, Any] = {}
@@ -71,15 +90,23 @@ class Trainer:
 
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """Fresh AdamW; norms, biases and embeddings are not decayed."""
-        return create_optimizer_v2(self.model, opt="adamw", lr=learning_rate, weight_decay=self.config.weight_decay)
+        return create_optimizer_v2(
+            self.model, opt="adamw", lr=learning_rate, weight_decay=self.config.weight_decay
+        )
 
     def phase(
-        self, name: str, epochs: int, task: Classification, optimizer: torch.optim.Optimizer, search: Search | None = None,
+        self,
+        name: str,
+        epochs: int,
+        task: Classification,
+        optimizer: torch.optim.Optimizer,
+        search: Search | None = None,
         schedule: tuple[int, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Trains for some epochs under one cosine cycle.
 
-        schedule: (epochs before this phase, epochs in all) where several phases share the optimiser and its cycle.
+        schedule: (epochs before this phase, epochs in all) where several phases share the optimiser and its
+        cycle.
         """
         first = self._restore(name, epochs, optimizer, search)
         before, cycle = schedule or (0, epochs)
@@ -98,17 +125,29 @@ class Trainer:
                     self.log.step(step, **scalars, **(search.metrics() if search else {}))
                 self.steps += 1
             seconds = time.perf_counter() - start
-            entry = {"phase": name, "epoch": epoch, "top1": evaluate(self.model, self.val_loader), "step_ms": 1e3 * seconds / steps}
+            entry = {
+                "phase": name,
+                "epoch": epoch,
+                "top1": evaluate(self.model, self.val_loader),
+                "step_ms": 1e3 * seconds / steps,
+            }
             self.history.append({**entry, **(search.metrics() if search else {})})
             self.log.note(epoch=epoch, top1=entry["top1"], step_ms=entry["step_ms"])
             self._save(name, epoch + 1, optimizer, search)
 
     def _train_step(
-        self, task: Classification, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, search: Search | None
+        self,
+        task: Classification,
+        images: Tensor,
+        labels: Tensor,
+        optimizer: torch.optim.Optimizer,
+        search: Search | None,
     ) -> dict[str, Any]:
         if search:
             search.before()
-        out = task(self.model, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+        out = task(
+            self.model, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        )
         out["loss"].backward()
         if search:
             search.observe()
@@ -123,9 +162,14 @@ class Trainer:
         config = self.config
         warmup = int(config.lr_warmup_fraction * steps)
         return CosineLRScheduler(
-            optimizer, t_initial=max(steps, 1), lr_min=config.min_learning_rate, warmup_t=warmup,
-            warmup_lr_init=config.min_learning_rate, warmup_prefix=False, t_in_epochs=False,
-        )  # fmt: skip
+            optimizer,
+            t_initial=max(steps, 1),
+            lr_min=config.min_learning_rate,
+            warmup_t=warmup,
+            warmup_lr_init=config.min_learning_rate,
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
 
     def _save(self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, search: Search | None) -> None:
         if self.file is None:
@@ -135,15 +179,25 @@ class Trainer:
         if search:
             tensors["search"] = search.tensors()
         loader = self.train_loader.state_dict() if hasattr(self.train_loader, "state_dict") else None
-        facts = {"phase": phase, "epoch": epoch, "loader": loader, "history": self.history, "steps": self.steps}
+        facts = {
+            "phase": phase,
+            "epoch": epoch,
+            "loader": loader,
+            "history": self.history,
+            "steps": self.steps,
+        }
         structure = structure_of(self.model).to_json() if phase == "post-train" else None
-        save_run(self.file, tensors, {**facts, "structure": structure, "config": asdict(self.config)})
+        save_run(self.file, tensors, {**facts, "structure": structure, "settings": self.settings})
 
     def load(self) -> None:
-        """Reads the checkpoint; phases before the one it names are passed over, that one continues after its last epoch."""
+        """Reads the checkpoint; phases before the one it names are passed over, that one continues after its
+        last epoch.
+        """
         self.tensors, self.resumed = load_run(self.file)
-        if self.resumed["config"] != _json_like(asdict(self.config)):
-            raise ValueError(f"{self.file}: it was written with other settings; resume with the same ones or start afresh")
+        if self.resumed["settings"] != self.settings:
+            raise ValueError(
+                f"{self.file}: it was written with other settings; resume with the same ones or start afresh"
+            )
         self.history, self.steps = self.resumed["history"], self.resumed["steps"]
 
     def finished(self, phase: str) -> bool:
@@ -151,7 +205,9 @@ class Trainer:
         order = ["teacher", "warmup", "search", "post-train"]
         return bool(self.resumed) and order.index(self.resumed["phase"]) > order.index(phase)
 
-    def _restore(self, name: str, epochs: int, optimizer: torch.optim.Optimizer, search: Search | None) -> int:
+    def _restore(
+        self, name: str, epochs: int, optimizer: torch.optim.Optimizer, search: Search | None
+    ) -> int:
         if self.finished(name):
             return epochs
         if self.resumed.get("phase") != name:
@@ -168,9 +224,14 @@ class Trainer:
 
 
 def train_teacher(
-    model: nn.Module, train_loader: DataLoader, val_loader: DataLoader, config: Config, log: RunLog, file: Path | None = None
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    config: Config,
+    log: RunLog,
+    file: Path | None = None,
 ) -> float:
-    """Trains a dense model on labels, in place, for ``config.teacher_epochs``; returns its top-1 in percent."""
+    """Trains a dense model on labels, in place, for ``config.teacher_epochs``; returns top-1 in percent."""
     trainer = Trainer(model, train_loader, val_loader, config, log, file)
     if file is not None and file.exists():
         trainer.load()
@@ -215,7 +276,9 @@ def compress(
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
     dense_cost = cost(model)
     file = Path(out) / "checkpoint.safetensors" if out else None
-    trainer = Trainer(convert(model), train_loader, val_loader, config, log, file)
+    trainer = Trainer(
+        convert(model), train_loader, val_loader, config, log, file, budget=budget, metric=metric
+    )
     if resume and file is not None and file.exists():
         trainer.load()
     torch.manual_seed(config.seed)
@@ -247,9 +310,16 @@ def compress(
     if own_log:
         log.close()
     return Result(
-        model=model, structure=structure_of(model), cost=cost(model), dense_cost=dense_cost, teacher_top1=teacher_top1,
-        before_post_top1=before_post, final_top1=evaluate(model, val_loader), steps=trainer.steps, history=trainer.history,
-    )  # fmt: skip
+        model=model,
+        structure=structure_of(model),
+        cost=cost(model),
+        dense_cost=dense_cost,
+        teacher_top1=teacher_top1,
+        before_post_top1=before_post,
+        final_top1=evaluate(model, val_loader),
+        steps=trainer.steps,
+        history=trainer.history,
+    )
 
 
 def check_budget(model: nn.Module, budget: float, metric: str) -> None:
@@ -258,7 +328,9 @@ def check_budget(model: nn.Module, budget: float, metric: str) -> None:
         raise ValueError(f"budget: {budget} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost")
     smallest = smallest_reachable(model, metric)
     if budget < smallest:
-        raise ValueError(f"budget: {budget} is below {smallest:.4f}, the smallest reachable {metric} budget of this model")
+        raise ValueError(
+            f"budget: {budget} is below {smallest:.4f}, the smallest reachable {metric} budget of this model"
+        )
 
 
 def _json_like(value: Any) -> Any:

@@ -11,7 +11,9 @@ from uvc.solver.step import Factors
 
 def small_vit(**options):
     torch.manual_seed(0)
-    sizes = dict(img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=12, depth=2, num_heads=3, mlp_ratio=1.5)
+    sizes = dict(
+        img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=12, depth=2, num_heads=3, mlp_ratio=1.5
+    )
     model = VisionTransformer(**{**sizes, **options}).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -20,7 +22,9 @@ def small_vit(**options):
 
 def loss(model):
     torch.manual_seed(1)
-    return torch.nn.functional.cross_entropy(model(torch.randn(4, 1, 8, 8).double()), torch.tensor([0, 1, 2, 3]))
+    return torch.nn.functional.cross_entropy(
+        model(torch.randn(4, 1, 8, 8).double()), torch.tensor([0, 1, 2, 3])
+    )
 
 
 def test_norms_are_the_joint_squared_norms_of_everything_a_group_owns():
@@ -30,7 +34,9 @@ def test_norms_are_the_joint_squared_norms_of_everything_a_group_owns():
     q, k, v = attn.qkv.weight.square().sum(1).view(3, 3, 4).unbind(0)
     bq, bk, bv = attn.qkv.bias.square().view(3, 3, 4).unbind(0)
     proj = attn.proj.weight.square().sum(0).view(3, 4)
-    torch.testing.assert_close(norms["qk"][3:], (q + k + bq + bk).float().to(norms["qk"].dtype), check_dtype=False)
+    torch.testing.assert_close(
+        norms["qk"][3:], (q + k + bq + bk).float().to(norms["qk"].dtype), check_dtype=False
+    )
     torch.testing.assert_close(norms["v"][3:], v + bv + proj, check_dtype=False)
     torch.testing.assert_close(norms["head"][1], (v + bv + proj).sum(1), check_dtype=False)
     neuron = mlp.fc1.weight.square().sum(1) + mlp.fc1.bias.square() + mlp.fc2.weight.square().sum(0)
@@ -117,9 +123,15 @@ def test_shrink_multiplies_norms_by_the_square_of_the_factor():
     factors = Factors(torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.rand(2, 18))
     groups.shrink(factors)
     after = groups.norms()
-    torch.testing.assert_close(after["neuron"], before["neuron"] * factors.neuron**2, check_dtype=False, rtol=1e-5, atol=0)
-    torch.testing.assert_close(after["v"], before["v"] * factors.v.view(6, 4) ** 2, check_dtype=False, rtol=1e-5, atol=0)
-    torch.testing.assert_close(after["qk"], before["qk"] * factors.qk.view(6, 4) ** 2, check_dtype=False, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        after["neuron"], before["neuron"] * factors.neuron**2, check_dtype=False, rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        after["v"], before["v"] * factors.v.view(6, 4) ** 2, check_dtype=False, rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        after["qk"], before["qk"] * factors.qk.view(6, 4) ** 2, check_dtype=False, rtol=1e-5, atol=0
+    )
 
 
 def test_blocks_of_different_sizes_are_refused_by_name():

@@ -23,7 +23,9 @@ def state_of(geometry, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(budget=st.floats(0.35, 1.0), seed=st.integers(0, 1000), layers=st.integers(1, 4), heads=st.integers(1, 4))
+@given(
+    budget=st.floats(0.35, 1.0), seed=st.integers(0, 1000), layers=st.integers(1, 4), heads=st.integers(1, 4)
+)
 def test_cost_is_at_most_the_budget_and_no_unit_fits_any_more(budget, seed, layers, heads):
     geometry = Geometry(layers, heads, 5, 11)
     state = state_of(geometry, seed)

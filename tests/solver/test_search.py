@@ -61,7 +61,7 @@ def test_dead_groups_are_skipped_and_stay_at_exact_zero_during_the_search():
     train(model, search, optimizer, 80)
     dead = search.state.families["neuron"].dead
     assert dead.any()
-    for block, gone in zip(model.blocks, dead):
+    for block, gone in zip(model.blocks, dead, strict=True):
         assert (block.mlp.fc1.weight[gone] == 0).all() and (block.mlp.fc2.weight[:, gone] == 0).all()
         if not block.skip_mlp:
             assert torch.equal(block.mlp.kept_neurons.cpu(), ~gone)
@@ -95,12 +95,16 @@ def test_a_useless_half_is_skipped_and_the_useful_ones_are_kept():
         # what backward would leave: the loss falls with every gate but one
         grads = torch.full((3, 2), -1.0)
         grads[1, 0] = 0.0
-        for gate, column in zip(search._gates, grads.unbind(1)):
+        for gate, column in zip(search._gates, grads.unbind(1), strict=True):
             gate.grad = column.clone()
         search.observe()
         search.step(optimizer)
     search.freeze_gates(optimizer)
-    assert [(b.skip_attn, b.skip_mlp) for b in model.blocks] == [(False, False), (True, False), (False, False)]
+    assert [(b.skip_attn, b.skip_mlp) for b in model.blocks] == [
+        (False, False),
+        (True, False),
+        (False, False),
+    ]
 
 
 def test_gates_never_skip_below_the_budget():
@@ -113,7 +117,9 @@ def test_gates_never_skip_below_the_budget():
 
 def test_skip_blocks_governs_both_halves_with_one_gate():
     model = small_vit()
-    search = Search(model, 0.9, "macs", steps=1000, config=SolverConfig(gate_init=0.0, skip="blocks", gate_every=1000))
+    search = Search(
+        model, 0.9, "macs", steps=1000, config=SolverConfig(gate_init=0.0, skip="blocks", gate_every=1000)
+    )
     search.count = 1
     for _ in range(20):
         search.before()
@@ -146,5 +152,8 @@ def test_a_search_resumed_from_its_tensors_goes_on_to_the_bit():
     optimizer = torch.optim.AdamW(again.parameters(), lr=1e-3)
     optimizer.load_state_dict(moments)
     train(again, resumed, optimizer, 20, first=40)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     assert uvc.structure_of(model) == uvc.structure_of(again)

@@ -35,7 +35,9 @@ def close(rows, tensor):
     torch.testing.assert_close(torch.tensor(rows), tensor.detach().clone(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("geometry", [Geometry(3, 4, 5, 17), Geometry(1, 1, 1, 1), Geometry(2, 3, 8, 0 + 7)], ids=str)
+@pytest.mark.parametrize(
+    "geometry", [Geometry(3, 4, 5, 17), Geometry(1, 1, 1, 1), Geometry(2, 3, 8, 0 + 7)], ids=str
+)
 def test_a_hundred_steps_equal_the_slow_twin(geometry):
     config = SolverConfig()
     state = random_state(geometry)
@@ -139,4 +141,6 @@ def test_state_survives_a_round_trip_through_flat_tensors():
     state.families["v"].dead[0, 1] = True
     state.hard, state.settled = True, True
     other.load_tensors(state.tensors())
-    assert all(torch.equal(a, b) for a, b in zip(state.tensors().values(), other.tensors().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(state.tensors().values(), other.tensors().values(), strict=True)
+    )

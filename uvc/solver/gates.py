@@ -1,7 +1,9 @@
-"""Skips: a gate per half (or block) that is sampled hard, learnt straight through, and frozen before the search ends.
+"""Skips: a gate per half (or block) that is sampled hard, learnt straight through, and frozen before the
+search ends.
 
-On most steps a sampled skip really skips. Every ``gate_every``-th step runs all branches and multiplies them by their hard sample, so that
-the loss has a gradient with respect to every gate: at g = 1 and at g = 0, whose mean is the loss change of removing the branch.
+On most steps a sampled skip really skips. Every ``gate_every``-th step runs all branches and multiplies them
+by their hard sample, so that the loss has a gradient with respect to every gate: at g = 1 and at g = 0, whose
+mean is the loss change of removing the branch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from uvc.solver.state import State
 
 
 def sample(state: State, skip: str, generator: torch.Generator) -> Tensor:
-    """bool [L, 2]: which halves run, drawn with probability sigmoid(theta). ``skip="blocks"`` draws once per block."""
+    """bool [L, 2]: which halves run, drawn with probability sigmoid(theta). ``skip="blocks"`` draws once per
+    block.
+    """
     draw = torch.rand(state.theta.shape, generator=generator).to(state.theta.device)
     if skip == "blocks":
         draw = draw[:, :1].expand_as(draw)
@@ -26,7 +30,8 @@ def sample(state: State, skip: str, generator: torch.Generator) -> Tensor:
 def update(state: State, gate_grad: Tensor, config: SolverConfig) -> None:
     """theta follows usefulness per cost minus the price of the budget.
 
-    gate_grad [L, 2]: dloss/dg. usefulness = -mean(dloss/dg), the loss saved by running the half, in units of its rms over all halves.
+    gate_grad [L, 2]: dloss/dg. usefulness = -mean(dloss/dg), the loss saved by running the half, in units of
+    its rms over all halves.
     """
     if config.skip == "blocks":
         gate_grad = gate_grad.sum(1, keepdim=True).expand_as(gate_grad)
@@ -37,7 +42,9 @@ def update(state: State, gate_grad: Tensor, config: SolverConfig) -> None:
 
 
 def freeze(state: State, prices: Prices, budget_cost: float) -> None:
-    """Makes gates hard: the least probable first, a half with probability below 1/2 is skipped while the cost stays above the budget."""
+    """Makes gates hard: the least probable first, a half with probability below 1/2 is skipped while the cost
+    stays above the budget.
+    """
     wanted = [i for i in state.theta.flatten().argsort(stable=True).tolist() if state.theta.view(-1)[i] < 0]
     state.theta.abs_().clamp_min_(1e-3)
     state.hard = True

@@ -1,7 +1,7 @@
 """Ties groups to weights. A = H * K; all layers go through one ``group_scores`` or ``prox_shrink`` call.
 
-What a group is, so that skipping it at exact zero is lossless: neuron = fc1 row and bias, fc2 column; v dim = v row and bias,
-projection column; q/k dim = q row, k row and both biases; head = all its v dims.
+What a group is, so that skipping it at exact zero is lossless: neuron = fc1 row and bias, fc2 column; v dim =
+v row and bias, projection column; q/k dim = q row, k row and both biases; head = all its v dims.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uvc.solver.step import Factors
 
 
 class _Part(NamedTuple):
-    """A slice of a parameter whose rows (dim 0) or columns (dim 1) are the groups of one family in one layer."""
+    """A slice of a parameter: its rows (dim 0) or columns (dim 1) are groups of one family and layer."""
 
     parameter: nn.Parameter
     start: int
@@ -34,17 +34,20 @@ class Groups:
     """All groups of a converted model.
 
     Args:
-        model: result of ``uvc.convert``; all blocks of equal heads, head dim and hidden size (ValueError otherwise).
+        model: result of ``uvc.convert``; all blocks of equal heads, head dim and hidden size (ValueError
+        otherwise).
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = list(model.blocks)
         sizes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in self.blocks}
         if len(sizes) != 1:
-            raise ValueError(f"model: blocks differ in (heads, head dim, neurons): {sorted(sizes)}; they must be equal")
+            raise ValueError(
+                f"model: blocks differ in (heads, head dim, neurons): {sorted(sizes)}; they must be equal"
+            )
         self.geometry = Geometry(len(self.blocks), *sizes.pop())
         self.parts = [part for layer, block in enumerate(self.blocks) for part in _parts(layer, block)]
-        # a gate on a group sits on one side only: on q for q/k dims, before the projection for v dims, before fc2 for neurons
+        # A gate sits on one side of its group: on q, before the projection (v dims), before fc2 (neurons).
         self.gated = [p for p in self.parts if p.dim == 1 or (p.family == "qk" and p.start == 0)]
 
     def norms(self) -> dict[str, Tensor]:
@@ -53,7 +56,9 @@ class Groups:
         return self._families(self.parts, weights, weights)
 
     def first_order(self) -> dict[str, Tensor]:
-        """w . dloss/dw over each group = dloss/dgate of a gate of 1 on it; zero in halves that no gradient reached."""
+        """w . dloss/dw over each group = dloss/dgate of a gate of 1 on it; zero in halves that no gradient
+        reached.
+        """
         parts = [part for part in self.gated if part.parameter.grad is not None]
         weights = [part.of(part.parameter.detach()) for part in parts]
         return self._families(parts, weights, [part.of(part.parameter.grad) for part in parts])
@@ -72,11 +77,11 @@ class Groups:
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             moments = [optimizer.state.get(part.parameter, {}).get(name) for part in self.parts]
             if all(moment is not None for moment in moments):
-                self._scale([part.of(moment) for part, moment in zip(self.parts, moments)], keep)
+                self._scale([part.of(moment) for part, moment in zip(self.parts, moments, strict=True)], keep)
 
     def apply(self, alive: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         """Skips on the fly what is not alive (masks as from ``State.alive``)."""
-        for block, qk, v, neuron, _ in zip(self.blocks, *alive):
+        for block, qk, v, neuron, _ in zip(self.blocks, *alive, strict=True):
             dense = bool(qk.all() and v.all())
             block.attn.set_kept(None if dense else qk, None if dense else v)
             block.mlp.set_kept(None if neuron.all() else neuron)
@@ -89,7 +94,7 @@ class Groups:
             name: scores.new_zeros(geo.layers, size)
             for name, size in (("qk", attn_dims), ("v", attn_dims), ("neuron", geo.hidden))
         }
-        for part, values in zip(parts, scores.split([part.size for part in parts])):
+        for part, values in zip(parts, scores.split([part.size for part in parts]), strict=True):
             sums[part.family][part.layer] += values
         out = {name: values.view(geo.segments(name)) for name, values in sums.items()}
         return {**out, "head": out["v"].sum(1).view(geo.layers, geo.heads)}
@@ -103,10 +108,15 @@ class Groups:
 def _parts(layer: int, block: nn.Module) -> list[_Part]:
     attn, mlp = block.attn, block.mlp
     dims, hidden = attn.num_heads * attn.head_dim, mlp.fc1.out_features
-    parts = [_Part(attn.proj.weight, 0, dims, 1, "v", layer), _Part(mlp.fc2.weight, 0, hidden, 1, "neuron", layer)]
+    parts = [
+        _Part(attn.proj.weight, 0, dims, 1, "v", layer),
+        _Part(mlp.fc2.weight, 0, hidden, 1, "neuron", layer),
+    ]
     for parameter in (attn.qkv.weight, attn.qkv.bias):
         if parameter is not None:
-            parts += [_Part(parameter, i * dims, dims, 0, name, layer) for i, name in enumerate(("qk", "qk", "v"))]
+            parts += [
+                _Part(parameter, i * dims, dims, 0, name, layer) for i, name in enumerate(("qk", "qk", "v"))
+            ]
     for parameter in (mlp.fc1.weight, mlp.fc1.bias):
         if parameter is not None:
             parts.append(_Part(parameter, 0, hidden, 0, "neuron", layer))

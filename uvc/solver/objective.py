@@ -18,20 +18,25 @@ def head_cost(state: State, prices: Prices) -> Tensor:
 def quantiles(state: State, prices: Prices) -> dict[str, Tensor]:
     """q of every family, [S, G] in [0, 1]: the share of the prunable cost with lower importance per cost.
 
-    One scale for all layers and families, and free of the loss's unit: at the optimum a group is removed where q < z, and z is then
-    close to the removed share of the cost. Dead groups rank lowest. A head is priced by its remaining dims.
+    One scale for all layers and families, and free of the loss's unit: at the optimum a group is removed
+    where q < z, and z is then close to the removed share of the cost. Dead groups rank lowest. A head is
+    priced by its remaining dims.
     """
     units = {"qk": float(prices.qk), "v": float(prices.v), "neuron": float(prices.neuron)}
-    ratio = torch.cat([
-        (state.families[name].importance / price).masked_fill(state.families[name].dead, -1.0).flatten()
-        for name, price in units.items()
-    ])  # fmt: skip
-    weight = torch.cat([ratio.new_full((state.families[name].dead.numel(),), price) for name, price in units.items()])
+    ratio = torch.cat(
+        [
+            (state.families[name].importance / price).masked_fill(state.families[name].dead, -1.0).flatten()
+            for name, price in units.items()
+        ]
+    )
+    weight = torch.cat(
+        [ratio.new_full((state.families[name].dead.numel(),), price) for name, price in units.items()]
+    )
     order = ratio.argsort(stable=True)
     below = weight[order].cumsum(0)
     score = torch.empty_like(ratio).scatter_(0, order, (below - weight[order]) / below[-1])
     sizes = [state.families[name].dead.numel() for name in units]
-    q = {n: part.view_as(state.families[n].dead) for n, part in zip(units, score.split(sizes))}
+    q = {n: part.view_as(state.families[n].dead) for n, part in zip(units, score.split(sizes), strict=True)}
 
     heads = state.families["head"]
     head_ratio = (heads.importance / head_cost(state, prices).clamp_min(1.0)).masked_fill(heads.dead, -1.0)
@@ -42,14 +47,18 @@ def quantiles(state: State, prices: Prices) -> dict[str, Tensor]:
 
 
 def survival(state: State) -> Tensor:
-    """[L, H] in [0, 1]: how much of each head is left when s * H of them, the least important first, are removed."""
+    """[L, H] in [0, 1]: how much of each head is left when s * H of them, the least important first, are
+    removed.
+    """
     heads = state.families["head"]
     rank = ranks(heads.importance.masked_fill(heads.dead, -1.0))
     return (rank + 1 - heads.s[:, None] * state.geometry.heads).clamp(0.0, 1.0)
 
 
 def soft_cost(state: State, prices: Prices) -> Tensor:
-    """R(s, r, g) in the unit of ``prices``: fractions as they are, gates by their probability, dims of surviving heads only."""
+    """R(s, r, g) in the unit of ``prices``: fractions as they are, gates by their probability, dims of
+    surviving heads only.
+    """
     geo = state.geometry
     left = {name: 1.0 - state.families[name].s for name in ("qk", "v", "neuron")}
     survive = survival(state)
@@ -66,7 +75,11 @@ def hard_cost(state: State, prices: Prices) -> int:
 
 
 def masks_cost(qk: Tensor, v: Tensor, neurons: Tensor, running: Tensor, prices: Prices) -> int:
-    """Cost of bool masks: q/k and v dims [L, H, K], neurons [L, F], running halves [L, 2]. A head without v dims costs nothing."""
+    """Cost of bool masks: q/k and v dims [L, H, K], neurons [L, F], running halves [L, 2]. A head without v
+    dims costs nothing.
+    """
     attn, mlp = running.unbind(1)
     qk = (qk & v.any(-1, keepdim=True)).sum((1, 2))
-    return total(prices, Counts(*(tuple(n.int().tolist()) for n in (attn, mlp, qk, v.sum((1, 2)), neurons.sum(1)))))
+    return total(
+        prices, Counts(*(tuple(n.int().tolist()) for n in (attn, mlp, qk, v.sum((1, 2)), neurons.sum(1))))
+    )

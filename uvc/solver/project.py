@@ -1,19 +1,20 @@
 """The last step of a search: from what is alive to a structure that meets the budget exactly.
 
-A greedy walk in both directions over units (q/k dims, v dims, neurons, whole heads) by first-order importance per cost. Afterwards the
-cost is at most the budget and no removed unit of a living half and head fits any more.
+A greedy walk in both directions over units (q/k dims, v dims, neurons, whole heads) by first-order importance
+per cost. Afterwards the cost is at most the budget and no removed unit of a living half and head fits any
+more.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from uvc.budget import Prices
 from uvc.solver.objective import head_cost, masks_cost
 from uvc.solver.state import State
 
-Masks = tuple[Tensor, Tensor, Tensor, Tensor]  # q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
+# q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
+Masks = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def project_to_budget(state: State, prices: Prices, budget_cost: float) -> Masks:
@@ -28,7 +29,7 @@ def project_to_budget(state: State, prices: Prices, budget_cost: float) -> Masks
 
 
 def _walk_down(state: State, masks: Masks, prices: Prices, budget_cost: float) -> float:
-    """Removes units, least importance per cost first, until the cost is at most the budget; returns the cost."""
+    """Removes units, least importance per cost first, until the budget holds; returns the cost."""
     qk, v, neuron, running = masks
     cost = masks_cost(*masks, prices)
     for _, name, index in _candidates(state, masks, prices):
@@ -60,7 +61,9 @@ def _walk_down(state: State, masks: Masks, prices: Prices, budget_cost: float) -
         running.view(-1)[half] = False
         cost = masks_cost(*masks, prices)
     if cost > budget_cost:
-        raise ValueError(f"budget: {budget_cost:.0f} cannot be met; a model with every block skipped costs {cost:.0f}")
+        raise ValueError(
+            f"budget: {budget_cost:.0f} cannot be met; a model with every block skipped costs {cost:.0f}"
+        )
     return cost
 
 
@@ -75,7 +78,7 @@ def _walk_up(state: State, masks: Masks, prices: Prices, room: float) -> None:
     units = []
     for name, mask in open_.items():
         ratio = state.families[name].importance.view(mask.shape)[mask] / price[name]
-        units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()))
+        units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
     for _, name, index in sorted(units, reverse=True):
         if price[name] <= room:
             {"qk": qk, "v": v, "neuron": neuron}[name][index] = True
@@ -87,7 +90,12 @@ def _candidates(state: State, masks: Masks, prices: Prices) -> list[tuple[float,
     qk, v, neuron, _ = masks
     costs = head_cost(state, prices).clamp_min(1.0)
     units: list[tuple[float, str, tuple[int, ...]]] = []
-    for name, mask, price in (("qk", qk, prices.qk), ("v", v, prices.v), ("neuron", neuron, prices.neuron), ("head", v.any(-1), costs)):
+    for name, mask, price in (
+        ("qk", qk, prices.qk),
+        ("v", v, prices.v),
+        ("neuron", neuron, prices.neuron),
+        ("head", v.any(-1), costs),
+    ):
         ratio = (state.families[name].importance.view(mask.shape) / price)[mask]
-        units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()))
+        units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
     return sorted(units)

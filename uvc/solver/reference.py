@@ -1,4 +1,6 @@
-"""The slow twin of ``step``: the same algorithm in loops over layers, heads and groups, on plain numbers. Tests step both together."""
+"""The slow twin of ``step``: the same algorithm in loops over layers, heads and groups, on plain numbers.
+Tests step both together.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,18 @@ class SlowState:
     def of(cls, state: State) -> SlowState:
         geo, families = state.geometry, state.families
         return cls(
-            geo.layers, geo.heads, geo.head_dim, geo.hidden,
-            {n: families[n].importance.tolist() for n in FAMILIES}, {n: families[n].s.tolist() for n in FAMILIES},
-            {n: families[n].y.tolist() for n in FAMILIES}, {n: families[n].dead.tolist() for n in FAMILIES},
-            {n: families[n].scale for n in FAMILIES}, state.gates().tolist(), float(state.z),
-        )  # fmt: skip
+            geo.layers,
+            geo.heads,
+            geo.head_dim,
+            geo.hidden,
+            {n: families[n].importance.tolist() for n in FAMILIES},
+            {n: families[n].s.tolist() for n in FAMILIES},
+            {n: families[n].y.tolist() for n in FAMILIES},
+            {n: families[n].dead.tolist() for n in FAMILIES},
+            {n: families[n].scale for n in FAMILIES},
+            state.gates().tolist(),
+            float(state.z),
+        )
 
     def order(self, family: str, segment: int) -> list[int]:
         """Groups of a segment, least important first, dead ones before all others."""
@@ -125,7 +134,14 @@ def soft_cost(state: SlowState, prices: Prices) -> float:
     return cost
 
 
-def dual(state: SlowState, norms: dict[str, Rows], prices: Prices, dense_cost: float, target: float, config: SolverConfig) -> None:
+def dual(
+    state: SlowState,
+    norms: dict[str, Rows],
+    prices: Prices,
+    dense_cost: float,
+    target: float,
+    config: SolverConfig,
+) -> None:
     """Multipliers of the norms and of the budget."""
     for family in FAMILIES:
         for segment, row in enumerate(norms[family]):

@@ -1,6 +1,8 @@
-"""The search: the solver beside a training loop. Call ``before`` the forward pass, ``observe`` after backward, ``step`` after the optimiser.
+"""The search: the solver beside a training loop. Call ``before`` the forward pass, ``observe`` after
+backward, ``step`` after the optimiser.
 
-The budget goes from 1 to its value over part of the search (``SolverConfig.anneal``); before that only importance is collected.
+The budget goes from 1 to its value over part of the search (``SolverConfig.anneal``); before that only
+importance is collected.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Search:
         seed: of the skip samples.
     """
 
-    def __init__(self, model: nn.Module, budget: float, metric: str, steps: int, config: SolverConfig, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, budget: float, metric: str, steps: int, config: SolverConfig, seed: int = 0
+    ) -> None:
         self.model = convert(model)
         self.config = config
         self.steps = max(steps, 1)
@@ -64,7 +68,9 @@ class Search:
         return 1.0 + (self.budget - 1.0) * share
 
     def before(self) -> None:
-        """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where branches get gates."""
+        """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where
+        branches get gates.
+        """
         if self.state.hard:
             return
         run = self._run = gates.sample(self.state, self.config.skip, self.generator)
@@ -82,7 +88,9 @@ class Search:
                 block.set_skip(*(not bool(r) for r in run[i]))
 
     def observe(self, scale: float = 1.0) -> None:
-        """Reads gradients: first-order importance of every group, and of the gates. ``scale`` divides them (a loss scaler's factor)."""
+        """Reads gradients: first-order importance of every group, and of the gates. ``scale`` divides them (a
+        loss scaler's factor).
+        """
         config, state = self.config, self.state
         if self._gates is not None:
             grads = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates]
@@ -113,7 +121,7 @@ class Search:
         """From here on a half runs always or never."""
         gates.freeze(self.state, self.prices, self.budget_cost)
         self._gates, self._run = None, self.state.alive()[3]
-        for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist()):
+        for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist(), strict=True):
             block.set_gates(None, None)
             block.set_skip(*(not r for r in running))
         self.bury(optimizer)
@@ -125,11 +133,13 @@ class Search:
         self.groups.apply(self.state.alive())
 
     def harden(self) -> None:
-        """Ends the search: gates hard, then the greedy projection; the model gets the final structure, at most the budget."""
+        """Ends the search: gates hard, then the greedy projection; the model gets the final structure, at
+        most the budget.
+        """
         if not self.state.hard:
             gates.freeze(self.state, self.prices, self.budget_cost)
         qk, v, neuron, running = project_to_budget(self.state, self.prices, self.budget_cost)
-        for block, half in zip(self.groups.blocks, running.tolist()):
+        for block, half in zip(self.groups.blocks, running.tolist(), strict=True):
             block.set_gates(None, None)
             block.set_skip(*(not r for r in half))
         self.groups.apply((qk, v, neuron, running))
@@ -152,7 +162,11 @@ class Search:
 
     def tensors(self) -> dict[str, Tensor]:
         """State for a checkpoint."""
-        return {**self.state.tensors(), "count": torch.tensor(self.count), "generator": self.generator.get_state()}
+        return {
+            **self.state.tensors(),
+            "count": torch.tensor(self.count),
+            "generator": self.generator.get_state(),
+        }
 
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
         """Inverse of ``tensors``; the model must already hold its weights. Skips what was skipped."""
@@ -161,5 +175,5 @@ class Search:
         self.generator.set_state(flat["generator"])
         self.groups.apply(self.state.alive())
         if self.state.hard:
-            for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist()):
+            for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist(), strict=True):
                 block.set_skip(*(not r for r in running))

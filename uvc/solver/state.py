@@ -1,4 +1,6 @@
-"""The solver's variables. S segments of G groups per family; all tensors are small and live on the model's device."""
+"""The solver's variables. S segments of G groups per family; all tensors are small and live on the model's
+device.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,12 @@ class Geometry:
     def segments(self, family: str) -> tuple[int, int]:
         """(S, G) of a family."""
         per_head = (self.layers * self.heads, self.head_dim)
-        return {"head": (self.layers, self.heads), "qk": per_head, "v": per_head, "neuron": (self.layers, self.hidden)}[family]
+        return {
+            "head": (self.layers, self.heads),
+            "qk": per_head,
+            "v": per_head,
+            "neuron": (self.layers, self.hidden),
+        }[family]
 
 
 FAMILIES = ("head", "qk", "v", "neuron")
@@ -31,7 +38,8 @@ class Family:
     """One kind of group.
 
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
-    s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S, G]: at exact zero.
+    s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
+    G]: at exact zero.
     scale: mean squared norm of a group at the start, over all layers.
     """
 
@@ -57,7 +65,9 @@ class Family:
 
 
 def smallest(importance: Tensor, count: Tensor) -> Tensor:
-    """bool [S, G]: the ``count[s]`` smallest entries of every row. The one top-k walk behind prox, cost and skipping."""
+    """bool [S, G]: the ``count[s]`` smallest entries of every row. The one top-k walk behind prox, cost and
+    skipping.
+    """
     return ranks(importance) < count[:, None]
 
 
@@ -72,7 +82,8 @@ def ranks(importance: Tensor) -> Tensor:
 class State:
     """All variables of the solver.
 
-    theta [L, 2]: gate logits. hard: gates are frozen to 0 or 1. settled: the budget is reached, nothing is removed any more.
+    theta [L, 2]: gate logits. hard: gates are frozen to 0 or 1. settled: the budget is reached, nothing is
+    removed any more.
     """
 
     geometry: Geometry
@@ -95,7 +106,9 @@ class State:
         return (self.theta > 0).to(self.theta.dtype) if self.hard else torch.sigmoid(self.theta)
 
     def alive(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Masks of what is not at exact zero: q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]."""
+        """Masks of what is not at exact zero: q/k dims and v dims [L, H, K], neurons [L, F], running halves
+        [L, 2].
+        """
         g = self.geometry
         shape = (g.layers, g.heads, g.head_dim)
         v = ~self.families["v"].dead.view(shape)

@@ -1,8 +1,10 @@
-"""One solver step: prox, primal, dual, project, in that order. Sources: UVC (ICLR 2022), algorithm 1; UMEC (ICLR 2021).
+"""One solver step: prox, primal, dual, project, in that order. Sources: UVC (ICLR 2022), algorithm 1; UMEC
+(ICLR 2021).
 
-Where it differs from the published code, and why: s and r are fractions; scores are first-order importance per marginal cost on one
-scale (``objective.quantiles``), so each coordinate's gradient is divided by its own cost (a diagonal preconditioner) and reads
-y * q_next - z; y, p and z unwind; a group is removed for good only when the prox has brought it to zero.
+Where it differs from the published code, and why: s and r are fractions; scores are first-order importance
+per marginal cost on one scale (``objective.quantiles``), so each coordinate's gradient is divided by its own
+cost (a diagonal preconditioner) and reads y * q_next - z; y, p and z unwind; a group is removed for good only
+when the prox has brought it to zero.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Factors(NamedTuple):
 
 
 def prox(state: State, config: SolverConfig) -> Factors:
-    """prox of y * ||w_S||^2 on the removed groups S: w <- w / (1 + 2 eta y). A removed head shrinks through its v dims."""
+    """prox of y * ||w_S||^2 on the removed groups S: w <- w / (1 + 2 eta y). A removed head shrinks through
+    its v dims.
+    """
     shape = (state.geometry.layers, state.geometry.heads, state.geometry.head_dim)
     factor = {}
     for name, family in state.families.items():
@@ -40,15 +44,15 @@ def prox(state: State, config: SolverConfig) -> Factors:
 def primal(state: State, prices: Prices, config: SolverConfig) -> None:
     """s <- s - rate * clip(subgradient, -1, 1), for s and r.
 
-    With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (y q_i - z) over the x smallest:
-    it falls while y q_next < z, rises back while y q_last > z, and between the two x rests on the whole number.
-    Dims move in surviving heads only.
+    With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (y q_i -
+    z) over the x smallest: it falls while y q_next < z, rises back while y q_last > z, and between the two x
+    rests on the whole number. Dims move in surviving heads only.
     """
     scores = quantiles(state, prices)
     surviving = ~state.families["head"].removed()
     for name in FAMILIES:
         family = state.families[name]
-        segments, groups = family.dead.shape
+        groups = family.dead.shape[1]
         q = torch.nn.functional.pad(scores[name].sort(dim=1).values, (1, 1))
         q[:, 0], q[:, -1] = -torch.inf, torch.inf
         count = (family.s * groups).round().long()[:, None]
@@ -63,10 +67,18 @@ def primal(state: State, prices: Prices, config: SolverConfig) -> None:
         family.s.copy_(torch.maximum(family.s, dead))
 
 
-def dual(state: State, norms: dict[str, Tensor], prices: Prices, dense_cost: float, target: float, config: SolverConfig) -> None:
+def dual(
+    state: State,
+    norms: dict[str, Tensor],
+    prices: Prices,
+    dense_cost: float,
+    target: float,
+    config: SolverConfig,
+) -> None:
     """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target), kept in [0, 2].
 
-    norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to the segment's size.
+    norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to
+    the segment's size.
     """
     for name, family in state.families.items():
         left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
@@ -75,11 +87,15 @@ def dual(state: State, norms: dict[str, Tensor], prices: Prices, dense_cost: flo
     state.z.add_(config.budget_rate * (soft_cost(state, prices) / dense_cost - target)).clamp_(0.0, 2.0)
 
 
-def project(state: State, norms: dict[str, Tensor], prices: Prices, budget_cost: float, config: SolverConfig) -> bool:
-    """Snaps removed groups whose norm has reached the tolerance to zero (``dead``), never below the budget. True if any was.
+def project(
+    state: State, norms: dict[str, Tensor], prices: Prices, budget_cost: float, config: SolverConfig
+) -> bool:
+    """Snaps removed groups whose norm has reached the tolerance to zero (``dead``), never below the budget.
+    True if any was.
 
-    A head dies with all its dims; a head whose last v dim dies is dead. When no further unit can go, the solver settles: groups that
-    were on their way out are released, so that they serve for the rest of the search.
+    A head dies with all its dims; a head whose last v dim dies is dead. When no further unit can go, the
+    solver settles: groups that were on their way out are released, so that they serve for the rest of the
+    search.
     """
     changed = False
     for name, family in state.families.items():
@@ -97,7 +113,9 @@ def project(state: State, norms: dict[str, Tensor], prices: Prices, budget_cost:
 
 
 def _bury(state: State, name: str, ready: Tensor, norms: Tensor, prices: Prices, budget_cost: float) -> bool:
-    """Marks the ``ready`` groups dead, smallest norm first, as many as keep the hard cost at or above the budget (by bisection)."""
+    """Marks the ``ready`` groups dead, smallest norm first, as many as keep the hard cost at or above the
+    budget (by bisection).
+    """
     order = norms.masked_fill(~ready, torch.inf).flatten().argsort(stable=True)
     before = {n: f.dead.clone() for n, f in state.families.items()}
 

@@ -1,0 +1,117 @@
+"""`compress` end to end on a few digits: the budget, what is learnt, and resuming to the bit."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import timm
+import torch
+
+import uvc
+import uvc.models
+from uvc.config import Config
+from uvc.data import load_data
+from uvc.report import RunLog
+from uvc.train import compress, evaluate, train_teacher
+
+CONFIG = Config(
+    teacher_epochs=3,
+    warmup_epochs=1,
+    search_epochs=4,
+    post_epochs=2,
+    batch_size=64,
+    learning_rate=2e-3,
+    search_learning_rate=1e-3,
+)
+
+
+def digits_model(name="uvc_vit_digits", **options):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{"embed_dim": 24, "depth": 2, "num_heads": 2, **options})
+
+
+def digits_data():
+    return load_data("digits", model_input=(1, 8, 8), batch_size=64, seed=0, validation="val")
+
+
+def test_compress_meets_the_budget_and_learns():
+    model, data = digits_model(), digits_data()
+    before = evaluate(model, data.val)
+    train_teacher(model, data.train, data.val, CONFIG, RunLog(None))
+    result = compress(model, data.train, data.val, budget=0.5, config=CONFIG)
+    unit = max(uvc.budget.prices(result.model, "macs"))
+    assert 0.5 * result.dense_cost.macs - unit < result.cost.macs <= 0.5 * result.dense_cost.macs
+    assert result.final_top1 > before + 20
+    small = uvc.compact(result.model)
+    assert uvc.cost(small) == result.cost
+    assert evaluate(small, data.val) == result.final_top1
+    phases = [entry["phase"] for entry in result.history]
+    assert phases == ["warmup"] + ["search"] * 4 + ["harden"] + ["post-train"] * 2
+    assert result.steps == 7 * len(data.train)
+
+
+def test_a_distilled_model_learns_through_its_distillation_token():
+    model, data = digits_model("uvc_vit_digits_distilled"), digits_data()
+    config = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1)
+    train_teacher(model, data.train, data.val, dataclasses.replace(CONFIG, teacher_epochs=1), RunLog(None))
+    before = model.head_dist.weight.clone()
+    result = compress(model, data.train, data.val, budget=0.8, config=config)
+    assert not torch.equal(result.model.head_dist.weight, before)
+    assert result.cost.macs <= 0.8 * result.dense_cost.macs
+
+
+@pytest.mark.parametrize("stop_after", ["warmup", "search", "post-train"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after):
+    config = dataclasses.replace(CONFIG, search_epochs=2, post_epochs=2)
+
+    class Stop(RunLog):
+        def note(self, **fields):
+            super().note(**fields)
+            if self._phase == stop_after and fields.get("epoch") == (1 if stop_after == "post-train" else 0):
+                raise KeyboardInterrupt
+
+    def run(log=None, resume=False, out=tmp_path / "whole"):
+        data = digits_data()
+        return compress(
+            digits_model(), data.train, data.val, budget=0.6, config=config, out=out, log=log, resume=resume
+        )
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(log=Stop(tmp_path / "broken"), out=tmp_path / "broken")
+    resumed = run(resume=True, out=tmp_path / "broken")
+    assert resumed.structure == whole.structure
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert resumed.final_top1 == whole.final_top1 and resumed.before_post_top1 == whole.before_post_top1
+    lines = [json.loads(line) for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert {"warmup", "search", "post-train"} <= {line["phase"] for line in lines}
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path):
+    data = digits_data()
+    config = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1)
+    compress(digits_model(), data.train, data.val, budget=0.6, config=config, out=tmp_path)
+    other = dataclasses.replace(config, learning_rate=1e-4)
+    for budget, changed in ((0.6, other), (0.5, config)):
+        with pytest.raises(ValueError, match="written with other settings"):
+            compress(
+                digits_model(), data.train, data.val, budget=budget, config=changed, out=tmp_path, resume=True
+            )
+
+
+def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):
+    data = digits_data()
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: not a readable checkpoint"):
+        compress(digits_model(), data.train, data.val, budget=0.6, config=CONFIG, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, math.nan, math.inf, 1e-4])
+def test_a_bad_budget_is_refused_before_any_training(budget):
+    model, data = digits_model(), digits_data()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="budget: "):
+        compress(model, data.train, data.val, budget=budget)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
