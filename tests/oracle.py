@@ -111,14 +111,14 @@ def error(found: Tensor, truth: Tensor, floor: float = 1e-30) -> float:
 
 
 def gradient_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The largest `error` over all gradients, where a magnitude counts as a thousandth of the largest at least."""
+    """The largest `error` over all gradients; their floor is a thousandth of the largest gradient."""
     assert found.keys() == truth.keys()
     floor = 1e-3 * max(float(t.abs().max()) for t in truth.values() if t.numel())
     return max(error(found[name], truth[name], floor) for name in truth)
 
 
 def positions(model: nn.Module) -> dict[str, Tensor]:
-    """For each parameter of `uvc.compact(model)`: where in the full parameter of that name its entries were."""
+    """For each parameter of `uvc.compact(model)`: where its entries were in the parameter of its name."""
     numbered = copy.deepcopy(model).double()
     with torch.no_grad():
         for parameter in numbered.parameters():

@@ -26,6 +26,16 @@ from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_o
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-1"
 FIELDS = {"format", "class", "block", "norm", "activation", "arguments", "compacted", "structure"}
 
+# fmt: off
+ARGUMENTS = {
+    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "num_heads",
+    "mlp_ratio", "qkv_bias", "proj_bias", "init_values", "class_token", "pos_embed", "no_embed_class",
+    "reg_tokens", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_size",
+    "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
+    "drop_path_rate",
+}
+# fmt: on
+
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
 BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
 NORMS = {
@@ -165,7 +175,7 @@ def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
 
 
 def rebuild(config: object) -> tuple[Structure, nn.Module]:
-    """The structure and the model, on the meta device, that a config describes; an exception if it does not."""
+    """The structure and the model, on the meta device, that a config describes; an exception if none."""
     if not isinstance(config, dict) or set(config) != FIELDS:
         raise ValueError(f"expected an object with the fields {', '.join(sorted(FIELDS))}")
     if config["format"] != FORMAT:
@@ -185,6 +195,8 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
     if config["norm"]["name"] not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
+    for name in sorted(ARGUMENTS ^ arguments.keys()):
+        raise ValueError(f"{'missing' if name in ARGUMENTS else 'unknown'} argument {name}")
     with torch.device("meta"):
         model = CLASSES[config["class"]](
             **arguments,
@@ -214,14 +226,12 @@ def compare(saved: nn.Module, rebuilt: nn.Module) -> None:
     for name, module in rebuilt.named_modules():
         mine, where = modules.get(name), name or "the model"
         if type(mine) is not type(module):
-            raise ValueError(
-                f"cannot save: {where} is a {type(mine).__name__} where timm makes a {type(module).__name__}"
-            )
-        for key, value in settings_of(module).items():
-            if settings_of(mine).get(key) != value:
-                raise ValueError(
-                    f"cannot save: {key} of {where} is {settings_of(mine).get(key)!r} where timm makes {value!r}"
-                )
+            made = type(module).__name__
+            raise ValueError(f"cannot save: {where} is a {type(mine).__name__} where timm makes a {made}")
+        settings = settings_of(mine)
+        for key, made in settings_of(module).items():
+            if settings.get(key) != made:
+                raise ValueError(f"cannot save: {where} has {key} {settings.get(key)!r}, timm makes {made!r}")
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (saved, rebuilt)]
     for name in shapes[0].keys() | shapes[1].keys():
         if shapes[0].get(name) != shapes[1].get(name):
@@ -236,7 +246,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
 
 
 def check_header(path: Path, model: nn.Module, digest: str) -> None:
-    """ValueError naming the file unless it holds tensors of the names and shapes of `model` and this config."""
+    """ValueError naming the file unless it holds the tensors of `model`, saved with this config."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -3,10 +3,13 @@
 B batch, N tokens, D width.
 """
 
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from uvc.layers._common import take_over
+from uvc.layers.attention import UVCAttention
+from uvc.layers.mlp import UVCMlp
 
 
 class UVCBlock(nn.Module):
@@ -18,8 +21,12 @@ class UVCBlock(nn.Module):
 
     @classmethod
     def take_over(cls, block: Block | ResPostBlock) -> "UVCBlock":
-        """A UVCBlock on the children and hooks of `block`, running both halves."""
+        """A UVCBlock on the children and hooks of `block`, with attention and MLP taken over, all running."""
         new = take_over(cls, block)
+        if type(new.attn) is Attention:
+            new.attn = UVCAttention.take_over(new.attn)
+        if type(new.mlp) is Mlp:
+            new.mlp = UVCMlp.take_over(new.mlp)
         new.norm_last = norm_last(block)
         new._skip = (False, False)
         new._gates = (None, None)

@@ -110,7 +110,7 @@ class CompactBlock(nn.Module):
         super().__init__()
         self.record, self.norm_last = record, norm_last(dense)
         # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
-        self._origin = (hollow(dense),)
+        self._origin = (UVCBlock.take_over(hollow(dense)),)
         if record.attn:
             self._keep_half(dense, "1", "attn", CompactAttention(dense.attn, record))
         if record.mlp:

@@ -20,13 +20,8 @@ def convert(model: nn.Module) -> nn.Module:
     """
     check(model)
     for index, block in enumerate(model.blocks):
-        if type(block) is UVCBlock:
-            continue
-        if type(block.attn) is Attention:
-            block.attn = UVCAttention.take_over(block.attn)
-        if type(block.mlp) is Mlp:
-            block.mlp = UVCMlp.take_over(block.mlp)
-        model.blocks[index] = UVCBlock.take_over(block)
+        if type(block) is not UVCBlock:
+            model.blocks[index] = UVCBlock.take_over(block)
     return model
 
 

@@ -1,0 +1,96 @@
+"""Models that `convert` cannot serve: one line that names the layer, and the model stays as it was."""
+
+import pytest
+import timm
+import torch
+from oracle import small_vit
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import nn
+
+import uvc
+from uvc.layers import UVCBlock
+
+
+class OwnAttention(timm.layers.Attention):
+    pass
+
+
+def with_child(path: str, child: nn.Module) -> nn.Module:
+    model = small_vit()
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, child)
+    return model
+
+
+UNSUPPORTED = {
+    r"blocks\.0\.attn\.q_norm is a LayerNorm": lambda: small_vit(qk_norm=True),
+    r"blocks\.0\.attn\.norm is a LayerNorm": lambda: small_vit(scale_attn_norm=True),
+    r"blocks\.0\.mlp\.norm is a LayerNorm": lambda: small_vit(scale_mlp_norm=True),
+    r"blocks\.2\.mlp is a GluMlp": lambda: with_child("blocks.2.mlp", timm.layers.GluMlp(24, 40)),
+    r"blocks\.1\.attn is a OwnAttention": lambda: with_child("blocks.1.attn", OwnAttention(24, 4)),
+    r"blocks\.1\.attn\.gate": lambda: with_child("blocks.1.attn", timm.layers.Attention(24, 4, gated=True)),
+    r"blocks\.0\.mlp\.fc1 is a Conv2d": lambda: with_child(
+        "blocks.0.mlp", timm.layers.Mlp(24, 40, use_conv=True)
+    ),
+    r"blocks\.0\.attn\.qkv is a NonDynamicallyQuantizableLinear": lambda: with_child(
+        "blocks.0.attn.qkv", nn.modules.linear.NonDynamicallyQuantizableLinear(24, 72)
+    ),
+    r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
+    r"the model is a ResNet without transformer blocks": lambda: timm.create_model("resnet18"),
+    r"blocks\.0 is a EvaBlock": lambda: timm.create_model("eva02_tiny_patch14_224"),
+    r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
+    r"the model is a Sequential without transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("says", UNSUPPORTED)
+def test_an_unsupported_model_is_an_error_that_names_the_layer(says):
+    with torch.device("meta"):
+        model = UNSUPPORTED[says]()
+    for call in (uvc.convert, uvc.cost, uvc.structure_of, uvc.compact):
+        with pytest.raises(ValueError, match=says) as caught:
+            call(model)
+        assert "\n" not in str(caught.value)
+    assert not any(isinstance(m, UVCBlock | uvc.UVCAttention | uvc.UVCMlp) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("layer", "mask"),
+    [
+        (
+            lambda: uvc.UVCAttention(24, 4, qk_norm=True, norm_layer=LayerNorm),
+            lambda m: m.set_kept(None, torch.eye(4, 6) > 0),
+        ),
+        (lambda: uvc.UVCMlp(24, 40, norm_layer=LayerNorm), lambda m: m.set_kept(torch.arange(40) > 3)),
+    ],
+    ids=["q_norm", "mlp norm"],
+)
+def test_a_layer_with_inner_normalisation_runs_dense_and_refuses_removal(layer, mask):
+    module = layer()
+    assert module(torch.randn(2, 5, 24)).isfinite().all()
+    with pytest.raises(ValueError, match="norm is a LayerNorm, whose statistics change"):
+        mask(module)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_small_patch16_224",
+        "deit_base_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_tiny_patch16_224",
+        "vit_base_patch16_clip_quickgelu_224",
+        "vit_base_patch16_siglip_224",
+        "vit_betwixt_patch16_reg4_gap_256",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_base_patch16_rpn_224",
+        "vit_tiny_r_s16_p8_224",
+    ],
+)
+def test_the_timm_families_are_served(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    keys = list(model.state_dict())
+    assert list(uvc.convert(model).state_dict()) == keys
+    assert uvc.cost(model).params == sum(p.numel() for p in model.parameters())

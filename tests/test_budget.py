@@ -1,0 +1,118 @@
+"""Costs: the linear formula against torch's flop counter and the parameters of the compacted model."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import distilled_198, small_vit, structures
+from test_compact import MODELS
+from torch.utils.flop_counter import FlopCounterMode
+
+import uvc
+from uvc.budget import Counts, counts, prices, smallest_reachable, total
+from uvc.structure import Structure
+
+
+def counted_macs(model: torch.nn.Module) -> int:
+    image = torch.randn(1, model.in_chans, *model.patch_embed.img_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval().requires_grad_(False)(image)
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0
+    return flops // 2
+
+
+def hold(model: torch.nn.Module, structure: Structure) -> None:
+    """Formula, flop counter and parameters agree, to the integer."""
+    uvc.apply_structure(model, structure)
+    small = uvc.compact(model)
+    cost = uvc.cost(model)
+    assert cost.macs == counted_macs(small)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    assert uvc.cost(small) == cost
+    for half in ("macs", "params"):
+        fixed = prices(model, half).fixed
+        assert getattr(cost, half) == fixed + sum(getattr(block, half) for block in cost.blocks)
+    for block, b in zip(small.blocks, cost.blocks, strict=True):
+        assert b.params == sum(p.numel() for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cost_is_what_the_compacted_model_counts_and_holds(name):
+    for case in structures(MODELS[name]()).values():
+        hold(MODELS[name](), case)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), st.floats(0, 1), st.integers(0, 1000))
+def test_cost_of_any_random_structure_is_exact(name, keep, seed):
+    model = MODELS[name]()
+    hold(model, Structure.random(model, keep, seed))
+
+
+def test_cost_is_exact_at_198_tokens():
+    hold(distilled_198(), Structure.random(distilled_198(), 0.5, seed=4))
+
+
+def test_cost_of_a_plain_timm_model_is_what_it_counts():
+    model = timm.create_model("deit_tiny_patch16_224")
+    cost = uvc.cost(model)
+    assert cost.macs == counted_macs(model) == 1_253_683_200
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    assert cost == uvc.cost(uvc.convert(model))
+
+
+def test_cost_of_a_structure_needs_no_applying():
+    model = small_vit()
+    structure = Structure.random(model, 0.5)
+    assert uvc.budget.cost(model, structure) == uvc.cost(uvc.apply_structure(small_vit(), structure))
+
+
+def test_cost_does_not_touch_the_model():
+    model = small_vit().train()
+    uvc.cost(model)
+    assert model.training
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_total_is_the_same_for_ints_and_tensors_and_its_gradients_are_the_prices(metric):
+    model = small_vit()
+    p, n = prices(model, metric), counts(structures(model)["halves skipped in turn"])
+    tensors = Counts(*(torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in n))
+    cost = total(p, tensors)
+    assert (
+        int(cost)
+        == total(p, n)
+        == getattr(uvc.budget.cost(model, structures(model)["halves skipped in turn"]), metric)
+    )
+    cost.backward()
+    attn, mlp = (torch.tensor(c, dtype=torch.float64) for c in (n.attn, n.mlp))
+    assert torch.equal(tensors.qk.grad, attn * p.qk)
+    assert torch.equal(tensors.v.grad, attn * p.v)
+    assert torch.equal(tensors.neuron.grad, mlp * p.neuron)
+    assert torch.equal(tensors.mlp.grad, p.mlp + p.neuron * tensors.neuron.detach())
+    assert torch.equal(tensors.attn.grad, p.attn + p.qk * tensors.qk.detach() + p.v * tensors.v.detach())
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_nothing_costs_less_than_the_smallest_reachable_budget(metric):
+    model = small_vit()
+    smallest = smallest_reachable(model, metric)
+    costs = [getattr(uvc.budget.cost(model, s), metric) for s in structures(model).values()]
+    assert min(costs) == smallest * getattr(uvc.cost(model), metric)
+    assert 0 < smallest < 1
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="metric must be one of macs, params, got 'flops'"):
+        prices(small_vit(), "flops")
+
+
+def test_a_model_without_an_input_size_has_no_cost():
+    model = small_vit()
+    model.patch_embed.img_size = None
+    with pytest.raises(ValueError, match="no input size"):
+        uvc.cost(model)
