@@ -28,6 +28,8 @@ def hollow(module: M, memo: dict[int, object] | None = None) -> M:
     return copy.deepcopy(module, memo)
 
 
+# Outside compiled graphs: a trace would lose the cache, and cannot warn.
+@torch.compiler.disable
 @cache
 def say_once(message: str) -> None:
     """Warn, once per process and message."""
