@@ -27,7 +27,7 @@ from uvc.task import Distillation
 def run(
     name: str = "deit_tiny_patch16_224", batch: int = 8, steps: int = 20, **kwargs: object
 ) -> dict[str, float]:
-    """Milliseconds per search step at budget 0.5 in the middle of the annealing: whole step, solver, share."""
+    """Milliseconds per search step at budget 0.5 amid the annealing: whole step, solver, share."""
     torch.manual_seed(0)
     model = uvc.convert(timm.create_model(name, **kwargs))
     teacher = copy.deepcopy(model)

@@ -7,10 +7,10 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
   m.def(
       "attention(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor qk, "
       "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale) "
-      "-> (Tensor out, Tensor qkv, Tensor heads, Tensor lse)");
+      "-> (Tensor out, Tensor qkv, Tensor heads, Tensor stats)");
   m.def(
       "attention_backward(Tensor grad, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor qk, "
-      "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale, Tensor qkv, Tensor heads, Tensor lse, int needs) "
+      "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale, Tensor qkv, Tensor heads, Tensor stats, int needs) "
       "-> (Tensor x, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias)");
   m.def(
       "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor neurons, "

@@ -90,12 +90,12 @@ def _attention_cpu(
 
 def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale):
     B, N, _ = x.shape
-    lse = x.new_empty(v_offsets.shape[0] - 1, B * N, dtype=_dispatch.statistics_dtype(x.dtype))
+    stats = x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype))
     return (
         x.new_empty(B, N, proj_weight.shape[0]),
         x.new_empty(2 * qk.shape[0] + v.shape[0], B * N),
         x.new_empty(v.shape[0], B * N),
-        lse,
+        stats,
     )
 
 
@@ -113,11 +113,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, lse = ctx.saved_tensors
+    x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
     _dispatch.forbid_double_backward("attention")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(
-        grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, lse, needs
+        grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, stats, needs
     )
     return *_dispatch.asked_for(grads, needs), None, None, None, None, None
 

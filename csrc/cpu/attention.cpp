@@ -1,6 +1,7 @@
 // Attention over kept heads and dims. B images, N tokens, D width, A = heads * head dim, M = B*N.
 // Packed rows: kept q dims, kept k dims, kept v dims; `qkv` [2Q + V, M] and `heads` [V, M] are channel-major, so every
-// matrix product is one vendor call on strided views and each (image, head) is a block of contiguous rows.
+// matrix product is one vendor call on strided views and each (image, head) is a block of contiguous rows. `stats`
+// [heads, 2, M] keeps each query's largest score and 1 / sum of exp(score - largest).
 #include "cpu/host.h"
 
 namespace uvc {
@@ -67,7 +68,7 @@ std::vector<Accumulator<T>> pack_bias(const MaybeTensor& bias, const Shape& s) {
 
 template <class T>
 Head<T> head_of(const Shape& s, int64_t image, int64_t h, double scale, const T* qkv, const Accumulator<T>* bias,
-                T* out, Accumulator<T>* lse) {
+                T* out, Accumulator<T>* stats) {
   const int64_t q = s.qk_cut[h], k = s.qk.count + q, v = 2 * s.qk.count + s.v_cut[h], token = image * s.N;
   Head<T> head{};
   head.tokens = s.N, head.stride = s.M;
@@ -76,7 +77,7 @@ Head<T> head_of(const Shape& s, int64_t image, int64_t h, double scale, const T*
   head.q = qkv + q * s.M + token, head.k = qkv + k * s.M + token, head.v = qkv + v * s.M + token;
   head.q_bias = bias + q, head.k_bias = bias + k, head.v_bias = bias + v;
   head.out = out + s.v_cut[h] * s.M + token;
-  head.lse = lse + h * s.M + token;
+  head.top = stats + 2 * h * s.M + token, head.inverse = head.top + s.M;
   return head;
 }
 
@@ -105,26 +106,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor x, Tensor qkv_weight
   return for_type(x, "attention", [&]<class T>() {
     const int64_t S = s.rows(), V = s.v.count;
     Tensor out = empty(x, {s.B, s.N, s.Dout}), qkv = empty(x, {S, s.M}), heads = empty(x, {V, s.M});
-    Tensor lse = torch::stable::new_empty(
-        x, {s.heads, s.M}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+    Tensor stats = torch::stable::new_empty(
+        x, {s.heads, 2, s.M}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
     // qkv [S, M] = Wqkv[kept] x^T; its bias is added where a head is loaded
     multiply_into(qkv, pack_qkv<T>(qkv_weight, s), matrix(x, s.M, s.D, true));
     const auto bias = pack_bias<T>(qkv_bias, s);
     for_heads<T>(s, [&](int64_t image, int64_t h, Accumulator<T>* scratch) {
       loops<T>().attention_forward(head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads),
-                                           data<Accumulator<T>>(lse)), scratch);
+                                           data<Accumulator<T>>(stats)), scratch);
     });
     // out [M, Dout] = heads^T Wproj[:, kept]^T
     multiply_into(matrix(out, s.M, s.Dout), matrix(heads, V, s.M, true),
                   matrix(pack_proj<T>(proj_weight, s), s.Dout, V, true));
     add_bias<T>(out, proj_bias, s.M, s.Dout);
-    return std::make_tuple(out, qkv, heads, lse);
+    return std::make_tuple(out, qkv, heads, stats);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad, Tensor x, Tensor qkv_weight, MaybeTensor qkv_bias, Tensor proj_weight, Tensor qk, Tensor qk_offsets,
-    Tensor v, Tensor v_offsets, double scale, Tensor qkv, Tensor heads, Tensor lse, int64_t needs) {
+    Tensor v, Tensor v_offsets, double scale, Tensor qkv, Tensor heads, Tensor stats, int64_t needs) {
   const Shape s(x, qkv_weight, proj_weight, qk, qk_offsets, v, v_offsets);
   x = as_contiguous(x), qkv_weight = as_contiguous(qkv_weight), proj_weight = as_contiguous(proj_weight);
   grad = as_contiguous(grad);
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                     matrix(grad, s.M, s.Dout, true));
       const auto bias = pack_bias<T>(qkv_bias, s);
       for_heads<T>(s, [&](int64_t image, int64_t h, A* scratch) {
-        Head<T> head = head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads), data<A>(lse));
+        Head<T> head = head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads), data<A>(stats));
         head.grad_out = data<T>(grad_heads) + (head.out - data<T>(heads));
         head.grad_q = data<T>(grad_qkv) + (head.q - data<T>(qkv));
         head.grad_k = data<T>(grad_qkv) + (head.k - data<T>(qkv));

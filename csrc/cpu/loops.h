@@ -33,7 +33,7 @@ struct Head {
   const T *q, *k, *v;
   const Accumulator<T> *q_bias, *k_bias, *v_bias;  // one value per channel
   T* out;                                          // read by the backward pass
-  Accumulator<T>* lse;                             // [tokens]: log of the sum of exponentials
+  Accumulator<T>*top, *inverse;  // [tokens] each: largest score, and 1 / sum of exp(score - largest)
   const T* grad_out;                               // backward only, like the next three
   T *grad_q, *grad_k, *grad_v;
 };
