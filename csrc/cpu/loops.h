@@ -32,7 +32,7 @@ struct Head {
   Accumulator<T> scale;
   const T *q, *k, *v;
   const Accumulator<T> *q_bias, *k_bias, *v_bias;  // one value per channel
-  T* out;                                          // read by the backward pass
+  T* out;                                          // forward only
   Accumulator<T>*top, *inverse;  // [tokens] each: largest score, and 1 / sum of exp(score - largest)
   const T* grad_out;                               // backward only, like the next three
   T *grad_q, *grad_k, *grad_v;

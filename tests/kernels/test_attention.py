@@ -1,0 +1,271 @@
+"""The attention op: accuracy, exact zeros, what it does not compute, and that torch can trace it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import uvc_kernels
+from accuracy import DTYPES, check, random, with_gradients
+
+op = torch.ops.uvc_kernels.attention.default
+backward = torch.ops.uvc_kernels.attention_backward.default
+
+
+def inputs(tokens, heads, dims, width=None, out=None, batch=2, biases=True):
+    width = 24 if width is None else width
+    A = heads * dims
+    bias = (random(3 * A), random(width if out is None else out)) if biases else (None, None)
+    x, qkv, proj = random(batch, tokens, width), random(3 * A, width), random(out or width, A)
+    return [x, qkv * 0.3, bias[0], proj, bias[1]]
+
+
+def ragged(heads, dims, keep=0.5):
+    """Every head keeps other q/k dims than v dims; the first kept head has no q/k dim at all."""
+    qk, v = (torch.rand(heads, dims) < keep for _ in range(2))
+    v[0, 0], qk[0] = True, False
+    return uvc_kernels.kept_heads(qk, v)
+
+
+def dense(heads, dims):
+    mask = torch.ones(heads, dims, dtype=torch.bool)
+    return uvc_kernels.kept_heads(mask, mask)
+
+
+def attend(kept, scale=0.25):
+    return lambda *tensors: uvc_kernels.attention(*tensors, kept, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 6])
+@pytest.mark.parametrize("tokens", [1, 17, 63, 197, 198])
+def test_ragged_attention_is_as_exact_as_plain_torch(tokens, heads, dtype):
+    check(attend(ragged(heads, 16)), inputs(tokens, heads, 16), dtype)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 6, 7, 16, 64, 72, 73, 145, 300])
+def test_every_remainder_of_the_tiles_is_right(tokens):
+    check(attend(ragged(2, 7, keep=0.8)), inputs(tokens, 2, 7, batch=1), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_attention_equals_scaled_dot_product_attention(dtype):
+    x, qkv, qkv_bias, proj, proj_bias = (t.detach().to(dtype) for t in inputs(17, 3, 8))
+    q, k, v = F.linear(x, qkv, qkv_bias).view(2, 17, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=0.25).transpose(1, 2).reshape(2, 17, 24)
+    expected = F.linear(out, proj, proj_bias)
+    found = uvc_kernels.attention(x, qkv, qkv_bias, proj, proj_bias, dense(3, 8), 0.25)
+    error = (found - expected).double().norm() / expected.double().norm()
+    assert error < {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype]
+
+
+def test_removed_dims_are_absent_from_the_dense_formula():
+    tensors = inputs(17, 3, 8)
+    qk, v = torch.rand(3, 8) < 0.5, torch.rand(3, 8) < 0.5
+    v[1] = False
+    kept = uvc_kernels.kept_heads(qk, v)
+
+    def multiplied(x, qkv, qkv_bias, proj, proj_bias):
+        on = torch.cat([qk.flatten(), qk.flatten(), v.flatten()]).double()
+        q, k, value = (
+            F.linear(x, qkv * on[:, None], qkv_bias * on).view(2, 17, 3, 3, 8).permute(2, 0, 3, 1, 4)
+        )
+        out = (0.25 * q @ k.transpose(-2, -1)).softmax(-1) @ value
+        return F.linear(out.transpose(1, 2).reshape(2, 17, 24), proj * v.flatten(), proj_bias)
+
+    for found, expected in zip(
+        with_gradients(attend(kept), tensors), with_gradients(multiplied, tensors), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_heads_only_the_output_bias_is_left(dtype):
+    none = torch.zeros(3, 8, dtype=torch.bool)
+    kept = uvc_kernels.kept_heads(~none, none)
+    tensors = [t.detach().to(dtype) for t in inputs(17, 3, 8)]
+    out, *grads = with_gradients(attend(kept), tensors)
+    assert torch.equal(out, tensors[4].expand_as(out))
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads[:4]) and grads[4].abs().min() > 0
+
+
+def test_the_other_width_of_the_output_and_missing_biases_are_fine():
+    check(attend(ragged(3, 8)), inputs(17, 3, 8, width=20, out=11, biases=False), torch.float32)
+
+
+def test_an_empty_batch_gives_empty_output_and_zero_gradients():
+    out, *grads = with_gradients(attend(ragged(3, 8)), inputs(17, 3, 8, batch=0))
+    assert out.shape == (0, 17, 24)
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads)
+
+
+def test_gradients_of_removed_rows_and_columns_are_exactly_zero():
+    kept = ragged(3, 16)
+    _, _, qkv, bias, proj, _ = with_gradients(attend(kept), inputs(197, 3, 16))
+    rows = torch.cat([kept.qk, kept.qk + 48, kept.v + 96])
+    removed = torch.ones(144, dtype=torch.bool)
+    removed[rows] = False
+    columns = torch.ones(48, dtype=torch.bool)
+    columns[kept.v] = False
+    assert torch.count_nonzero(qkv[removed]) == torch.count_nonzero(bias[removed]) == 0
+    assert torch.count_nonzero(proj[:, columns]) == 0
+    values = torch.cat([kept.v + 96])
+    assert qkv[values].abs().sum(1).min() > 0 and proj[:, ~columns].abs().sum(0).min() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_are_bit_equal(dtype):
+    tensors, kept = [t.detach().to(dtype) for t in inputs(63, 3, 16)], ragged(3, 16)
+    first, second = (with_gradients(attend(kept), tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    tensors, kept = [t.detach().float() for t in inputs(63, 3, 16)], ragged(3, 16)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out, qkv, heads, stats = op(*tensors, *kept, 0.25)
+        grads = backward(out, *tensors[:4], *kept, 0.25, qkv, heads, stats, 4)
+        results.append((heads, stats, grads[2]))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("frozen", range(5), ids=["x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"])
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
+    tensors, kept = inputs(17, 3, 8), ragged(3, 8)
+    whole = with_gradients(attend(kept), tensors)[1:]
+    leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
+    out = attend(kept)(*leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(cotangent.bfloat16().to(out.dtype))
+    for i, (leaf, grad) in enumerate(zip(leaves, whole, strict=True)):
+        assert leaf.grad is None if i == frozen else torch.equal(leaf.grad, grad)
+
+
+def test_what_is_saved_for_the_backward_pass_shrinks_with_the_structure():
+    x, qkv, bias, proj, _ = inputs(17, 3, 16)
+    kept = ragged(3, 16, keep=0.25)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        uvc_kernels.attention(x, qkv, bias, proj, None, kept, 0.25)
+    given = {t.untyped_storage().data_ptr() for t in (x, qkv, bias, proj, *kept)}
+    made = sum(t.numel() for t in saved if t.untyped_storage().data_ptr() not in given)
+    heads = len(kept.v_offsets) - 1
+    assert made == 2 * 17 * (2 * len(kept.qk) + 2 * len(kept.v) + 2 * heads)
+
+
+def test_strided_inputs_are_read_as_what_they_show():
+    x, qkv, bias, proj, proj_bias = inputs(17, 3, 8)
+    strided = [
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        qkv.t().contiguous().t(),
+        bias,
+        proj,
+        proj_bias,
+    ]
+    kept = ragged(3, 8)
+    expected = with_gradients(attend(kept), [x, qkv, bias, proj, proj_bias])
+    for found, wanted in zip(with_gradients(attend(kept), strided), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    x, qkv, *rest = inputs(17, 2, 8)
+    check(attend(ragged(2, 8, keep=0.9), scale=1.0), [x * 30, qkv * 3, *rest], torch.float32)
+
+
+def test_nan_in_the_input_reaches_the_output():
+    tensors = [t.detach().float() for t in inputs(17, 3, 8)]
+    tensors[0][1, 5, 2] = float("nan")
+    out = attend(dense(3, 8))(*tensors)
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_opcheck_passes(biases):
+    x, qkv, qkv_bias, proj, proj_bias = inputs(5, 3, 4, width=6, out=7, biases=biases)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, qkv, qkv_bias, proj, proj_bias)]
+    kept = ragged(3, 4)
+    torch.library.opcheck(op, (*leaves, *kept, 0.5))
+    detached = [None if t is None else t.detach() for t in leaves]
+    out, *saved = op(*detached, *kept, 0.5)
+    for needs in (0b11111, 0b01001):
+        torch.library.opcheck(backward, (torch.ones_like(out), *detached[:4], *kept, 0.5, *saved, needs))
+
+
+@pytest.mark.parametrize("kind", ["ragged", "no heads", "no biases"])
+def test_gradcheck_passes(kind):
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    kept = uvc_kernels.kept_heads(none, none) if kind == "no heads" else ragged(2, 3)
+    tensors = inputs(5, 2, 3, width=4, out=3, batch=2, biases=kind != "no biases")
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(attend(kept), leaves)
+
+
+def test_compiles_as_one_graph():
+    kept, tensors = ragged(3, 8), inputs(17, 3, 8)
+    compiled = torch.compile(attend(kept), fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(
+        with_gradients(compiled, tensors), with_gradients(attend(kept), tensors), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
+    tensors, kept = [t.detach().float() for t in inputs(17, 3, 8)], ragged(3, 8)
+
+    def cast(*given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(kept)(*given)
+
+    out, *grads = with_gradients(cast, tensors)
+    assert out.dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in grads)
+    assert torch.equal(out, attend(kept)(*(t.bfloat16() for t in tensors)))
+
+
+def test_a_second_derivative_is_a_clear_error():
+    x, *rest = inputs(5, 2, 4)
+    leaf = x.detach().requires_grad_()
+    out = attend(ragged(2, 4))(leaf, *rest)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(out.sum(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, kept: ([t[0][0], *t[1:]], kept), "x must be"),
+        (lambda t, kept: ([t[0], t[1][:-1], *t[2:]], kept), "qkv_weight must be"),
+        (lambda t, kept: ([t[0].float(), *t[1:]], kept), "one dtype"),
+        (lambda t, kept: (t, kept._replace(qk=kept.qk + 24)), "positions in 0..A"),
+        (lambda t, kept: (t, kept._replace(v_offsets=kept.v_offsets + 1)), "offsets"),
+        (lambda t, kept: (t, kept._replace(v=kept.v.int())), "int64"),
+    ],
+    ids=["flat x", "short weight", "mixed dtypes", "row out of range", "offsets off", "int32 indices"],
+)
+def test_what_does_not_fit_is_one_clear_line(change, message):
+    tensors, kept = change(inputs(5, 3, 8), ragged(3, 8))
+    with uvc_kernels.backend("cpu"), pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        uvc_kernels.attention(*tensors, kept, 0.25)
+    assert "\n" not in str(caught.value)
+
+
+def test_kept_heads_lists_positions_head_by_head():
+    qk = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    v = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)
+    kept = uvc_kernels.kept_heads(qk, v)
+    assert kept.qk.tolist() == [1, 2] and kept.qk_offsets.tolist() == [0, 2, 2]
+    assert kept.v.tolist() == [0, 2, 7] and kept.v_offsets.tolist() == [0, 2, 3]
+
+
+def test_kept_heads_refuses_masks_that_are_not_bool_pairs():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for qk, v in ((mask, mask.int()), (mask, mask[:1]), (mask[0], mask[0])):
+        with pytest.raises(ValueError, match="kept_heads takes two bool masks"):
+            uvc_kernels.kept_heads(qk, v)
