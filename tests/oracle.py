@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -32,6 +32,20 @@ def small_vit(cls: type = VisionTransformer, **changes) -> nn.Module:
             elif parameter.dim() == 2:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
     return model
+
+
+# What `small_vit` can be: every feature of timm's class that meets a structure.
+MODELS = {
+    "vit": lambda: small_vit(),
+    "vit without biases": lambda: small_vit(qkv_bias=False, proj_bias=False),
+    "deit distilled": lambda: small_vit(VisionTransformerDistilled),
+    "deit3 with layer scale": lambda: small_vit(no_embed_class=True, init_values=0.5),
+    "registers, average pool, post-norm blocks": lambda: small_vit(
+        reg_tokens=3, global_pool="avg", block_fn=ResPostBlock, init_values=0.5
+    ),
+    "map pool, quick gelu": lambda: small_vit(global_pool="map", class_token=False, act_layer="quick_gelu"),
+    "one head": lambda: small_vit(num_heads=1),
+}
 
 
 def distilled_198() -> nn.Module:

@@ -5,18 +5,19 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import distilled_198, small_vit, structures
-from test_compact import MODELS
-from torch.utils.flop_counter import FlopCounterMode
+from oracle import MODELS, distilled_198, small_vit, structures
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import uvc
 from uvc.budget import Counts, counts, prices, smallest_reachable, total
 from uvc.structure import Structure
 
 
-def counted_macs(model: torch.nn.Module) -> int:
+def counted_macs(model: torch.nn.Module, backends: tuple = (SDPBackend.MATH,)) -> int:
+    # Plain products by default: older torch does not count what its CPU flash attention multiplies.
     image = torch.randn(1, model.in_chans, *model.patch_embed.img_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(list(backends)):
         model.eval().requires_grad_(False)(image)
     flops = counter.get_total_flops()
     assert flops % 2 == 0
@@ -61,6 +62,16 @@ def test_cost_of_a_plain_timm_model_is_what_it_counts():
     assert cost.macs == counted_macs(model) == 1_253_683_200
     assert cost.params == sum(p.numel() for p in model.parameters())
     assert cost == uvc.cost(uvc.convert(model))
+
+
+@pytest.mark.skipif(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry,
+    reason="this torch does not count its CPU flash attention",
+)
+def test_cost_is_exact_with_flash_attention():
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["uniform with equal heads"]))
+    assert uvc.cost(small).macs == counted_macs(small, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
 
 
 def test_cost_of_a_structure_needs_no_applying():

@@ -7,9 +7,8 @@ import struct
 import pytest
 import timm
 import torch
-from oracle import small_vit, structures
+from oracle import MODELS, small_vit, structures
 from safetensors.torch import load_file, save_file
-from test_compact import MODELS
 from timm.layers import PatchEmbed
 
 import uvc

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from oracle import (
+    MODELS,
     TOLERANCE,
     absent,
     distilled_198,
@@ -16,25 +17,13 @@ from oracle import (
     small_vit,
     structures,
 )
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import uvc
 from uvc.compact import equivalent
 
 CASES = list(structures(small_vit()))
-MODELS = {
-    "vit": lambda: small_vit(),
-    "vit without biases": lambda: small_vit(qkv_bias=False, proj_bias=False),
-    "deit distilled": lambda: small_vit(VisionTransformerDistilled),
-    "deit3 with layer scale": lambda: small_vit(no_embed_class=True, init_values=0.5),
-    "registers, average pool, post-norm blocks": lambda: small_vit(
-        reg_tokens=3, global_pool="avg", block_fn=ResPostBlock, init_values=0.5
-    ),
-    "map pool, quick gelu": lambda: small_vit(global_pool="map", class_token=False, act_layer="quick_gelu"),
-    "one head": lambda: small_vit(num_heads=1),
-}
 
 
 def agree(model: nn.Module, structure: uvc.Structure, x: torch.Tensor) -> None:
