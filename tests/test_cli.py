@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,15 @@ def test_run_interrupted_in_every_phase_ends_with_130_and_resumes_to_the_same_re
     whole, resumed = summary(finished), summary(out)
     for name in ("structure", "teacher_top1", "before_post_top1", "final_top1", "steps"):
         assert resumed[name] == whole[name]
+
+
+def test_resume_from_a_truncated_checkpoint_is_one_line(finished, tmp_path, capsys):
+    shutil.copy(finished / "run.json", tmp_path)
+    shutil.copytree(finished / "teacher", tmp_path / "teacher")
+    (tmp_path / "checkpoint.safetensors").write_bytes((finished / "model.safetensors").read_bytes()[:1000])
+    assert cli.run(["compress", "--resume", "--out", str(tmp_path), "--quiet", "--threads", "1"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "checkpoint.safetensors" in shown
 
 
 def test_teacher_weights_are_used_and_not_trained(finished, tmp_path):

@@ -86,8 +86,11 @@ def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.run import compress_run
 
+    # The run may be continued and its model measured from another folder.
     for name in ("teacher", "data_root"):
         options[name] = None if options[name] is None else str(options[name].absolute())
+    if options["data"] not in (None, "digits") and Path(options["data"]).is_dir():
+        options["data"] = str(Path(options["data"]).absolute())
     try:
         summary = compress_run(out, options, resume=resume, progress=not quiet)
     except KeyboardInterrupt:

@@ -193,9 +193,9 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     """Teacher beside compressed model, from the fields of `summary.json`."""
     from rich.table import Table
 
-    table = Table(
-        title=f"{summary['model']} on {summary['data']}, budget {summary['budget']:g} of {summary['metric']}"
-    )
+    title = f"{summary['model']} on {summary['data']}, budget {summary['budget']:g} of {summary['metric']}"
+    # Wide enough that the title stays on one line.
+    table = Table(title=title, min_width=len(title))
     for name in ("", "teacher", "compressed", "ratio"):
         table.add_column(name, justify="right" if name else "left")
     before, after = summary["teacher_top1"], summary["final_top1"]

@@ -16,6 +16,7 @@ from uvc.report import write_json
 
 OPTIONS = "run.json"
 SUMMARY = "summary.json"
+PLACES = ("device", "threads", "workers", "data_root")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,10 +51,17 @@ def check_out(out: Path, resume: bool) -> None:
 
 
 def merge_options(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options a run began with; ValueError when one that is given now (not None) says otherwise."""
+    """The options a run began with; ValueError when one that is given now (not None) says otherwise.
+
+    Those that change where a run computes, but not what, may be given anew.
+    """
     stored = read_json(out / OPTIONS)
     for name, value in given.items():
-        if value is not None and stored.get(name) != value:
+        if value is None or stored.get(name) == value:
+            continue
+        if name in PLACES:
+            stored[name] = value
+        else:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag}: {value!r}, but the run to resume began with {stored.get(name)!r}; leave it out"
