@@ -112,7 +112,7 @@ class UVCAttention(Attention):
         qk_on, v_on = qk_mask.gather(1, qk_dim).flatten(), v_mask.gather(1, v_dim).flatten()
         first = heads[:, None] * self.head_dim
         qk_row, v_row = (first + qk_dim).flatten(), (first + v_dim).flatten()
-        weight, proj = self.qkv.weight, self.proj.weight
+        weight = self.qkv.weight
         rows = torch.cat([qk_row, qk_row + self.attn_dim, v_row + 2 * self.attn_dim]).to(weight.device)
         on = torch.cat([qk_on, qk_on, v_on]).to(weight)
         bias = None if self.qkv.bias is None else self.qkv.bias[rows] * on
@@ -121,8 +121,8 @@ class UVCAttention(Attention):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
         )
-        columns = proj[:, v_row.to(proj.device)] * v_on.to(proj)
-        return F.linear(out.transpose(1, 2).reshape(B, N, h * E), columns, self.proj.bias)
+        out = out.transpose(1, 2).reshape(B, N, h * E)
+        return F.linear(out, self.proj.weight[:, v_row.to(weight.device)], self.proj.bias)
 
 
 def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) -> Tensor | None:
