@@ -14,7 +14,6 @@ from timm.models.vision_transformer import ResPostBlock
 
 import uvc
 from uvc.layers import UVCBlock
-from uvc.layers._common import say_once
 from uvc.structure import Structure
 
 X = (2, 3, 16, 16)
@@ -157,8 +156,8 @@ def test_every_fast_activation_equals_dense_with_contributions_absent(activation
     assert error(found, truth) < TOLERANCE[dtype]
 
 
-def test_another_activation_runs_in_plain_torch_and_says_so_once():
-    say_once.cache_clear()
+def test_another_activation_runs_in_plain_torch_and_says_so_once(monkeypatch):
+    monkeypatch.setattr("uvc.layers._common.said", set())
     model = small_vit(act_layer="mish").double()
     x = torch.randn(X, dtype=torch.float64)
     truth = absent(model, ragged(model))(x)

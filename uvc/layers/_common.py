@@ -2,11 +2,12 @@
 
 import copy
 import warnings
-from functools import cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+said: set[str] = set()
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,12 +29,13 @@ def hollow(module: M, memo: dict[int, object] | None = None) -> M:
     return copy.deepcopy(module, memo)
 
 
-# Outside compiled graphs: a trace would lose the cache, and cannot warn.
+# Outside compiled graphs, as a trace cannot warn.
 @torch.compiler.disable
-@cache
 def say_once(message: str) -> None:
     """Warn, once per process and message."""
-    warnings.warn(message, stacklevel=4)
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
