@@ -1,11 +1,11 @@
-"""What the layers share: taking a module over, copying one without weights, saying a thing once, autocast."""
+"""What the layers share: taking a module over, copying one without weights, saying a thing once."""
 
 import copy
 import warnings
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 said: set[str] = set()
 
@@ -36,12 +36,3 @@ def say_once(message: str) -> None:
     if message not in said:
         said.add(message)
         warnings.warn(message, stacklevel=4)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that autocast gives a linear layer; unchanged outside autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

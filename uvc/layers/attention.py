@@ -11,7 +11,7 @@ import uvc_kernels
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from uvc.layers._common import autocast, say_once, take_over
+from uvc.layers._common import say_once, take_over
 
 
 class UVCAttention(Attention):
@@ -89,8 +89,8 @@ class UVCAttention(Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is None and not is_causal and dropout == 0.0:
             kept = uvc_kernels.KeptHeads(self._qk, self._qk_offsets, self._v, self._v_offsets)
-            tensors = autocast(x, self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
-            return self.proj_drop(uvc_kernels.attention(*tensors, kept, self.scale))
+            weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
+            return self.proj_drop(uvc_kernels.attention(x, *weights, kept, self.scale))
         reason = "attention dropout" if dropout else "an attention mask"
         say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))
