@@ -143,6 +143,17 @@ def test_copies_and_dtype_moves_keep_the_structure(dtype):
     assert uvc.structure_of(model) == ragged(model)
 
 
+def test_a_default_device_elsewhere_does_not_matter():
+    model, x = small_vit(), torch.randn(X)
+    expected = uvc.apply_structure(copy.deepcopy(model), ragged(model))(x)
+    with torch.device("meta"):
+        uvc.apply_structure(model, Structure.random(model, 0.5, seed=3))
+        small = uvc.compact(model)
+        assert uvc.cost(model) == uvc.cost(small)
+    assert torch.equal(model(x), expected)
+    assert error(small(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"])
 def test_every_fast_activation_equals_dense_with_contributions_absent(activation, dtype):

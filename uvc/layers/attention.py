@@ -47,7 +47,7 @@ class UVCAttention(Attention):
         forbids removal.
         """
         whole = (self.num_heads, self.head_dim)
-        qk, v = (torch.ones(whole, dtype=torch.bool) if m is None else m.cpu() for m in (qk, v))
+        qk, v = (torch.ones(whole, dtype=torch.bool, device="cpu") if m is None else m.cpu() for m in (qk, v))
         for name, mask in (("qk", qk), ("v", v)):
             if mask.dtype != torch.bool or mask.shape != whole:
                 got = f"{mask.dtype} {list(mask.shape)}"
