@@ -1,4 +1,4 @@
-"""The installed packages: importable anywhere, stable ABI only, silent at import, alive without a compiler."""
+"""The installed packages: importable anywhere, stable ABI only, silent at import, alive without compiler."""
 
 import os
 import subprocess
