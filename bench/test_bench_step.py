@@ -1,4 +1,4 @@
-"""The gates of the training step, on one thread: `pytest bench`. Too slow and sensitive for every test run."""
+"""The gates of the training step, on one thread: `pytest bench`. Too slow and fickle for every test run."""
 
 import pytest
 import torch
