@@ -210,6 +210,12 @@ class ImageLoader(Loader):
         )
 
 
+def check_name(name: str) -> None:
+    """ValueError unless `load_data` knows a data set or a folder of this name."""
+    if name != DIGITS and not Path(name).is_dir() and not name.startswith(TIMM_PREFIXES):
+        raise ValueError(f"data: {name!r} is no known data set and no folder; {USAGE}")
+
+
 def load_data(
     name_or_path: str | Path,
     *,
@@ -247,12 +253,8 @@ def load_data(
     if validation == "val":
         raise ValueError(f"validation: 'val' holds out a part of digits only, not of {str(name_or_path)!r}")
     name = str(name_or_path)
-    if Path(name).is_dir():
-        train, val, num_classes = _open_folder(Path(name))
-    elif name.startswith(TIMM_PREFIXES):
-        train, val, num_classes = _open_named(name, root)
-    else:
-        raise ValueError(f"data: {name!r} is no known data set and no folder; {USAGE}")
+    check_name(name)
+    train, val, num_classes = _open_folder(Path(name)) if Path(name).is_dir() else _open_named(name, root)
     return _image_data(name, train, val, num_classes, config, batch_size, seed, workers)
 
 

@@ -21,7 +21,7 @@ from uvc.budget import cost
 from uvc.checkpoint import describe, load
 from uvc.compact import compact
 from uvc.config import Config
-from uvc.data import DEFAULT_MODELS, DIGITS, Data, load_data
+from uvc.data import DEFAULT_MODELS, DIGITS, Data, check_name, load_data
 from uvc.layers import convert
 from uvc.recipes import RECIPES
 from uvc.report import RunLog, draw_structure, measure_latency, write_json
@@ -59,6 +59,7 @@ def compress_run(
     config = _config(options)
     device = _device(options["device"], options["threads"])
     data_name = options["data"] or DIGITS
+    check_name(data_name)
     model_name = _model_name(options["model"], data_name)
     budget, metric = (_given_or_default(options, name) for name in ("budget", "metric"))
     data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
