@@ -24,6 +24,8 @@ class _Implementation(NamedTuple):
 
 
 _implementations: dict[tuple[str, str], _Implementation] = {}
+# Providers whose files are imported at their first use: `package.op` provides op.
+_ON_DEMAND = {"triton": "uvc_kernels.triton"}
 _references: dict[str, Callable] = {}
 _forced: list[str] = []
 _warned: set[tuple] = set()
@@ -111,6 +113,11 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
         return None
     if provider == "cpu" and extension_error is not None:
         return f"the extension uvc_kernels._C is not built ({extension_error}); reinstall with a C++ compiler"
+    if (op, provider) not in _implementations and provider in _ON_DEMAND:
+        try:
+            importlib.import_module(f"{_ON_DEMAND[provider]}.{op}")
+        except ImportError as error:
+            return f"{provider} is not installed ({error})"
     implementation = _implementations.get((op, provider))
     if implementation is None:
         return f"this build has no {provider} kernel for {op}"
@@ -141,7 +148,12 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return name
     reasons = []
     for provider in reversed(PROVIDERS[1:]):
+        # On the CPU Triton is an interpreter: for tests, on request.
+        if provider == "triton" and device.type == "cpu":
+            continue
         reason = _why_not(op, provider, device, dtype)
+        if reason is None and device.type != "cpu":
+            reason = _unproven(op, provider, device, dtype)
         if reason is None:
             return provider
         if provider == device.type:
