@@ -1,7 +1,8 @@
-"""Attention over kept heads on Triton: packed weights and vendor GEMMs around the core in `attention_core.py`.
+"""Attention over kept heads on Triton: packed weights and vendor GEMMs around `attention_core.py`.
 
-B images, N tokens, D width, A = heads * head dim, M = B*N; h kept heads. `qkv` [M, S] holds the kept q, then k, then
-v dims, `heads` [M, V] the outputs of the heads; each head's dims are padded with zeros to a multiple of 8.
+B images, N tokens, D width, A = heads * head dim, M = B*N; h kept heads. `qkv` [M, S] holds the kept q, then
+k, then v dims, `heads` [M, V] the outputs of the heads; each head's dims are padded with zeros to a multiple
+of 8, so that vendor GEMMs are aligned and every head starts at a vector load.
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,9 @@ X, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, PROJ_BIAS = (1 << i for i in range(5))
 class _Plan(NamedTuple):
     """Where everything lies for one structure; int32 tensors on the device.
 
-    rows [S]: row of qkv_weight per packed row; columns [V]: column of proj_weight per packed column; -1 = padding.
-    removed_rows [3A], removed_columns [A]: the other way round, -1 = removed. table: see `core.forward`.
+    rows [S]: row of qkv_weight per packed row; columns [V]: column of proj_weight per packed column; -1 is
+    padding. whole_rows [3A], whole_columns [A]: the other way round, -1 is removed. table, width: see
+    `core.forward`.
     """
 
     rows: Tensor
@@ -40,7 +42,9 @@ def _plan(kept: Sequence[Tensor], A: int) -> _Plan:
     qk, qk_cut, v, v_cut = (t.tolist() for t in kept)
     heads = range(len(v_cut) - 1)
     if len(qk_cut) != len(v_cut) or [qk_cut[-1], v_cut[-1]] != [len(qk), len(v)]:
-        raise ValueError("attention: kept.qk_offsets and kept.v_offsets must cut kept.qk and kept.v head by head")
+        raise ValueError(
+            "attention: kept.qk_offsets and kept.v_offsets must cut kept.qk and kept.v head by head"
+        )
     if any(not 0 <= i < A for i in qk + v):
         raise ValueError(f"attention: kept.qk and kept.v must be positions in 0..{A - 1}")
     rows: list[int] = []
@@ -55,12 +59,21 @@ def _plan(kept: Sequence[Tensor], A: int) -> _Plan:
     columns = [i - 2 * A if i >= 0 else -1 for i in rows[packed_v:]]
     widths = [[align(cut[h + 1] - cut[h]) for h in heads] for cut in (qk_cut, v_cut)]
     table = [
-        (starts[0][h], starts[1][h], starts[2][h], starts[2][h] - packed_v, widths[0][h], widths[1][h]) for h in heads
+        (starts[0][h], starts[1][h], starts[2][h], starts[2][h] - packed_v, widths[0][h], widths[1][h])
+        for h in heads
     ]
     widest = max([*widths[0], *widths[1], 0])
     if widest > core.WIDTHS[-1]:
-        raise ValueError(f"attention: a head of more than {core.WIDTHS[-1]} dims needs another backend than triton")
-    lists = [rows, columns, inverse_of(rows, 3 * A), inverse_of(columns, A), [i for row in table for i in row]]
+        raise ValueError(
+            f"attention: a head of more than {core.WIDTHS[-1]} dims needs another backend than triton"
+        )
+    lists = [
+        rows,
+        columns,
+        inverse_of(rows, 3 * A),
+        inverse_of(columns, A),
+        [i for row in table for i in row],
+    ]
     flat = to_device([i for values in lists for i in values], kept[0].device)
     return _Plan(*flat.split([len(values) for values in lists]), next(w for w in core.WIDTHS if w >= widest))
 
@@ -100,7 +113,21 @@ def _packed(qkv_weight, qkv_bias, proj_weight, plan):
 
 
 def _attention_backward(
-    grad, x, qkv_weight, qkv_bias, proj_weight, qk, qk_offsets, v, v_offsets, scale, qkv, heads, top, inverse, needs
+    grad,
+    x,
+    qkv_weight,
+    qkv_bias,
+    proj_weight,
+    qk,
+    qk_offsets,
+    v,
+    v_offsets,
+    scale,
+    qkv,
+    heads,
+    top,
+    inverse,
+    needs,
 ):
     plan = _plan((qk, qk_offsets, v, v_offsets), proj_weight.shape[1])
     weight, _, proj = _packed(qkv_weight, None, proj_weight, plan)
@@ -115,7 +142,9 @@ def _attention_backward(
     if needs & (X | QKV_WEIGHT | QKV_BIAS):
         grad_heads, grad_qkv = torch.empty_like(heads), torch.empty_like(qkv)
         torch.mm(grad, proj, out=grad_heads[:, :V])
-        core.backward(qkv, heads, grad_heads, grad_qkv, top, inverse, plan.table, x.shape[1], plan.width, scale)
+        core.backward(
+            qkv, heads, grad_heads, grad_qkv, top, inverse, plan.table, x.shape[1], plan.width, scale
+        )
         grad_qkv = grad_qkv[:, :S]
         grad_x = (grad_qkv @ weight).view(x.shape) if needs & X else None
         grad_weight = grad_qkv.t() @ rows if needs & QKV_WEIGHT else None
@@ -167,7 +196,9 @@ def _run(
     kept: KeptHeads,
     scale: float,
 ) -> Tensor:
-    return torch.ops.uvc_kernels.attention_triton(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *kept, scale)[0]
+    return torch.ops.uvc_kernels.attention_triton(
+        x, qkv_weight, qkv_bias, proj_weight, proj_bias, *kept, scale
+    )[0]
 
 
 register(

@@ -3,9 +3,9 @@
     S = scale q k^T,  P = exp(S - top) / sum,  o = P v
     dP = do v^T,  dS = P * (dP - rowsum(do * o)),  dv = P^T do,  dk = scale dS^T q,  dq = scale dS k
 
-B images, N tokens, M = B*N, E tile width of a head's dims. The last N % 64 tokens run in tiles of 16 where they fit:
-197 tokens cost 208, not 256. Exponents are of base 2 inside; `top` and `inverse` = 1 / sum stay apart, as a log of
-the sum would round at the size of top.
+B images, N tokens, M = B*N, E tile width of a head's dims. The last N % 64 tokens run in a tile of 16 where
+they fit: 197 tokens cost 208, not 256. Exponents are of base 2 inside; `top` and `inverse` = 1 / sum stay
+apart, as a log of the sum would round at the size of top.
 """
 
 import itertools
@@ -61,7 +61,7 @@ def _scores(q, k, MODE: tl.constexpr):
 
 @triton.jit
 def _head(qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride):
-    # The bundle of one (image, head), and its places in `qkv` and `heads`; all starts and widths are multiples of 8.
+    # The bundle of one (image, head) and its places in `qkv`; all starts and widths are multiples of 8.
     head, image = pair % n_heads, pair // n_heads
     row = table + head * FIELDS
     first = image.to(tl.int64) * N
@@ -111,7 +111,9 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
              BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
     tiles = (N + BLOCK - 1) // BLOCK
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    head, _, _, _, _ = _head(qkv, heads, heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride)
+    head, _, _, _, _ = _head(
+        qkv, heads, heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride
+    )
     if TAIL == BLOCK or tile + 1 < tiles:
         _attend(head, tile * BLOCK, N, BLOCK, BLOCK, TAIL, MODE)
     else:
@@ -133,8 +135,8 @@ def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr, WHOLE: tl.c
 @triton.jit
 def _gather_queries(grad_k, grad_v, k, v, head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr,
                     WHOLE: tl.constexpr):  # fmt: skip
-    # What one block of queries adds to dk and dv; the tiles of P and dS are [keys, queries]. Keys behind the last
-    # token are zero rows whose results nobody stores.
+    # What one block of queries adds to dk and dv; the tiles of P and dS are [keys, queries]. Keys behind the
+    # last token are zero rows whose results nobody stores.
     q, grad, top, inverse, delta = _rows_of(head, start, N, ROWS, MODE, WHOLE)
     p = tl.exp2(_scores(k, q, MODE) - top[None, :]) * inverse[None, :]
     grad_v += _dot(narrow(p, v.dtype), grad, MODE)
@@ -185,11 +187,13 @@ def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, BLOCK: tl.
 @triton.jit
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
               BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
-    # A program owns either the dk and dv of one tile of keys or the dq of one tile of queries: nothing is written
-    # twice, so there are no atomics and every run adds up in the same order.
+    # A program owns either the dk and dv of one tile of keys or the dq of one tile of queries: nothing is
+    # written twice, so there are no atomics and every run adds up in the same order.
     tiles = (N + BLOCK - 1) // BLOCK
     part, pair = tl.program_id(0) % (2 * tiles), tl.program_id(0) // (2 * tiles)
-    head, q, k, v, _ = _head(qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride)
+    head, q, k, v, _ = _head(
+        qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride
+    )
     first = part // 2 * BLOCK
     if part % 2 == 0:
         if TAIL == BLOCK or first + BLOCK < N:
@@ -220,12 +224,19 @@ def _shape(tokens: int, width: int, scale: float, dtype: torch.dtype) -> dict[st
 
 
 def forward(
-    qkv: Tensor, heads: Tensor, top: Tensor, inverse: Tensor, table: Tensor, tokens: int, width: int, scale: float
+    qkv: Tensor,
+    heads: Tensor,
+    top: Tensor,
+    inverse: Tensor,
+    table: Tensor,
+    tokens: int,
+    width: int,
+    scale: float,
 ) -> None:
     """Writes `heads` and the softmax statistics `top` and `inverse` [h, M] from the packed `qkv`.
 
-    table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its q/k and v
-    widths, all multiples of 8; width: of `WIDTHS`, at least every head's.
+    table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its q/k
+    and v widths, all multiples of 8; width: of `WIDTHS`, at least every head's.
     """
     h, M = top.shape
     if h * M == 0:
@@ -237,10 +248,10 @@ def forward(
 
 
 def backward(
-    qkv: Tensor, heads: Tensor, grad_heads: Tensor, grad_qkv: Tensor, top: Tensor, inverse: Tensor, table: Tensor,
-    tokens: int, width: int, scale: float,
+    qkv: Tensor, heads: Tensor, grad_heads: Tensor, grad_qkv: Tensor, top: Tensor, inverse: Tensor,
+    table: Tensor, tokens: int, width: int, scale: float,
 ) -> None:  # fmt: skip
-    """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; strides of a gradient are those of its value."""
+    """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; a gradient has the strides of its value."""
     h, M = top.shape
     if h * M == 0:
         return

@@ -2,7 +2,7 @@
 
     dim 0: score[i] = sum_j a[i, j] b[i, j]      dim 1: score[j] = sum_i a[i, j] b[i, j]
 
-A program owns some groups of one matrix and adds up all of their terms, so that every run adds in the same order.
+A program owns some groups of one matrix and adds up all of their terms: every run adds in the same order.
 """
 
 import torch
@@ -51,7 +51,10 @@ def _group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
         raise ValueError("group_scores: all tensors must have one dtype and one device")
     a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
     # A vector is a matrix of one row whose columns are the groups.
-    shapes = [(t.shape[d], t.numel() // max(1, t.shape[d]), int(t.dim() == 2 and d == 0)) for t, d in zip(a, dims, strict=True)]
+    shapes = [
+        (t.shape[d], t.numel() // max(1, t.shape[d]), int(t.dim() == 2 and d == 0))
+        for t, d in zip(a, dims, strict=True)
+    ]
     out = a[0].new_empty(sum(groups for groups, _, _ in shapes), dtype=_dispatch.statistics_dtype(a[0].dtype))
     fields, place = [], 0
     for first, second, (groups, terms, by_row) in zip(a, b, shapes, strict=True):

@@ -106,18 +106,20 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
 
 @functools.lru_cache(maxsize=256)
 def tiles_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [sum(counts), 2]: the matrix and the tile within it, for each program of one launch over many matrices."""
-    return to_device([n for i, count in enumerate(counts) for tile in range(count) for n in (i, tile)], device)
+    """int32 [sum(counts), 2]: matrix and tile within it, for each program of a launch over many matrices."""
+    return to_device(
+        [n for i, count in enumerate(counts) for tile in range(count) for n in (i, tile)], device
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64 [matrices, fields]: pointers and sizes of the matrices; copied again only when one of them changes."""
+    """int64 [matrices, fields]: pointers and sizes; copied again only when one of them changes."""
     return to_device([n for row in fields for n in row], device, torch.int64)
 
 
 def planned(build: Callable) -> Callable:
-    """Caches `build(tensors, *sizes)` for as long as the first tensor lives and no tensor is written or replaced.
+    """Caches `build(tensors, *sizes)` while the first tensor lives and no tensor is written or replaced.
 
     What `build` reads from the device is thus read once per structure, not once per step.
     """

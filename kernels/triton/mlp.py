@@ -2,7 +2,8 @@
 
     u = x W1[F']^T + b1[F'],  out = act(u) W2[:, F']^T + b2;   backward: a = act(u) again, du = da * act'(u)
 
-M tokens, D width, F hidden, F' kept neurons, padded with zeros to a multiple of 8 (act(0) = 0). Only u is saved.
+M tokens, D width, F hidden, F' kept neurons, padded with zeros to a multiple of 8 (act(0) = 0). Only u is
+saved.
 """
 
 from collections.abc import Sequence

@@ -58,7 +58,8 @@ def gather(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kept rows [R, W] of `rows`, entries [R] of `bias` and columns [H, C] of `columns`; None stays None.
 
-    `row_index` [R], `column_index` [C]: int32 positions, -1 for zeros. The inputs are contiguous and of one dtype.
+    `row_index` [R], `column_index` [C]: int32 positions, -1 for zeros. The inputs are contiguous and of one
+    dtype.
     """
     R, C = row_index.shape[0], column_index.shape[0]
     out = (
@@ -92,5 +93,7 @@ def cases() -> list[Case]:
         ) | dict.fromkeys(("row_index", "column_index"), "*i32")
         names = ("n_rows", "width", "height", "n_columns", "columns_stride", "row_tiles", "bias_tiles")
         signature |= dict.fromkeys(names, "i32")
-        found.append(Case(_gather, str(ELEMENT[dtype]), signature, {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}, {}))
+        found.append(
+            Case(_gather, str(ELEMENT[dtype]), signature, {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}, {})
+        )
     return found

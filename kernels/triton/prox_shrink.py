@@ -1,6 +1,6 @@
 """Scale rows or columns of many matrices in place on Triton: one launch for all layers.
 
-    dim 0: w[i, :] <- factor[i] w[i, :]      dim 1: w[:, j] <- factor[j] w[:, j]
+dim 0: w[i, :] <- factor[i] w[i, :]      dim 1: w[:, j] <- factor[j] w[:, j]
 """
 
 import torch
@@ -56,8 +56,13 @@ def _fake(weights, factors, dims):
     return None
 
 
-register("prox_shrink_triton", "(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()", _prox_shrink, _fake)
-provide("prox_shrink", lambda weights, factors, dims: torch.ops.uvc_kernels.prox_shrink_triton(weights, factors, dims))
+register(
+    "prox_shrink_triton", "(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()", _prox_shrink, _fake
+)
+provide(
+    "prox_shrink",
+    lambda weights, factors, dims: torch.ops.uvc_kernels.prox_shrink_triton(weights, factors, dims),
+)
 
 
 def cases() -> list[Case]:
