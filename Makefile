@@ -28,7 +28,7 @@ install: $(STAMP)
 # torch goes in first: the extension is built against the torch that will load it, without build isolation.
 $(STAMP): pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja "torch>=2.10" timm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja "torch>=2.10" "timm>=1.0.26"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[test]"
 	touch $@
 

@@ -19,6 +19,7 @@ from uvc.structure import Structure
 MORE = {
     "digits": lambda: timm.create_model("uvc_vit_digits", img_size=16, in_chans=3),
     "clip style": lambda: small_vit(pre_norm=True, act_layer="quick_gelu", norm_layer=torch.nn.LayerNorm),
+    "prefix tokens pooled": lambda: small_vit(reg_tokens=2, global_pool="avg", pool_include_prefix=True),
     "no classes, no final norm": lambda: small_vit(num_classes=0, final_norm=False),
     "every dropout": lambda: small_vit(
         drop_rate=0.1,

@@ -18,7 +18,7 @@ from torch import nn
 
 import uvc.models  # noqa: F401  registers the models that timm does not have
 from uvc.budget import cost
-from uvc.checkpoint import load, save
+from uvc.checkpoint import describe, load, save
 from uvc.compact import compact
 from uvc.config import Config
 from uvc.data import DEFAULT_MODELS, DIGITS, Data, load_data
@@ -65,6 +65,7 @@ def compress_run(
     torch.manual_seed(config.seed)
     model = convert(timm.create_model(model_name, num_classes=data.num_classes))
     check_budget(model, budget, metric)
+    describe(model)  # what cannot be saved is better said now than after the training
     if options["teacher"]:
         load_weights(model, Path(options["teacher"]))
     open_out(out, options)

@@ -153,7 +153,7 @@ class Structure:
         """
         s = sizes_of(model)
         units, n_neurons = portion("keep", keep, s.heads * s.head_dim), portion("keep", keep, s.neurons)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         return cls(tuple(random_block(s, units, n_neurons, generator) for _ in range(s.blocks)))
 
     def to_json(self) -> str:
@@ -199,11 +199,11 @@ def random_block(s: Sizes, units: int, n_neurons: int, generator: torch.Generato
     """A block with exactly `units` v dims and q/k dims over a random number of heads."""
 
     def draw(n: int, of: int) -> list[int]:
-        return sorted(torch.randperm(of, generator=generator)[:n].tolist())
+        return sorted(torch.randperm(of, generator=generator, device="cpu")[:n].tolist())
 
     # Every kept head needs at least one v dim and holds at most K of them.
     fewest, most = -(-units // s.head_dim), min(s.heads, units)
-    n_heads = int(torch.randint(fewest, most + 1, (), generator=generator))
+    n_heads = int(torch.randint(fewest, most + 1, (), generator=generator, device="cpu"))
     heads = draw(n_heads, s.heads)
     v = [draw(1, s.head_dim) for _ in heads]
     rest = [(i, d) for i in range(n_heads) for d in range(s.head_dim) if d != v[i][0]]
@@ -226,11 +226,11 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
     fit(structure, sizes_of(model))
     convert(model)
     for block, kept in zip(model.blocks, structure.blocks, strict=True):
-        qk, v = torch.zeros(2, block.attn.num_heads, block.attn.head_dim, dtype=torch.bool).unbind()
+        qk, v = torch.zeros(2, *block.attn.kept_v.shape, dtype=torch.bool, device="cpu").unbind()
         for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
             qk[head, list(qk_dims)] = True
             v[head, list(v_dims)] = True
-        neurons = torch.zeros(block.mlp.fc1.out_features, dtype=torch.bool)
+        neurons = torch.zeros(block.mlp.fc1.out_features, dtype=torch.bool, device="cpu")
         neurons[list(kept.neurons)] = True
         block.attn.set_kept(qk, v)
         block.mlp.set_kept(neurons)

@@ -7,7 +7,7 @@ import uvc_kernels
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# What rounding alone may add, relative to the largest entry: torch may hit the exact value, and float64 has no judge.
+# What rounding may add, relative to the largest entry: torch may hit the exact value; float64 has no judge.
 FLOOR = {torch.float32: 5e-7, torch.float64: 1e-13, torch.bfloat16: 4e-3}
 
 

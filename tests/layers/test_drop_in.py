@@ -14,7 +14,6 @@ from timm.models.vision_transformer import ResPostBlock
 
 import uvc
 from uvc.layers import UVCBlock
-from uvc.layers._common import say_once
 from uvc.structure import Structure
 
 X = (2, 3, 16, 16)
@@ -144,6 +143,17 @@ def test_copies_and_dtype_moves_keep_the_structure(dtype):
     assert uvc.structure_of(model) == ragged(model)
 
 
+def test_a_default_device_elsewhere_does_not_matter():
+    model, x = small_vit(), torch.randn(X)
+    expected = uvc.apply_structure(copy.deepcopy(model), ragged(model))(x)
+    with torch.device("meta"):
+        uvc.apply_structure(model, Structure.random(model, 0.5, seed=3))
+        small = uvc.compact(model)
+        assert uvc.cost(model) == uvc.cost(small)
+    assert torch.equal(model(x), expected)
+    assert error(small(x), expected) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "quick_gelu"])
 def test_every_fast_activation_equals_dense_with_contributions_absent(activation, dtype):
@@ -157,8 +167,8 @@ def test_every_fast_activation_equals_dense_with_contributions_absent(activation
     assert error(found, truth) < TOLERANCE[dtype]
 
 
-def test_another_activation_runs_in_plain_torch_and_says_so_once():
-    say_once.cache_clear()
+def test_another_activation_runs_in_plain_torch_and_says_so_once(monkeypatch):
+    monkeypatch.setattr("uvc.layers._common.said", set())
     model = small_vit(act_layer="mish").double()
     x = torch.randn(X, dtype=torch.float64)
     truth = absent(model, ragged(model))(x)

@@ -84,6 +84,31 @@ def test_sampled_skips_do_not_run_their_branch_and_gate_steps_run_all():
     assert 0.3 < sum(rest) / (3 * len(rest)) < 0.7
 
 
+def test_between_steps_nothing_sampled_is_left_on_the_model():
+    model = small_vit()
+    search = Search(model, 0.9, "macs", steps=1000, config=SolverConfig(gate_init=-2.0, gate_every=3))
+    plain = copy.deepcopy(model).eval()
+    for i in range(6):
+        train(model, search, torch.optim.SGD(model.parameters(), lr=0.0), 1, first=i)
+        assert torch.equal(model.eval()(batch(99)[0]), plain(batch(99)[0]))
+        model.train()
+
+
+def test_a_half_with_nothing_left_is_skipped_once_gates_are_hard_and_never_below_the_budget():
+    model = small_vit()
+    search = Search(model, 0.5, "macs", steps=1000, config=SolverConfig())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    search.state.families["neuron"].dead[1] = True
+    search.bury(optimizer)
+    assert not model.blocks[1].skip_mlp
+    search.freeze_gates(optimizer)
+    assert [block.skip_mlp for block in model.blocks] == [False, True, False]
+    kept = Search(small_vit(), 0.5, "macs", steps=1000, config=SolverConfig(skip="none"))
+    kept.state.families["neuron"].dead[1] = True
+    kept.bury(optimizer)
+    assert not any(block.skip_mlp for block in kept.model.blocks)
+
+
 def test_a_useless_half_is_skipped_and_the_useful_ones_are_kept():
     model = small_vit()
     config = SolverConfig(gate_init=1.0, gate_every=1, gate_weight=0.6, anneal=(0.0, 0.1), gate_rate=0.2)

@@ -1,12 +1,13 @@
-"""What the layers share: taking a module over, copying one without weights, saying a thing once, autocast."""
+"""What the layers share: taking a module over, copying one without weights, saying a thing once."""
 
 import copy
 import warnings
-from functools import cache
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+said: set[str] = set()
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,18 +29,10 @@ def hollow(module: M, memo: dict[int, object] | None = None) -> M:
     return copy.deepcopy(module, memo)
 
 
-# Outside compiled graphs: a trace would lose the cache, and cannot warn.
+# Outside compiled graphs, as a trace cannot warn.
 @torch.compiler.disable
-@cache
 def say_once(message: str) -> None:
     """Warn, once per process and message."""
-    warnings.warn(message, stacklevel=4)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that autocast gives a linear layer; unchanged outside autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    if message not in said:
+        said.add(message)
+        warnings.warn(message, stacklevel=4)

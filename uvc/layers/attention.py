@@ -11,7 +11,7 @@ import uvc_kernels
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from uvc.layers._common import autocast, say_once, take_over
+from uvc.layers._common import say_once, take_over
 
 
 class UVCAttention(Attention):
@@ -47,7 +47,7 @@ class UVCAttention(Attention):
         forbids removal.
         """
         whole = (self.num_heads, self.head_dim)
-        qk, v = (torch.ones(whole, dtype=torch.bool) if m is None else m.cpu() for m in (qk, v))
+        qk, v = (torch.ones(whole, dtype=torch.bool, device="cpu") if m is None else m.cpu() for m in (qk, v))
         for name, mask in (("qk", qk), ("v", v)):
             if mask.dtype != torch.bool or mask.shape != whole:
                 got = f"{mask.dtype} {list(mask.shape)}"
@@ -89,8 +89,8 @@ class UVCAttention(Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is None and not is_causal and dropout == 0.0:
             kept = uvc_kernels.KeptHeads(self._qk, self._qk_offsets, self._v, self._v_offsets)
-            tensors = autocast(x, self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
-            return self.proj_drop(uvc_kernels.attention(*tensors, kept, self.scale))
+            weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
+            return self.proj_drop(uvc_kernels.attention(x, *weights, kept, self.scale))
         reason = "attention dropout" if dropout else "an attention mask"
         say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))
@@ -112,7 +112,7 @@ class UVCAttention(Attention):
         qk_on, v_on = qk_mask.gather(1, qk_dim).flatten(), v_mask.gather(1, v_dim).flatten()
         first = heads[:, None] * self.head_dim
         qk_row, v_row = (first + qk_dim).flatten(), (first + v_dim).flatten()
-        weight, proj = self.qkv.weight, self.proj.weight
+        weight = self.qkv.weight
         rows = torch.cat([qk_row, qk_row + self.attn_dim, v_row + 2 * self.attn_dim]).to(weight.device)
         on = torch.cat([qk_on, qk_on, v_on]).to(weight)
         bias = None if self.qkv.bias is None else self.qkv.bias[rows] * on
@@ -121,8 +121,8 @@ class UVCAttention(Attention):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
         )
-        columns = proj[:, v_row.to(proj.device)] * v_on.to(proj)
-        return F.linear(out.transpose(1, 2).reshape(B, N, h * E), columns, self.proj.bias)
+        out = out.transpose(1, 2).reshape(B, N, h * E)
+        return F.linear(out, self.proj.weight[:, v_row.to(weight.device)], self.proj.bias)
 
 
 def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) -> Tensor | None:

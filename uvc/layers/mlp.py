@@ -12,7 +12,7 @@ import uvc_kernels
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from uvc.layers._common import autocast, say_once, take_over
+from uvc.layers._common import say_once, take_over
 
 
 class UVCMlp(Mlp):
@@ -74,8 +74,8 @@ class UVCMlp(Mlp):
         activation = activation_name(self.act)
         dropout = self.training and self.drop1.p > 0.0
         if activation is not None and not dropout:
-            tensors = autocast(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return self.drop2(uvc_kernels.mlp(*tensors, self._neurons, activation))
+            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return self.drop2(uvc_kernels.mlp(x, *weights, self._neurons, activation))
         reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
         say_once(f"UVCMlp: {reason} is outside the fast op; plain torch computes the kept neurons")
         bias = None if self.fc1.bias is None else self.fc1.bias[self._neurons]

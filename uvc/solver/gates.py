@@ -58,3 +58,15 @@ def freeze(state: State, prices: Prices, budget_cost: float) -> None:
     state.families["head"].dead |= attn[:, None]
     for name in ("qk", "v"):
         state.families[name].dead |= attn.repeat_interleave(heads)[:, None]
+
+
+def close_empty(state: State, prices: Prices, budget_cost: float) -> None:
+    """Skips halves that have nothing left but their output bias, which goes too, while the cost stays at or
+    above the budget. For hard gates.
+    """
+    _, v, neuron, running = state.alive()
+    empty = torch.stack([~v.any(-1).any(-1), ~neuron.any(-1)], 1) & running
+    for layer, half in empty.nonzero().tolist():
+        state.theta[layer, half].neg_()
+        if hard_cost(state, prices) < budget_cost:
+            state.theta[layer, half].neg_()

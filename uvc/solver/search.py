@@ -16,7 +16,7 @@ from uvc.layers import convert
 from uvc.solver import gates
 from uvc.solver.groups import Groups
 from uvc.solver.objective import hard_cost, soft_cost
-from uvc.solver.project import project_to_budget
+from uvc.solver.project import Masks, project_to_budget
 from uvc.solver.state import State
 from uvc.solver.step import Factors, dual, primal, project, prox
 
@@ -81,11 +81,16 @@ class Search:
                 gate.requires_grad_(True)
         for i, block in enumerate(self.groups.blocks):
             if update:
-                block.set_skip(False, False)
                 block.set_gates(self._gates[0][i], self._gates[1][i])
             else:
-                block.set_gates(None, None)
                 block.set_skip(*(not bool(r) for r in run[i]))
+
+    def _run_all(self) -> None:
+        """Between steps no sampled skip or gate stays on the model: an evaluation sees all of it."""
+        if not self.state.hard:
+            for block in self.groups.blocks:
+                block.set_gates(None, None)
+                block.set_skip(False, False)
 
     def observe(self, scale: float = 1.0) -> None:
         """Reads gradients: first-order importance of every group, and of the gates. ``scale`` divides them (a
@@ -106,6 +111,7 @@ class Search:
         """One solver step on every ``config.every``-th training step: prox, primal, dual, project."""
         config, state, prices = self.config, self.state, self.prices
         self.count += 1
+        self._run_all()
         if not state.hard and self.progress >= config.gate_freeze:
             self.freeze_gates(optimizer)
         if state.settled or (self.count - 1) % config.every or self.progress < config.anneal[0]:
@@ -120,17 +126,16 @@ class Search:
     def freeze_gates(self, optimizer: torch.optim.Optimizer) -> None:
         """From here on a half runs always or never."""
         gates.freeze(self.state, self.prices, self.budget_cost)
-        self._gates, self._run = None, self.state.alive()[3]
-        for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist(), strict=True):
-            block.set_gates(None, None)
-            block.set_skip(*(not r for r in running))
+        self._gates = None
         self.bury(optimizer)
 
     def bury(self, optimizer: torch.optim.Optimizer) -> None:
-        """Dead groups: zero in weights and optimiser, and skipped from the next step on."""
+        """Dead groups: zero in weights and optimiser, and skipped from the next step on; empty halves too."""
+        if self.state.hard and self.config.skip != "none":
+            gates.close_empty(self.state, self.prices, self.budget_cost)
         qk, v, neuron, _ = self.state.alive()
         self.groups.clear(Factors(~qk, ~v, ~neuron), optimizer)
-        self.groups.apply(self.state.alive())
+        self._apply(self.state.alive())
 
     def harden(self) -> None:
         """Ends the search: gates hard, then the greedy projection; the model gets the final structure, at
@@ -138,11 +143,16 @@ class Search:
         """
         if not self.state.hard:
             gates.freeze(self.state, self.prices, self.budget_cost)
-        qk, v, neuron, running = project_to_budget(self.state, self.prices, self.budget_cost)
-        for block, half in zip(self.groups.blocks, running.tolist(), strict=True):
-            block.set_gates(None, None)
-            block.set_skip(*(not r for r in half))
-        self.groups.apply((qk, v, neuron, running))
+        self._apply(project_to_budget(self.state, self.prices, self.budget_cost))
+
+    def _apply(self, alive: Masks) -> None:
+        """Gives the model its structure; the skips too, once gates are hard."""
+        self.groups.apply(alive)
+        if self.state.hard:
+            self._run = alive[3]
+            for block, running in zip(self.groups.blocks, alive[3].tolist(), strict=True):
+                block.set_gates(None, None)
+                block.set_skip(*(not r for r in running))
 
     def metrics(self) -> dict[str, float]:
         """Scalars for the log: costs as fractions of dense, duals, and mean removed fractions."""
@@ -173,7 +183,4 @@ class Search:
         self.state.load_tensors(flat)
         self.count = int(flat["count"])
         self.generator.set_state(flat["generator"])
-        self.groups.apply(self.state.alive())
-        if self.state.hard:
-            for block, running in zip(self.groups.blocks, self.state.alive()[3].tolist(), strict=True):
-                block.set_skip(*(not r for r in running))
+        self._apply(self.state.alive())
