@@ -61,10 +61,11 @@ EXAMPLES: dict[str, Callable[[torch.device, torch.dtype], list[Tensor]]] = {
 
 
 def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """The worst error of `provider` on the example of `op`, and what is allowed; relative to the largest entry.
+    """The worst error of `provider` on the example of `op`, and the worst share of what is allowed.
 
-    Allowed is twice the error of the plain-torch reference in the same dtype on the same device, plus some
-    rounding. RuntimeError, as of a forced backend, when the provider cannot serve.
+    Errors are relative to the largest entry of each result. Allowed is twice the error of the plain-torch
+    reference in the same dtype on the same device, plus some rounding. RuntimeError, as of a forced backend,
+    when the provider cannot serve.
     """
     example = EXAMPLES[op]
     with torch.enable_grad():
@@ -73,11 +74,11 @@ def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
             plain = example(device, dtype)
         with backend(provider):
             found = example(device, dtype)
-    worst = max(
-        zip(_relative(found, exact), _relative(plain, exact), strict=True),
-        key=lambda pair: pair[0] - 2 * pair[1],
-    )
-    return worst[0], 2 * worst[1] + FLOOR[dtype]
+    worst, shares = 0.0, [0.0]
+    for error, usual in zip(_relative(found, exact), _relative(plain, exact), strict=True):
+        worst = max(worst, error)
+        shares.append(error / (2 * usual + FLOOR[dtype]))
+    return worst, max(shares)
 
 
 def _relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
@@ -88,7 +89,7 @@ def _relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 def fault(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None when `provider` computes `op` rightly on `device`, else what is wrong."""
     try:
-        error, allowed = errors(op, provider, device, dtype)
-    except Exception as failure:  # a compiler or driver may raise anything
+        error, share = errors(op, provider, device, dtype)
+    except Exception as failure:  # a compiler or a driver may raise anything
         return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
-    return None if error <= allowed else f"its error is {error:.1e}, allowed is {allowed:.1e}"
+    return None if share <= 1 else f"its error is {error:.1e}, {share:.1f} times what is allowed"

@@ -47,9 +47,9 @@ def _check(op: str, provider: str) -> tuple[str, str]:
     on_gpu = provider in ("triton", "cuda") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
-        error, allowed = self_check.errors(op, provider, device, torch.float32)
+        error, share = self_check.errors(op, provider, device, torch.float32)
     except (RuntimeError, ImportError) as failure:
         # A forced provider that cannot serve says why after the colon; anything else is a fault.
         _, expected_refusal, reason = str(failure).partition("cannot run it: ")
         return ("-", reason) if expected_refusal else ("FAILED", str(failure))
-    return f"{'ok' if error <= allowed else 'WRONG'} {error:.0e}", ""
+    return f"{'ok' if share <= 1 else 'WRONG'} {error:.0e}", ""

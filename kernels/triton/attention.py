@@ -83,6 +83,13 @@ def _room(dims: int, heads: int) -> int:
     return (dims + (ALIGN - 1) * heads) // ALIGN * ALIGN
 
 
+def _columns(matrix: Tensor, used: int) -> Tensor:
+    """The columns in use; the others are zeroed, so that outputs of the op are the same at every call."""
+    if used < matrix.shape[1]:
+        matrix[:, used:].zero_()
+    return matrix[:, :used]
+
+
 def _sizes(x: Tensor, kept: KeptHeads) -> tuple[int, int, int, int]:
     """h, M, and the columns to allocate for `qkv` and `heads`."""
     h = kept.v_offsets.shape[0] - 1
@@ -100,10 +107,10 @@ def _attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, 
     qkv, heads = x.new_empty(M, S), x.new_empty(M, V)
     top = x.new_empty(h, M, dtype=_dispatch.statistics_dtype(x.dtype))
     inverse = torch.empty_like(top)
-    multiply(qkv[:, : weight.shape[0]], x.reshape(M, -1), weight.t(), bias)
+    multiply(_columns(qkv, weight.shape[0]), x.reshape(M, x.shape[2]), weight.t(), bias)
     core.forward(qkv, heads, top, inverse, plan.table, x.shape[1], plan.width, scale)
     out = x.new_empty(*x.shape[:2], proj.shape[0])
-    multiply(out.view(M, -1), heads[:, : proj.shape[1]], proj.t(), proj_bias)
+    multiply(out.view(M, proj.shape[0]), _columns(heads, proj.shape[1]), proj.t(), proj_bias)
     return out, qkv, heads, top, inverse
 
 
@@ -133,7 +140,7 @@ def _attention_backward(
     weight, _, proj = _packed(qkv_weight, None, proj_weight, plan)
     M = x.shape[0] * x.shape[1]
     S, V = weight.shape[0], proj.shape[1]
-    grad, rows = grad.reshape(M, -1), x.reshape(M, -1)
+    grad, rows = grad.reshape(M, proj.shape[0]), x.reshape(M, x.shape[2])
     grad_x = grad_weight = grad_bias = grad_proj = grad_proj_bias = None
     if needs & PROJ_BIAS:
         grad_proj_bias = grad.sum(0)

@@ -20,6 +20,7 @@ from .launch import DTYPES, ELEMENT, INTERPRETED, Case, dot_precision, narrow, w
 SMALL = 16  # tokens in the last tile when so few are left
 WIDTHS = (16, 32, 64, 128)  # tile widths of a head's dims
 FIELDS = tl.constexpr(6)  # columns of the table that `_head` reads
+HIP = torch.version.hip is not None
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Two bundles travel through the kernels:
@@ -73,7 +74,7 @@ def _head(qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_
     line = head.to(tl.int64) * M + first
     bundle = (qkv + q, qkv + k, qkv + v, heads + out, grad_heads + out, top + line, inverse + line,
               qkv_stride, heads_stride, qk_width, v_width)  # fmt: skip
-    return bundle, q, k, v, out
+    return bundle, q, k, v
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
              BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
     tiles = (N + BLOCK - 1) // BLOCK
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    head, _, _, _, _ = _head(
+    head, _, _, _ = _head(
         qkv, heads, heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride
     )
     if TAIL == BLOCK or tile + 1 < tiles:
@@ -121,11 +122,11 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
 
 
 @triton.jit
-def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr, WHOLE: tl.constexpr):
+def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr):
     # What the backward pass reads of some queries; those behind the last token weigh nothing.
-    q = _load(head[0], start, head[7], head[9], N, ROWS, MODE[0], WHOLE)
-    o = _load(head[3], start, head[8], head[10], N, ROWS, MODE[0], WHOLE)
-    grad = _load(head[4], start, head[8], head[10], N, ROWS, MODE[0], WHOLE)
+    q = _load(head[0], start, head[7], head[9], N, ROWS, MODE[0], False)
+    o = _load(head[3], start, head[8], head[10], N, ROWS, MODE[0], False)
+    grad = _load(head[4], start, head[8], head[10], N, ROWS, MODE[0], False)
     row = start + tl.arange(0, ROWS)
     top = tl.load(head[5] + row, mask=row < N, other=0.0)
     inverse = tl.load(head[6] + row, mask=row < N, other=0.0)
@@ -133,54 +134,35 @@ def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
-def _gather_queries(grad_k, grad_v, k, v, head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr,
-                    WHOLE: tl.constexpr):  # fmt: skip
-    # What one block of queries adds to dk and dv; the tiles of P and dS are [keys, queries]. Keys behind the
-    # last token are zero rows whose results nobody stores.
-    q, grad, top, inverse, delta = _rows_of(head, start, N, ROWS, MODE, WHOLE)
-    p = tl.exp2(_scores(k, q, MODE) - top[None, :]) * inverse[None, :]
-    grad_v += _dot(narrow(p, v.dtype), grad, MODE)
-    grad_s = p * (_dot(v, tl.trans(grad), MODE) - delta[None, :])
-    return grad_k + _dot(narrow(grad_s, k.dtype), q, MODE), grad_v
-
-
-@triton.jit
-def _gather_keys(grad_q, q, grad, top, inverse, delta, head, start, N, COLS: tl.constexpr, MODE: tl.constexpr,
-                 WHOLE: tl.constexpr):  # fmt: skip
-    # What one block of keys adds to dq.
-    k = _load(head[1], start, head[7], head[9], N, COLS, MODE[0], WHOLE)
-    v = _load(head[2], start, head[7], head[10], N, COLS, MODE[0], WHOLE)
-    s = _scores(q, k, MODE)
-    if not WHOLE:
-        s = tl.where((start + tl.arange(0, COLS) < N)[None, :], s, float("-inf"))
-    p = tl.exp2(s - top[:, None]) * inverse[:, None]
-    grad_s = p * (_dot(grad, tl.trans(v), MODE) - delta[:, None])
-    return grad_q + _dot(narrow(grad_s, k.dtype), k, MODE)
-
-
-@triton.jit
-def _backward_keys(head, grad_k_out, grad_v_out, first, N, COLS: tl.constexpr, BLOCK: tl.constexpr,
-                   TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+def _backward_keys(head, grad_k_out, grad_v_out, first, N, COLS: tl.constexpr, STEP: tl.constexpr,
+                   MODE: tl.constexpr):  # fmt: skip
+    # dk and dv of one tile of keys; the tiles of P and dS are [keys, queries]. Keys behind the last token are
+    # zero rows whose results nobody stores.
     k = _load(head[1], first, head[7], head[9], N, COLS, MODE[0], False)
     v = _load(head[2], first, head[7], head[10], N, COLS, MODE[0], False)
     grad_k, grad_v = tl.full((COLS, MODE[0]), 0.0, MODE[2]), tl.full((COLS, MODE[0]), 0.0, MODE[2])
-    last = (N - 1) // BLOCK * BLOCK
-    for start in range(0, last, BLOCK):
-        grad_k, grad_v = _gather_queries(grad_k, grad_v, k, v, head, start, N, BLOCK, MODE, True)
-    grad_k, grad_v = _gather_queries(grad_k, grad_v, k, v, head, last, N, TAIL, MODE, False)
+    for start in range(0, N, STEP):
+        q, grad, top, inverse, delta = _rows_of(head, start, N, STEP, MODE)
+        p = tl.exp2(_scores(k, q, MODE) - top[None, :]) * inverse[None, :]  # [COLS, STEP]
+        grad_v += _dot(narrow(p, v.dtype), grad, MODE)
+        grad_s = p * (_dot(v, tl.trans(grad), MODE) - delta[None, :])
+        grad_k += _dot(narrow(grad_s, k.dtype), q, MODE)
     _store(grad_k_out, grad_k * MODE[1], first, head[7], head[9], N, COLS, MODE[0])
     _store(grad_v_out, grad_v, first, head[7], head[10], N, COLS, MODE[0])
 
 
 @triton.jit
-def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-                      MODE: tl.constexpr):  # fmt: skip
-    q, grad, top, inverse, delta = _rows_of(head, first, N, ROWS, MODE, False)
+def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr):
+    # dq of one tile of queries.
+    q, grad, top, inverse, delta = _rows_of(head, first, N, ROWS, MODE)
     grad_q = tl.full((ROWS, MODE[0]), 0.0, MODE[2])
-    last = (N - 1) // BLOCK * BLOCK
-    for start in range(0, last, BLOCK):
-        grad_q = _gather_keys(grad_q, q, grad, top, inverse, delta, head, start, N, BLOCK, MODE, True)
-    grad_q = _gather_keys(grad_q, q, grad, top, inverse, delta, head, last, N, TAIL, MODE, False)
+    for start in range(0, N, STEP):
+        k = _load(head[1], start, head[7], head[9], N, STEP, MODE[0], False)
+        v = _load(head[2], start, head[7], head[10], N, STEP, MODE[0], False)
+        s = tl.where((start + tl.arange(0, STEP) < N)[None, :], _scores(q, k, MODE), float("-inf"))
+        p = tl.exp2(s - top[:, None]) * inverse[:, None]  # [ROWS, STEP]
+        grad_s = p * (_dot(grad, tl.trans(v), MODE) - delta[:, None])
+        grad_q += _dot(narrow(grad_s, k.dtype), k, MODE)
     _store(grad_q_out, grad_q * MODE[1], first, head[7], head[9], N, ROWS, MODE[0])
 
 
@@ -188,23 +170,25 @@ def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, BLOCK: tl.
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
               BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
     # A program owns either the dk and dv of one tile of keys or the dq of one tile of queries: nothing is
-    # written twice, so there are no atomics and every run adds up in the same order.
+    # written twice, so there are no atomics and every run adds up in the same order. The inner loops go in
+    # steps of half a tile: a step of a whole one, or a shorter last step, spills registers.
+    STEP: tl.constexpr = BLOCK // 2
     tiles = (N + BLOCK - 1) // BLOCK
     part, pair = tl.program_id(0) % (2 * tiles), tl.program_id(0) // (2 * tiles)
-    head, q, k, v, _ = _head(
+    head, q, k, v = _head(
         qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride
     )
     first = part // 2 * BLOCK
     if part % 2 == 0:
         if TAIL == BLOCK or first + BLOCK < N:
-            _backward_keys(head, grad_qkv + k, grad_qkv + v, first, N, BLOCK, BLOCK, TAIL, MODE)
+            _backward_keys(head, grad_qkv + k, grad_qkv + v, first, N, BLOCK, STEP, MODE)
         else:
-            _backward_keys(head, grad_qkv + k, grad_qkv + v, first, N, TAIL, BLOCK, TAIL, MODE)
+            _backward_keys(head, grad_qkv + k, grad_qkv + v, first, N, TAIL, STEP, MODE)
     else:
         if TAIL == BLOCK or first + BLOCK < N:
-            _backward_queries(head, grad_qkv + q, first, N, BLOCK, BLOCK, TAIL, MODE)
+            _backward_queries(head, grad_qkv + q, first, N, BLOCK, STEP, MODE)
         else:
-            _backward_queries(head, grad_qkv + q, first, N, TAIL, BLOCK, TAIL, MODE)
+            _backward_queries(head, grad_qkv + q, first, N, TAIL, STEP, MODE)
 
 
 def _block(dtype: torch.dtype) -> int:
@@ -212,8 +196,9 @@ def _block(dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize == 2 else 32
 
 
-def _options(width: int, dtype: torch.dtype) -> dict[str, int]:
-    return {"num_warps": 8 if width * dtype.itemsize > 128 else 4, "num_stages": 2}
+def _options(width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
+    # AMD's warps are twice as wide, and its threads have twice the registers.
+    return {"num_warps": 8 if width * dtype.itemsize > 128 and not hip else 4, "num_stages": 2}
 
 
 def _shape(tokens: int, width: int, scale: float, dtype: torch.dtype) -> dict[str, object]:
@@ -235,15 +220,15 @@ def forward(
 ) -> None:
     """Writes `heads` and the softmax statistics `top` and `inverse` [h, M] from the packed `qkv`.
 
-    table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its q/k
-    and v widths, all multiples of 8; width: of `WIDTHS`, at least every head's.
+    table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its
+    q/k and v widths, all multiples of 8; width: of `WIDTHS`, at least every head's.
     """
     h, M = top.shape
     if h * M == 0:
         return
     _forward[(h * (M // tokens) * triton.cdiv(tokens, _block(qkv.dtype)),)](
         qkv, heads, top, inverse, table, tokens, M, qkv.stride(0), heads.stride(0), h,
-        **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype),
+        **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype, HIP),
     )  # fmt: skip
 
 
@@ -251,13 +236,13 @@ def backward(
     qkv: Tensor, heads: Tensor, grad_heads: Tensor, grad_qkv: Tensor, top: Tensor, inverse: Tensor,
     table: Tensor, tokens: int, width: int, scale: float,
 ) -> None:  # fmt: skip
-    """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; a gradient has the strides of its value."""
+    """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; gradients have the strides of values."""
     h, M = top.shape
     if h * M == 0:
         return
     _backward[(h * (M // tokens) * 2 * triton.cdiv(tokens, _block(qkv.dtype)),)](
         qkv, heads, grad_heads, grad_qkv, top, inverse, table, tokens, M, qkv.stride(0), heads.stride(0), h,
-        **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype),
+        **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype, HIP),
     )  # fmt: skip
 
 
@@ -272,5 +257,7 @@ def cases() -> list[Case]:
             shape = _shape(tokens, width, 0.125, dtype)
             label = f"{ELEMENT[dtype]} width {width} tail {shape['TAIL']}"
             aligned = ("qkv_stride", "heads_stride")
-            found.append(Case(kernel, label, signature, shape, _options(width, dtype), aligned, True))
+            half = dtype.itemsize == 2
+            options = {hip: _options(width, dtype, hip) for hip in (False, True)}
+            found.append(Case(kernel, label, signature, shape, options, aligned, half))
     return found

@@ -18,32 +18,42 @@ FIELDS = tl.constexpr(6)
 
 
 @triton.jit
+def _of_rows(a, b, out, groups, terms, tile, ACC: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
+    group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    total = tl.full((GROUPS, TERMS), 0.0, ACC)
+    for start in range(0, terms, TERMS):
+        term = start + tl.arange(0, TERMS)
+        inside = (group < groups)[:, None] & (term < terms)[None, :]
+        at = group[:, None] * terms + term[None, :]
+        first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
+        total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
+    tl.store(out + group, tl.sum(total, 1), mask=group < groups)
+
+
+@triton.jit
+def _of_columns(a, b, out, groups, terms, tile, ACC: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
+    group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    total = tl.full((TERMS, GROUPS), 0.0, ACC)
+    for start in range(0, terms, TERMS):
+        term = start + tl.arange(0, TERMS)
+        inside = (term < terms)[:, None] & (group < groups)[None, :]
+        at = term[:, None] * groups + group[None, :]
+        first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
+        total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
+    tl.store(out + group, tl.sum(total, 0), mask=group < groups)
+
+
+@triton.jit
 def _scores(table, tiles, out, ELEMENT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
             COLUMNS: tl.constexpr):  # fmt: skip
     matrix, tile = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
     row = table + matrix * FIELDS
     a, b = tl.load(row).to(tl.pointer_type(ELEMENT)), tl.load(row + 1).to(tl.pointer_type(ELEMENT))
     groups, terms, by_row, place = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-    if by_row:
-        group = tile.to(tl.int64) * ROWS[0] + tl.arange(0, ROWS[0])
-        total = tl.full((ROWS[0], ROWS[1]), 0.0, ACC)  # [groups, terms]
-        for start in range(0, terms, ROWS[1]):
-            term = start + tl.arange(0, ROWS[1])
-            inside = (group < groups)[:, None] & (term < terms)[None, :]
-            at = group[:, None] * terms + term[None, :]
-            first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
-            total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
-        tl.store(out + place + group, tl.sum(total, 1), mask=group < groups)
+    if by_row != 0:
+        _of_rows(a, b, out + place, groups, terms, tile, ACC, ROWS[0], ROWS[1])
     else:
-        group = tile.to(tl.int64) * COLUMNS[0] + tl.arange(0, COLUMNS[0])
-        total = tl.full((COLUMNS[1], COLUMNS[0]), 0.0, ACC)  # [terms, groups]
-        for start in range(0, terms, COLUMNS[1]):
-            term = start + tl.arange(0, COLUMNS[1])
-            inside = (term < terms)[:, None] & (group < groups)[None, :]
-            at = term.to(tl.int64)[:, None] * groups + group[None, :]
-            first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
-            total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
-        tl.store(out + place + group, tl.sum(total, 0), mask=group < groups)
+        _of_columns(a, b, out + place, groups, terms, tile, ACC, COLUMNS[0], COLUMNS[1])
 
 
 def _group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
@@ -84,5 +94,5 @@ def cases() -> list[Case]:
     for dtype in DTYPES:
         signature = {"table": "*i64", "tiles": "*i32", "out": f"*{wide(dtype)}"}
         constants = {"ELEMENT": ELEMENT[dtype], "ACC": wide(dtype), "ROWS": ROWS, "COLUMNS": COLUMNS}
-        found.append(Case(_scores, str(ELEMENT[dtype]), signature, constants, {}))
+        found.append(Case(_scores, str(ELEMENT[dtype]), signature, constants))
     return found

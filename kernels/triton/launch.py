@@ -44,9 +44,9 @@ class Case(NamedTuple):
     label: str
     signature: dict[str, str]
     constants: dict[str, object]
-    options: dict[str, int]
+    options: dict[bool, dict[str, int]] | None = None  # of NVIDIA (False) and of AMD (True)
     aligned: tuple[str, ...] = ()  # integers that launchers keep divisible by 8
-    has_dot: bool = False
+    tensor_cores: bool = False  # whether it multiplies 16-bit tiles
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:

@@ -216,5 +216,5 @@ def cases() -> list[Case]:
                 element = ELEMENT[dtype]
                 signature = {name: f"*{element}" for name in kernel.arg_names[:-4]} | {"size": "i32"}
                 constants = {"ACT": activation, "ACC": wide(dtype), "BLOCK": BLOCK}
-                found.append(Case(kernel, f"{element} {activation}", signature, constants, {}))
+                found.append(Case(kernel, f"{element} {activation}", signature, constants))
     return found

@@ -17,36 +17,55 @@ BLOCK_R, BLOCK_C = 8, 128
 
 
 @triton.jit
+def _rows(source, out, index, n_rows, width, tile, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    across = (width + BLOCK_C - 1) // BLOCK_C
+    i = tile // across * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tile % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = tl.load(index + i, mask=i < n_rows, other=-1).to(tl.int64)
+    inside = (i < n_rows)[:, None] & (j < width)[None, :]  # [BLOCK_R, BLOCK_C]
+    kept = inside & (place >= 0)[:, None]
+    value = tl.load(source + place[:, None] * width + j[None, :], mask=kept, other=0.0)
+    tl.store(out + i.to(tl.int64)[:, None] * width + j[None, :], value, mask=inside)
+
+
+@triton.jit
+def _columns(
+    source, out, index, height, n_columns, stride, tile, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    across = (n_columns + BLOCK_C - 1) // BLOCK_C
+    i = tile // across * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tile % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = tl.load(index + j, mask=j < n_columns, other=-1)
+    inside = (i < height)[:, None] & (j < n_columns)[None, :]  # [BLOCK_R, BLOCK_C]
+    kept = inside & (place >= 0)[None, :]
+    row = i.to(tl.int64)[:, None]
+    value = tl.load(source + row * stride + place[None, :], mask=kept, other=0.0)
+    tl.store(out + row * n_columns + j[None, :], value, mask=inside)
+
+
+@triton.jit
+def _entries(source, out, index, size, tile, BLOCK: tl.constexpr):
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(index + i, mask=i < size, other=-1)
+    tl.store(out + i, tl.load(source + place, mask=place >= 0, other=0.0), mask=i < size)
+
+
+@triton.jit
 def _gather(
     rows, rows_out, bias, bias_out, columns, columns_out, row_index, column_index,
     n_rows, width, height, n_columns, columns_stride, row_tiles, bias_tiles,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     if tile < row_tiles:
-        across = (width + BLOCK_C - 1) // BLOCK_C
-        i, j = tile // across * BLOCK_R + r, tile % across * BLOCK_C + c
-        source = tl.load(row_index + i, mask=i < n_rows, other=-1).to(tl.int64)
-        inside = (i < n_rows)[:, None] & (j < width)[None, :]  # [BLOCK_R, BLOCK_C]
-        kept = inside & (source >= 0)[:, None]
-        value = tl.load(rows + source[:, None] * width + j[None, :], mask=kept, other=0.0)
-        tl.store(rows_out + i.to(tl.int64)[:, None] * width + j[None, :], value, mask=inside)
+        _rows(rows, rows_out, row_index, n_rows, width, tile, BLOCK_R, BLOCK_C)
     elif tile < row_tiles + bias_tiles:
-        i = (tile - row_tiles) * BLOCK_C + c
-        source = tl.load(row_index + i, mask=i < n_rows, other=-1)
-        value = tl.load(bias + source, mask=source >= 0, other=0.0)
-        tl.store(bias_out + i, value, mask=i < n_rows)
+        _entries(bias, bias_out, row_index, n_rows, tile - row_tiles, BLOCK_C)
     else:
         tile = tile - row_tiles - bias_tiles
-        across = (n_columns + BLOCK_C - 1) // BLOCK_C
-        i, j = tile // across * BLOCK_R + r, tile % across * BLOCK_C + c
-        source = tl.load(column_index + j, mask=j < n_columns, other=-1)
-        inside = (i < height)[:, None] & (j < n_columns)[None, :]
-        kept = inside & (source >= 0)[None, :]
-        row = i.to(tl.int64)[:, None]
-        value = tl.load(columns + row * columns_stride + source[None, :], mask=kept, other=0.0)
-        tl.store(columns_out + row * n_columns + j[None, :], value, mask=inside)
+        _columns(
+            columns, columns_out, column_index, height, n_columns, columns_stride, tile, BLOCK_R, BLOCK_C
+        )
 
 
 def gather(
@@ -93,7 +112,5 @@ def cases() -> list[Case]:
         ) | dict.fromkeys(("row_index", "column_index"), "*i32")
         names = ("n_rows", "width", "height", "n_columns", "columns_stride", "row_tiles", "bias_tiles")
         signature |= dict.fromkeys(names, "i32")
-        found.append(
-            Case(_gather, str(ELEMENT[dtype]), signature, {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}, {})
-        )
+        found.append(Case(_gather, str(ELEMENT[dtype]), signature, {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}))
     return found

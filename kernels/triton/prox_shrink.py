@@ -71,5 +71,5 @@ def cases() -> list[Case]:
     for dtype in DTYPES:
         signature = {"table": "*i64", "tiles": "*i32", "factors": f"*{wide(dtype)}"}
         constants = {"ELEMENT": ELEMENT[dtype], "ACC": wide(dtype), "TILE": TILE}
-        found.append(Case(_shrink, str(ELEMENT[dtype]), signature, constants, {}))
+        found.append(Case(_shrink, str(ELEMENT[dtype]), signature, constants))
     return found

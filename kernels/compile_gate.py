@@ -1,0 +1,154 @@
+"""Compiles every Triton kernel in every configuration that a launcher can choose, without a GPU.
+
+    python -m uvc_kernels.compile_gate [--target sm_90 ...] [--match TEXT ...]
+
+Prints one row per kernel and target: registers, bytes spilled, shared memory, tensor-core instruction. Exit
+code 1 when a kernel does not compile, spills, wants more shared memory than the target has, or multiplies
+16-bit tiles without the tensor cores of the target.
+"""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+MODULES = ("packing", "attention_core", "mlp", "group_scores", "prox_shrink")
+
+
+class Target(NamedTuple):
+    """A GPU: how Triton names it, its shared memory per block in bytes, its tensor-core instruction."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+    instruction: str
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, "mma.sync"),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, "wgmma"),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, "tcgen05"),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "mfma"),
+}
+INSTRUCTIONS = {
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": "tcgen05.mma",
+    "mma.sync": "mma.sync",
+    "mfma": "v_mfma",
+}
+
+
+class Row(NamedTuple):
+    """What came out of one kernel for one target; None is what could not be read."""
+
+    kernel: str
+    configuration: str
+    target: str
+    registers: int | None
+    spilled: int | None
+    shared: int
+    instruction: str
+    fault: str
+
+
+def rows(targets: Sequence[str] = tuple(TARGETS), match: Sequence[str] = ()) -> Iterator[Row]:
+    """Compiles, one by one, what has every text of `match` in 'kernel configuration'.
+
+    RuntimeError under TRITON_INTERPRET=1, where there is nothing to compile.
+    """
+    for module in MODULES:
+        module = importlib.import_module(f"uvc_kernels.triton.{module}")
+        for case in module.cases():
+            if not hasattr(case.kernel, "arg_names") or type(case.kernel).__name__ != "JITFunction":
+                raise RuntimeError("compile_gate: unset TRITON_INTERPRET, it replaces the compiler")
+            kernel = f"{module.__name__.rpartition('.')[2]}.{case.kernel.__name__.strip('_')}"
+            if all(text in f"{kernel} {case.label}" for text in match):
+                for name in targets:
+                    yield _row(kernel, case, name)
+
+
+def _row(kernel: str, case, name: str) -> Row:
+    target = TARGETS[name]
+    try:
+        compiled = _compile(case, target)
+    except Exception as error:  # the compiler may raise anything
+        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        return Row(kernel, case.label, name, None, None, 0, "", fault)
+    if target.backend == "cuda":
+        text = compiled.asm["ptx"]
+        registers, spilled = _resources(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
+    found = next((short for short, long in INSTRUCTIONS.items() if long in text), "")
+    faults = [
+        (spilled or 0) > 0 and f"spills {spilled} bytes",
+        compiled.metadata.shared > target.shared and f"wants {compiled.metadata.shared} bytes shared",
+        case.tensor_cores and found != target.instruction and f"no {target.instruction}",
+    ]
+    fault = ", ".join(fault for fault in faults if fault)
+    return Row(kernel, case.label, name, registers, spilled, compiled.metadata.shared, found, fault)
+
+
+def _compile(case, target: Target):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    # What a launch knows: pointers are aligned to 16 bytes, strides to 8 elements.
+    known = {i: 16 for i, name in enumerate(names) if signature[name].startswith("*")}
+    known |= {names.index(name): 8 for name in case.aligned}
+    attributes = {(i,): [["tt.divisibility", by]] for i, by in known.items()}
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    device = GPUTarget(target.backend, target.arch, target.warp)
+    return triton.compile(source, target=device, options=(case.options or {}).get(target.backend == "hip"))
+
+
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers per thread and bytes of stack, where spills go; None without the tool that Triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table; 0 when every row passes, 1 when one does not, 2 when Triton cannot compile here."""
+    parser = argparse.ArgumentParser(prog="python -m uvc_kernels.compile_gate")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument(
+        "--match", action="append", default=[], help="only kernels and configurations with it"
+    )
+    chosen = parser.parse_args(arguments)
+    line = "{:24} {:30} {:8} {:>9} {:>7} {:>7} {:9} {}".format
+    print(line("kernel", "configuration", "target", "registers", "spilled", "shared", "tensor", "fault"))
+    count = faulty = 0
+    try:
+        for row in rows(chosen.target or tuple(TARGETS), chosen.match):
+            print(line(*("?" if value is None else value for value in row)), flush=True)
+            count, faulty = count + 1, faulty + bool(row.fault)
+    except (ImportError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{count} compiled, {faulty} with a fault")
+    return 1 if faulty or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
