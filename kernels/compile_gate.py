@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 
 def rows(targets: Sequence[str] = tuple(TARGETS), match: Sequence[str] = ()) -> Iterator[Row]:
-    """Compiles, one by one, what has every text of `match` in 'kernel configuration'.
+    """Compiles, one by one, what has one of the texts `match` in 'kernel configuration'; all without any.
 
     RuntimeError under TRITON_INTERPRET=1, where there is nothing to compile.
     """
@@ -68,7 +68,7 @@ def rows(targets: Sequence[str] = tuple(TARGETS), match: Sequence[str] = ()) -> 
             if not hasattr(case.kernel, "arg_names") or type(case.kernel).__name__ != "JITFunction":
                 raise RuntimeError("compile_gate: unset TRITON_INTERPRET, it replaces the compiler")
             kernel = f"{module.__name__.rpartition('.')[2]}.{case.kernel.__name__.strip('_')}"
-            if all(text in f"{kernel} {case.label}" for text in match):
+            if not match or any(text in f"{kernel} {case.label}" for text in match):
                 for name in targets:
                     yield _row(kernel, case, name)
 
@@ -78,7 +78,7 @@ def _row(kernel: str, case, name: str) -> Row:
     try:
         compiled = _compile(case, target)
     except Exception as error:  # the compiler may raise anything
-        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        fault = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
         return Row(kernel, case.label, name, None, None, 0, "", fault)
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
@@ -132,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 0 when every row passes, 1 when one does not, 2 when Triton cannot compile here."""
     parser = argparse.ArgumentParser(prog="python -m uvc_kernels.compile_gate")
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
-    parser.add_argument(
-        "--match", action="append", default=[], help="only kernels and configurations with it"
-    )
+    parser.add_argument("--match", action="append", default=[], help="only what contains it; may be repeated")
     chosen = parser.parse_args(arguments)
     line = "{:24} {:30} {:8} {:>9} {:>7} {:>7} {:9} {}".format
     print(line("kernel", "configuration", "target", "registers", "spilled", "shared", "tensor", "fault"))
