@@ -104,10 +104,9 @@ def _compile(case, target: Target):
 
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    # What a launch knows: pointers are aligned to 16 bytes, strides to 8 elements.
-    known = {i: 16 for i, name in enumerate(names) if signature[name].startswith("*")}
-    known |= {names.index(name): 8 for name in case.aligned}
-    attributes = {(i,): [["tt.divisibility", by]] for i, by in known.items()}
+    # What a launch knows: torch aligns its allocations to at least 16 bytes.
+    pointers = [i for i, name in enumerate(names) if signature[name].startswith("*")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
     device = GPUTarget(target.backend, target.arch, target.warp)
     return triton.compile(source, target=device, options=(case.options or {}).get(target.backend == "hip"))

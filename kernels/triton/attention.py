@@ -24,8 +24,8 @@ class _Plan(NamedTuple):
     """Where everything lies for one structure; int32 tensors on the device.
 
     rows [S]: row of qkv_weight per packed row; columns [V]: column of proj_weight per packed column; -1 is
-    padding. whole_rows [3A], whole_columns [A]: the other way round, -1 is removed. table, width: see
-    `core.forward`.
+    padding. whole_rows [3A], whole_columns [A]: the other way round, -1 is removed. table [6h] and buckets:
+    see `core.forward`; the narrow heads come first.
     """
 
     rows: Tensor
@@ -33,7 +33,7 @@ class _Plan(NamedTuple):
     whole_rows: Tensor
     whole_columns: Tensor
     table: Tensor
-    width: int
+    buckets: tuple[core.Bucket, ...]
 
 
 @planned
@@ -62,8 +62,9 @@ def _plan(kept: Sequence[Tensor], A: int) -> _Plan:
         (starts[0][h], starts[1][h], starts[2][h], starts[2][h] - packed_v, widths[0][h], widths[1][h])
         for h in heads
     ]
-    widest = max([*widths[0], *widths[1], 0])
-    if widest > core.WIDTHS[-1]:
+    table.sort(key=lambda fields: max(fields[4:]))
+    widest = [max(fields[4:]) for fields in table]
+    if max(widest, default=0) > core.WIDTHS[-1]:
         raise ValueError(
             f"attention: a head of more than {core.WIDTHS[-1]} dims needs another backend than triton"
         )
@@ -75,7 +76,7 @@ def _plan(kept: Sequence[Tensor], A: int) -> _Plan:
         [i for row in table for i in row],
     ]
     flat = to_device([i for values in lists for i in values], kept[0].device)
-    return _Plan(*flat.split([len(values) for values in lists]), next(w for w in core.WIDTHS if w >= widest))
+    return _Plan(*flat.split([len(values) for values in lists]), core.buckets_of(widest))
 
 
 def _room(dims: int, heads: int) -> int:
@@ -108,7 +109,7 @@ def _attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, 
     top = x.new_empty(h, M, dtype=_dispatch.statistics_dtype(x.dtype))
     inverse = torch.empty_like(top)
     multiply(_columns(qkv, weight.shape[0]), x.reshape(M, x.shape[2]), weight.t(), bias)
-    core.forward(qkv, heads, top, inverse, plan.table, x.shape[1], plan.width, scale)
+    core.forward(qkv, heads, top, inverse, plan.table, plan.buckets, x.shape[1], scale)
     out = x.new_empty(*x.shape[:2], proj.shape[0])
     multiply(out.view(M, proj.shape[0]), _columns(heads, proj.shape[1]), proj.t(), proj_bias)
     return out, qkv, heads, top, inverse
@@ -150,7 +151,7 @@ def _attention_backward(
         grad_heads, grad_qkv = torch.empty_like(heads), torch.empty_like(qkv)
         torch.mm(grad, proj, out=grad_heads[:, :V])
         core.backward(
-            qkv, heads, grad_heads, grad_qkv, top, inverse, plan.table, x.shape[1], plan.width, scale
+            qkv, heads, grad_heads, grad_qkv, top, inverse, plan.table, plan.buckets, x.shape[1], scale
         )
         grad_qkv = grad_qkv[:, :S]
         grad_x = (grad_qkv @ weight).view(x.shape) if needs & X else None

@@ -9,6 +9,8 @@ apart, as a log of the sum would round at the size of top.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +23,8 @@ SMALL = 16  # tokens in the last tile when so few are left
 WIDTHS = (16, 32, 64, 128)  # tile widths of a head's dims
 FIELDS = tl.constexpr(6)  # columns of the table that `_head` reads
 HIP = torch.version.hip is not None
+# Specialised on none of them, a kernel serves every structure without being compiled again.
+NUMBERS = ("N", "M", "qkv_stride", "heads_stride", "n_heads", "first_head")
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Two bundles travel through the kernels:
@@ -61,9 +65,12 @@ def _scores(q, k, MODE: tl.constexpr):
 
 
 @triton.jit
-def _head(qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride):
+def _head(
+    qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
+):
     # The bundle of one (image, head) and its places in `qkv`; all starts and widths are multiples of 8.
-    head, image = pair % n_heads, pair // n_heads
+    head, image = first_head + pair % n_heads, pair // n_heads
+    qkv_stride, heads_stride = tl.multiple_of(qkv_stride, 8), tl.multiple_of(heads_stride, 8)
     row = table + head * FIELDS
     first = image.to(tl.int64) * N
     q = first * qkv_stride + tl.multiple_of(tl.load(row), 8)
@@ -107,13 +114,13 @@ def _attend(head, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.co
     tl.store(head[6] + row, 1.0 / total, mask=row < N)
 
 
-@triton.jit
-def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
+@triton.jit(do_not_specialize=NUMBERS)
+def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads, first_head,
              BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
     tiles = (N + BLOCK - 1) // BLOCK
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head, _, _, _ = _head(
-        qkv, heads, heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride
+        qkv, heads, heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
     )
     if TAIL == BLOCK or tile + 1 < tiles:
         _attend(head, tile * BLOCK, N, BLOCK, BLOCK, TAIL, MODE)
@@ -166,9 +173,9 @@ def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.c
     _store(grad_q_out, grad_q * MODE[1], first, head[7], head[9], N, ROWS, MODE[0])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
-              BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+              first_head, BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
     # A program owns either the dk and dv of one tile of keys or the dq of one tile of queries: nothing is
     # written twice, so there are no atomics and every run adds up in the same order. The inner loops go in
     # steps of half a tile: a step of a whole one, or a shorter last step, spills registers.
@@ -176,7 +183,7 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
     tiles = (N + BLOCK - 1) // BLOCK
     part, pair = tl.program_id(0) % (2 * tiles), tl.program_id(0) // (2 * tiles)
     head, q, k, v = _head(
-        qkv, heads, grad_heads, top, inverse, table, pair, n_heads, N, M, qkv_stride, heads_stride
+        qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
     )
     first = part // 2 * BLOCK
     if part % 2 == 0:
@@ -189,6 +196,20 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
             _backward_queries(head, grad_qkv + q, first, N, BLOCK, STEP, MODE)
         else:
             _backward_queries(head, grad_qkv + q, first, N, TAIL, STEP, MODE)
+
+
+class Bucket(NamedTuple):
+    """`count` heads from row `first` of the table on, none wider than `width`, of `WIDTHS`: one launch."""
+
+    width: int
+    first: int
+    count: int
+
+
+def buckets_of(widths: Sequence[int]) -> tuple[Bucket, ...]:
+    """The launches for heads of these widths, ascending."""
+    wanted = [next(w for w in WIDTHS if w >= width) for width in widths]
+    return tuple(Bucket(w, wanted.index(w), wanted.count(w)) for w in WIDTHS if w in wanted)
 
 
 def _block(dtype: torch.dtype) -> int:
@@ -214,36 +235,38 @@ def forward(
     top: Tensor,
     inverse: Tensor,
     table: Tensor,
+    buckets: Sequence[Bucket],
     tokens: int,
-    width: int,
     scale: float,
 ) -> None:
     """Writes `heads` and the softmax statistics `top` and `inverse` [h, M] from the packed `qkv`.
 
     table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its
-    q/k and v widths, all multiples of 8; width: of `WIDTHS`, at least every head's.
+    q/k and v widths, all multiples of 8; buckets: what heads share a launch.
     """
-    h, M = top.shape
-    if h * M == 0:
-        return
-    _forward[(h * (M // tokens) * triton.cdiv(tokens, _block(qkv.dtype)),)](
-        qkv, heads, top, inverse, table, tokens, M, qkv.stride(0), heads.stride(0), h,
-        **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype, HIP),
-    )  # fmt: skip
+    M = top.shape[1]
+    tiles = M // max(tokens, 1) * triton.cdiv(tokens, _block(qkv.dtype))
+    for bucket in buckets if tiles else ():
+        _forward[(bucket.count * tiles,)](
+            qkv, heads, top, inverse, table,
+            tokens, M, qkv.stride(0), heads.stride(0), bucket.count, bucket.first,
+            **_shape(tokens, bucket.width, scale, qkv.dtype), **_options(bucket.width, qkv.dtype, HIP),
+        )  # fmt: skip
 
 
 def backward(
     qkv: Tensor, heads: Tensor, grad_heads: Tensor, grad_qkv: Tensor, top: Tensor, inverse: Tensor,
-    table: Tensor, tokens: int, width: int, scale: float,
+    table: Tensor, buckets: Sequence[Bucket], tokens: int, scale: float,
 ) -> None:  # fmt: skip
     """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; gradients have the strides of values."""
-    h, M = top.shape
-    if h * M == 0:
-        return
-    _backward[(h * (M // tokens) * 2 * triton.cdiv(tokens, _block(qkv.dtype)),)](
-        qkv, heads, grad_heads, grad_qkv, top, inverse, table, tokens, M, qkv.stride(0), heads.stride(0), h,
-        **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype, HIP),
-    )  # fmt: skip
+    M = top.shape[1]
+    tiles = M // max(tokens, 1) * 2 * triton.cdiv(tokens, _block(qkv.dtype))
+    for bucket in buckets if tiles else ():
+        _backward[(bucket.count * tiles,)](
+            qkv, heads, grad_heads, grad_qkv, top, inverse, table,
+            tokens, M, qkv.stride(0), heads.stride(0), bucket.count, bucket.first,
+            **_shape(tokens, bucket.width, scale, qkv.dtype), **_options(bucket.width, qkv.dtype, HIP),
+        )  # fmt: skip
 
 
 def cases() -> list[Case]:
@@ -256,8 +279,7 @@ def cases() -> list[Case]:
         for tokens in (1 + _block(dtype), _block(dtype)):
             shape = _shape(tokens, width, 0.125, dtype)
             label = f"{ELEMENT[dtype]} width {width} tail {shape['TAIL']}"
-            aligned = ("qkv_stride", "heads_stride")
             half = dtype.itemsize == 2
             options = {hip: _options(width, dtype, hip) for hip in (False, True)}
-            found.append(Case(kernel, label, signature, shape, options, aligned, half))
+            found.append(Case(kernel, label, signature, shape, options, half))
     return found

@@ -45,7 +45,6 @@ class Case(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, object]
     options: dict[bool, dict[str, int]] | None = None  # of NVIDIA (False) and of AMD (True)
-    aligned: tuple[str, ...] = ()  # integers that launchers keep divisible by 8
     tensor_cores: bool = False  # whether it multiplies 16-bit tiles
 
 

@@ -66,16 +66,18 @@ def _gate(u, ACT: tl.constexpr):
     return gate, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size",))
 def _forward(u, a, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    size = tl.multiple_of(size, 8)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
     gate, _ = _gate(value, ACT)
     tl.store(a + i, narrow(value * gate, a.dtype.element_ty), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size",))
 def _backward(u, grad_a, a, grad_u, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    size = tl.multiple_of(size, 8)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
     grad = tl.load(grad_a + i, mask=i < size, other=0.0).to(ACC)

@@ -7,6 +7,8 @@ Packing gathers kept weights; with the inverse indices the same kernel spreads p
 ones and writes the zeros of removed groups itself.
 """
 
+import itertools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from .launch import DTYPES, ELEMENT, Case
 
 BLOCK_R, BLOCK_C = 8, 128
+# Specialised on none of them, the kernel serves every structure without being compiled again.
+SIZES = ("n_rows", "width", "height", "n_columns", "columns_stride", "row_tiles", "bias_tiles")
 
 
 @triton.jit
@@ -50,13 +54,15 @@ def _entries(source, out, index, size, tile, BLOCK: tl.constexpr):
     tl.store(out + i, tl.load(source + place, mask=place >= 0, other=0.0), mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gather(
     rows, rows_out, bias, bias_out, columns, columns_out, row_index, column_index,
     n_rows, width, height, n_columns, columns_stride, row_tiles, bias_tiles,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
+    if EVEN:
+        width, n_columns = tl.multiple_of(width, 8), tl.multiple_of(n_columns, 8)
     if tile < row_tiles:
         _rows(rows, rows_out, row_index, n_rows, width, tile, BLOCK_R, BLOCK_C)
     elif tile < row_tiles + bias_tiles:
@@ -97,7 +103,8 @@ def gather(
         anything = next(t for t in pairs if t is not None)
         _gather[(tiles,)](
             *(anything if t is None else t for t in pairs), row_index, column_index,
-            R, width, height, C, stride, row_tiles, bias_tiles, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C,
+            R, width, height, C, stride, row_tiles, bias_tiles,
+            BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, EVEN=width % 8 == C % 8 == 0,
         )  # fmt: skip
     return out
 
@@ -105,12 +112,10 @@ def gather(
 def cases() -> list[Case]:
     """Everything `gather` can launch."""
     found = []
-    for dtype in DTYPES:
-        pointer = f"*{ELEMENT[dtype]}"
-        signature = dict.fromkeys(
-            ("rows", "rows_out", "bias", "bias_out", "columns", "columns_out"), pointer
-        ) | dict.fromkeys(("row_index", "column_index"), "*i32")
-        names = ("n_rows", "width", "height", "n_columns", "columns_stride", "row_tiles", "bias_tiles")
-        signature |= dict.fromkeys(names, "i32")
-        found.append(Case(_gather, str(ELEMENT[dtype]), signature, {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C}))
+    for dtype, even in itertools.product(DTYPES, (True, False)):
+        names = ("rows", "rows_out", "bias", "bias_out", "columns", "columns_out")
+        signature = dict.fromkeys(names, f"*{ELEMENT[dtype]}") | dict.fromkeys(SIZES, "i32")
+        signature |= {"row_index": "*i32", "column_index": "*i32"}
+        label = f"{ELEMENT[dtype]} {'even' if even else 'odd'}"
+        found.append(Case(_gather, label, signature, {"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "EVEN": even}))
     return found
