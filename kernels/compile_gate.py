@@ -4,7 +4,7 @@
 
 Prints one row per kernel and target: registers, bytes spilled, shared memory, tensor-core instruction. Exit
 code 1 when a kernel does not compile, spills, wants more shared memory than the target has, or multiplies
-16-bit tiles without the tensor cores of the target.
+16-bit tiles without the tensor cores of the target or after loading them one by one.
 """
 
 import argparse
@@ -92,6 +92,7 @@ def _row(kernel: str, case, name: str) -> Row:
         (spilled or 0) > 0 and f"spills {spilled} bytes",
         compiled.metadata.shared > target.shared and f"wants {compiled.metadata.shared} bytes shared",
         case.tensor_cores and found != target.instruction and f"no {target.instruction}",
+        case.tensor_cores and "ld.global.b16" in text and "loads 2 bytes at a time",
     ]
     fault = ", ".join(fault for fault in faults if fault)
     return Row(kernel, case.label, name, registers, spilled, compiled.metadata.shared, found, fault)

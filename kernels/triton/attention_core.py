@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, ELEMENT, INTERPRETED, Case, dot_precision, narrow, wide
+from .launch import DTYPES, ELEMENT, INTERPRETED, Case, dot_precision, eights, narrow, wide
 
 SMALL = 16  # tokens in the last tile when so few are left
 WIDTHS = (16, 32, 64, 128)  # tile widths of a head's dims
@@ -70,14 +70,14 @@ def _head(
 ):
     # The bundle of one (image, head) and its places in `qkv`; all starts and widths are multiples of 8.
     head, image = first_head + pair % n_heads, pair // n_heads
-    qkv_stride, heads_stride = tl.multiple_of(qkv_stride, 8), tl.multiple_of(heads_stride, 8)
+    qkv_stride, heads_stride = eights(qkv_stride), eights(heads_stride)
     row = table + head * FIELDS
     first = image.to(tl.int64) * N
-    q = first * qkv_stride + tl.multiple_of(tl.load(row), 8)
-    k = first * qkv_stride + tl.multiple_of(tl.load(row + 1), 8)
-    v = first * qkv_stride + tl.multiple_of(tl.load(row + 2), 8)
-    out = first * heads_stride + tl.multiple_of(tl.load(row + 3), 8)
-    qk_width, v_width = tl.multiple_of(tl.load(row + 4), 8), tl.multiple_of(tl.load(row + 5), 8)
+    q = first * qkv_stride + eights(tl.load(row))
+    k = first * qkv_stride + eights(tl.load(row + 1))
+    v = first * qkv_stride + eights(tl.load(row + 2))
+    out = first * heads_stride + eights(tl.load(row + 3))
+    qk_width, v_width = eights(tl.load(row + 4)), eights(tl.load(row + 5))
     line = head.to(tl.int64) * M + first
     bundle = (qkv + q, qkv + k, qkv + v, heads + out, grad_heads + out, top + line, inverse + line,
               qkv_stride, heads_stride, qk_width, v_width)  # fmt: skip

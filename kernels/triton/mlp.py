@@ -21,6 +21,7 @@ from .launch import (
     ELEMENT,
     Case,
     align,
+    eights,
     inverse_of,
     multiply,
     narrow,
@@ -68,7 +69,7 @@ def _gate(u, ACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=("size",))
 def _forward(u, a, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    size = tl.multiple_of(size, 8)
+    size = eights(size)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
     gate, _ = _gate(value, ACT)
@@ -77,7 +78,7 @@ def _forward(u, a, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit(do_not_specialize=("size",))
 def _backward(u, grad_a, a, grad_u, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    size = tl.multiple_of(size, 8)
+    size = eights(size)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
     grad = tl.load(grad_a + i, mask=i < size, other=0.0).to(ACC)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, ELEMENT, Case
+from .launch import DTYPES, ELEMENT, Case, eights
 
 BLOCK_R, BLOCK_C = 8, 128
 # Specialised on none of them, the kernel serves every structure without being compiled again.
@@ -62,7 +62,7 @@ def _gather(
 ):  # fmt: skip
     tile = tl.program_id(0)
     if EVEN:
-        width, n_columns = tl.multiple_of(width, 8), tl.multiple_of(n_columns, 8)
+        width, n_columns = eights(width), eights(n_columns)
     if tile < row_tiles:
         _rows(rows, rows_out, row_index, n_rows, width, tile, BLOCK_R, BLOCK_C)
     elif tile < row_tiles + bias_tiles:

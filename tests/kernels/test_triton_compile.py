@@ -61,6 +61,7 @@ def test_the_gate_sees_a_kernel_that_does_not_compile(monkeypatch):
         (255, 16, 100, "wgmma.mma_async", "spills 16 bytes"),
         (255, 0, 300_000, "wgmma.mma_async", "wants 300000 bytes shared"),
         (255, 0, 100, "mma.sync", "no wgmma"),
+        (255, 0, 100, "ld.global.b16 wgmma.mma_async", "loads 2 bytes at a time"),
         (255, 0, 100, "wgmma.mma_async", ""),
     ],
 )
