@@ -51,6 +51,21 @@ def test_compress_meets_the_budget_and_learns():
     assert result.steps == 7 * len(data.train)
 
 
+def test_the_folder_holds_the_compacted_model_at_the_end(tmp_path):
+    data = digits_data()
+    config = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1)
+    result = compress(digits_model(), data.train, data.val, budget=0.7, config=config, out=tmp_path)
+    small, images = uvc.load(tmp_path), next(iter(data.val))[0]
+    assert torch.equal(small(images), uvc.compact(result.model)(images))
+    assert uvc.Structure.from_json((tmp_path / "structure.json").read_text()) == result.structure
+
+
+@pytest.mark.parametrize(("loader", "says"), [([], "yields no batch"), (iter([]), "has no length")])
+def test_a_loader_that_cannot_train_is_refused_by_name(loader, says):
+    with pytest.raises(ValueError, match=f"train_loader: it {says}"):
+        compress(digits_model(), loader, digits_data().val)
+
+
 def test_a_distilled_model_learns_through_its_distillation_token():
     model, data = digits_model("uvc_vit_digits_distilled"), digits_data()
     config = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1)

@@ -18,7 +18,7 @@ from torch import nn
 
 import uvc.models  # noqa: F401  registers the models that timm does not have
 from uvc.budget import cost
-from uvc.checkpoint import describe, load, save
+from uvc.checkpoint import describe, load
 from uvc.compact import compact
 from uvc.config import Config
 from uvc.data import DEFAULT_MODELS, DIGITS, Data, load_data
@@ -100,8 +100,6 @@ def compress_run(
         "versions": versions(),
         "structure": json.loads(result.structure.to_json()),
     }
-    save(small, out)
-    (out / "structure.json").write_text(result.structure.to_json() + "\n")
     draw_run(out, summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)

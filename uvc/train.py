@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from uvc.budget import Cost, cost, smallest_reachable
+from uvc.checkpoint import save
+from uvc.compact import compact
 from uvc.config import Config
 from uvc.layers import convert
 from uvc.report import RunLog
@@ -262,7 +264,8 @@ def compress(
         metric: "macs" or "params".
         teacher: distilled from; None = a frozen copy of ``model`` as given.
         config: ``uvc.config.Config``; None = the default recipe.
-        out: folder for log and checkpoint; None = nothing is written.
+        out: folder for log, checkpoint and, at the end, the compacted model (for ``uvc.load``) and
+            structure.json; None = nothing is written.
         log: where to report; None = a new ``RunLog(out)``.
         resume: continue from the checkpoint in ``out``, if there is one.
 
@@ -271,6 +274,7 @@ def compress(
     """
     config = config or Config()
     check_budget(model, budget, metric)
+    check_loader(train_loader)
     own_log = log is None
     log = log or RunLog(Path(out) if out else None)
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
@@ -307,6 +311,9 @@ def compress(
     # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
     trainer.phase("post-train", config.post_epochs, task, trainer.optimizer(config.learning_rate))
     model.eval()
+    if out:
+        save(compact(model), out)
+        (Path(out) / "structure.json").write_text(structure_of(model).to_json() + "\n")
     if own_log:
         log.close()
     return Result(
@@ -320,6 +327,16 @@ def compress(
         steps=trainer.steps,
         history=trainer.history,
     )
+
+
+def check_loader(loader: DataLoader) -> None:
+    """ValueError unless ``loader`` says how many batches it has, and has one."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        raise ValueError("train_loader: it has no length; the schedules need the number of batches") from None
+    if batches == 0:
+        raise ValueError("train_loader: it yields no batch; use a smaller batch size or more images")
 
 
 def check_budget(model: nn.Module, budget: float, metric: str) -> None:

@@ -55,13 +55,16 @@ inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
   return torch::stable::new_zeros(like, {shape.begin(), shape.size()});
 }
 
+// The macros that check error codes changed their names after torch 2.10, so the codes are compared here.
+
 // A matrix operand: rows x columns over a contiguous tensor, transposed when asked.
 inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, bool transposed = false) {
   const int64_t plain[2] = {rows, columns}, plain_strides[2] = {columns, 1};
   const int64_t turned[2] = {columns, rows}, turned_strides[2] = {1, columns};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), 2, transposed ? turned : plain, transposed ? turned_strides : plain_strides, 0, &handle));
+  check(aoti_torch__reinterpret_tensor(t.get(), 2, transposed ? turned : plain,
+                                       transposed ? turned_strides : plain_strides, 0, &handle) == AOTI_TORCH_SUCCESS,
+        "a matrix view could not be made");
   return Tensor(handle);
 }
 
@@ -69,7 +72,8 @@ inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, bool transp
 inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   StableIValue stack[3] = {from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  check(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
+        "torch's matrix product failed");
   Tensor same = torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -29,7 +29,7 @@ UNSUPPORTED = {
     r"blocks\.0\.mlp\.norm is a LayerNorm": lambda: small_vit(scale_mlp_norm=True),
     r"blocks\.2\.mlp is a GluMlp": lambda: with_child("blocks.2.mlp", timm.layers.GluMlp(24, 40)),
     r"blocks\.1\.attn is a OwnAttention": lambda: with_child("blocks.1.attn", OwnAttention(24, 4)),
-    r"blocks\.1\.attn\.gate": lambda: with_child("blocks.1.attn", timm.layers.Attention(24, 4, gated=True)),
+    r"blocks\.1\.attn\.gate": lambda: with_child("blocks.1.attn.gate", nn.Linear(24, 24)),
     r"blocks\.0\.mlp\.fc1 is a Conv2d": lambda: with_child(
         "blocks.0.mlp", timm.layers.Mlp(24, 40, use_conv=True)
     ),
