@@ -44,6 +44,10 @@ INSTRUCTIONS = {
 }
 
 
+# Bytes: at 80 registers ptxas sometimes spills four of them rather than run fewer blocks.
+TOLERATED = 16
+
+
 class Row(NamedTuple):
     """What came out of one kernel for one target; None is what could not be read."""
 
@@ -82,14 +86,14 @@ def _row(kernel: str, case, name: str) -> Row:
         return Row(kernel, case.label, name, None, None, 0, "", fault)
     if target.backend == "cuda":
         text = compiled.asm["ptx"]
-        registers, spilled = _resources(compiled.asm["cubin"])
+        registers, spilled = _resources(text)
     else:
         text = compiled.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
     found = next((short for short, long in INSTRUCTIONS.items() if long in text), "")
     faults = [
-        (spilled or 0) > 0 and f"spills {spilled} bytes",
+        (spilled or 0) > TOLERATED and f"spills {spilled} bytes",
         compiled.metadata.shared > target.shared and f"wants {compiled.metadata.shared} bytes shared",
         case.tensor_cores and found != target.instruction and f"no {target.instruction}",
         case.tensor_cores and "ld.global.b16" in text and "loads 2 bytes at a time",
@@ -113,19 +117,26 @@ def _compile(case, target: Target):
     return triton.compile(source, target=device, options=(case.options or {}).get(target.backend == "hip"))
 
 
-def _resources(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers per thread and bytes of stack, where spills go; None without the tool that Triton ships."""
+def _resources(ptx: str) -> tuple[int | None, int | None]:
+    """Registers per thread and bytes spilled, as an assembler in Triton reports them; None without one."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        return None, None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
         file.flush()
-        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    return (int(found[1]), int(found[2])) if found else (None, None)
+        # Triton brings two, and the older one does not know every version of PTX.
+        for tool in ("ptxas-blackwell", "ptxas"):
+            if not (tools / tool).exists():
+                continue
+            command = [tools / tool, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            registers = re.search(r"Used (\d+) registers", done.stderr)
+            stores = re.search(r"(\d+) bytes spill stores", done.stderr)
+            if registers and stores:
+                return int(registers[1]), int(stores[1])
+    return None, None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -179,7 +179,7 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
     # A program owns either the dk and dv of one tile of keys or the dq of one tile of queries: nothing is
     # written twice, so there are no atomics and every run adds up in the same order. The inner loops go in
     # steps of half a tile: a step of a whole one, or a shorter last step, spills registers.
-    STEP: tl.constexpr = BLOCK // 2
+    STEP: tl.constexpr = BLOCK // 2 if BLOCK > 16 else 16
     tiles = (N + BLOCK - 1) // BLOCK
     part, pair = tl.program_id(0) % (2 * tiles), tl.program_id(0) // (2 * tiles)
     head, q, k, v = _head(
@@ -212,9 +212,11 @@ def buckets_of(widths: Sequence[int]) -> tuple[Bucket, ...]:
     return tuple(Bucket(w, wanted.index(w), wanted.count(w)) for w in WIDTHS if w in wanted)
 
 
-def _block(dtype: torch.dtype) -> int:
-    """Tokens in a tile: what tensor cores want, half of it where a float32 tile would leave the registers."""
-    return 64 if dtype.itemsize == 2 else 32
+def _block(dtype: torch.dtype, width: int) -> int:
+    """Tokens in a tile: what tensor cores want, less where float32 tiles would leave the registers."""
+    if dtype.itemsize == 2:
+        return 64
+    return 32 if width < 128 else 16
 
 
 def _options(width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
@@ -224,7 +226,7 @@ def _options(width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
 
 def _shape(tokens: int, width: int, scale: float, dtype: torch.dtype) -> dict[str, object]:
     """The compile-time arguments for so many tokens."""
-    block = _block(dtype)
+    block = _block(dtype, width)
     tail = SMALL if (tokens - 1) % block < SMALL else block
     return {"BLOCK": block, "TAIL": tail, "MODE": (width, scale, wide(dtype), dot_precision(dtype))}
 
@@ -245,9 +247,9 @@ def forward(
     q/k and v widths, all multiples of 8; buckets: what heads share a launch.
     """
     M = top.shape[1]
-    tiles = M // max(tokens, 1) * triton.cdiv(tokens, _block(qkv.dtype))
-    for bucket in buckets if tiles else ():
-        _forward[(bucket.count * tiles,)](
+    for bucket in buckets if M else ():
+        tiles = triton.cdiv(tokens, _block(qkv.dtype, bucket.width))
+        _forward[(bucket.count * (M // tokens) * tiles,)](
             qkv, heads, top, inverse, table,
             tokens, M, qkv.stride(0), heads.stride(0), bucket.count, bucket.first,
             **_shape(tokens, bucket.width, scale, qkv.dtype), **_options(bucket.width, qkv.dtype, HIP),
@@ -260,9 +262,9 @@ def backward(
 ) -> None:  # fmt: skip
     """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; gradients have the strides of values."""
     M = top.shape[1]
-    tiles = M // max(tokens, 1) * 2 * triton.cdiv(tokens, _block(qkv.dtype))
-    for bucket in buckets if tiles else ():
-        _backward[(bucket.count * tiles,)](
+    for bucket in buckets if M else ():
+        tiles = triton.cdiv(tokens, _block(qkv.dtype, bucket.width))
+        _backward[(bucket.count * (M // tokens) * 2 * tiles,)](
             qkv, heads, grad_heads, grad_qkv, top, inverse, table,
             tokens, M, qkv.stride(0), heads.stride(0), bucket.count, bucket.first,
             **_shape(tokens, bucket.width, scale, qkv.dtype), **_options(bucket.width, qkv.dtype, HIP),
@@ -276,7 +278,8 @@ def cases() -> list[Case]:
         types = {"top": wide(dtype), "inverse": wide(dtype), "table": "i32"}
         types |= dict.fromkeys(("qkv", "heads", "grad_heads", "grad_qkv"), ELEMENT[dtype])
         signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names[:-3]}
-        for tokens in (1 + _block(dtype), _block(dtype)):
+        block = _block(dtype, width)
+        for tokens in (1, block) if block > SMALL else (1,):
             shape = _shape(tokens, width, 0.125, dtype)
             label = f"{ELEMENT[dtype]} width {width} tail {shape['TAIL']}"
             half = dtype.itemsize == 2

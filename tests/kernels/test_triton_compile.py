@@ -58,11 +58,12 @@ def test_the_gate_sees_a_kernel_that_does_not_compile(monkeypatch):
 @pytest.mark.parametrize(
     ("registers", "spilled", "shared", "ptx", "fault"),
     [
-        (255, 16, 100, "wgmma.mma_async", "spills 16 bytes"),
+        (255, 20, 100, "wgmma.mma_async", "spills 20 bytes"),
         (255, 0, 300_000, "wgmma.mma_async", "wants 300000 bytes shared"),
         (255, 0, 100, "mma.sync", "no wgmma"),
         (255, 0, 100, "ld.global.b16 wgmma.mma_async", "loads 2 bytes at a time"),
         (255, 0, 100, "wgmma.mma_async", ""),
+        (80, compile_gate.TOLERATED, 100, "wgmma.mma_async", ""),
     ],
 )
 def test_the_gate_names_what_is_wrong(monkeypatch, registers, spilled, shared, ptx, fault):
@@ -70,7 +71,7 @@ def test_the_gate_names_what_is_wrong(monkeypatch, registers, spilled, shared, p
     metadata = type("Metadata", (), {"shared": shared})
     compiled = type("Compiled", (), {"asm": {"ptx": ptx, "cubin": b""}, "metadata": metadata})
     monkeypatch.setattr(compile_gate, "_compile", lambda case, target: compiled)
-    monkeypatch.setattr(compile_gate, "_resources", lambda cubin: (registers, spilled))
+    monkeypatch.setattr(compile_gate, "_resources", lambda ptx: (registers, spilled))
     assert compile_gate._row("attention_core.forward", case, "sm_90").fault == fault
 
 
