@@ -24,9 +24,12 @@ class _Implementation(NamedTuple):
 
 
 _implementations: dict[tuple[str, str], _Implementation] = {}
+# Providers whose files are imported at their first use: `package.op` provides op.
+_ON_DEMAND = {"triton": "uvc_kernels.triton"}
 _references: dict[str, Callable] = {}
 _forced: list[str] = []
 _warned: set[tuple] = set()
+_proofs: dict[tuple, bool] = {}
 
 
 def _load_extension() -> str | None:
@@ -111,6 +114,11 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
         return None
     if provider == "cpu" and extension_error is not None:
         return f"the extension uvc_kernels._C is not built ({extension_error}); reinstall with a C++ compiler"
+    if (op, provider) not in _implementations and provider in _ON_DEMAND:
+        try:
+            importlib.import_module(f"{_ON_DEMAND[provider]}.{op}")
+        except ImportError as error:
+            return f"{provider} is not installed ({error})"
     implementation = _implementations.get((op, provider))
     if implementation is None:
         return f"this build has no {provider} kernel for {op}"
@@ -127,6 +135,23 @@ def _warn_once(key: tuple, message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `provider` passed its self-check here; it runs once, and a failure is said once."""
+    key = (op, provider, device, dtype)
+    if key not in _proofs:
+        fault = importlib.import_module("uvc_kernels.self_check").fault(op, provider, device, dtype)
+        _proofs[key] = fault is None
+        if fault is not None:
+            message = f"uvc_kernels.{op}: the {provider} kernel fails its self-check on {device}"
+            warnings.warn(f"{message} and is not used: {fault}", RuntimeWarning, stacklevel=5)
+    return _proofs[key]
+
+
+# torch.compile asks while it traces and takes the answer as a constant. This is what
+# `torch.compiler.assume_constant_result` does, without its import of the whole compiler.
+_proven._dynamo_marked_constant = True
+
+
 def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the provider that serves `op` for tensors of this device and dtype.
 
@@ -141,8 +166,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return name
     reasons = []
     for provider in reversed(PROVIDERS[1:]):
+        # On the CPU Triton is an interpreter: for tests, on request.
+        if provider == "triton" and device.type == "cpu":
+            continue
         reason = _why_not(op, provider, device, dtype)
-        if reason is None:
+        if reason is None and (provider == "cpu" or _proven(op, provider, device, dtype)):
             return provider
         if provider == device.type:
             reasons.append(reason)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # What rounding may add, relative to the largest entry: torch may hit the exact value; float64 has no judge.
-FLOOR = {torch.float32: 5e-7, torch.float64: 1e-13, torch.bfloat16: 4e-3}
+FLOOR = {torch.float32: 5e-7, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> Tensor:
@@ -26,13 +26,18 @@ def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | No
     return [out.detach(), *(t.grad for t in inputs if t is not None)]
 
 
-def check(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dtype: torch.dtype) -> None:
-    """The cpu kernel's output and gradients are at most twice as wrong as plain torch's in `dtype`."""
+def check(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    provider: str = "cpu",
+) -> None:
+    """The kernel's output and gradients are at most twice as wrong as plain torch's in `dtype`."""
     inputs = [None if t is None else t.detach().to(dtype) for t in inputs]
     wide = [None if t is None else t.double() for t in inputs]
     with uvc_kernels.backend("reference"):
         exact, plain = with_gradients(function, wide), with_gradients(function, inputs)
-    with uvc_kernels.backend("cpu"):
+    with uvc_kernels.backend(provider):
         found = with_gradients(function, inputs)
     for i, (a, b, c) in enumerate(zip(found, plain, exact, strict=True)):
         assert a.dtype == dtype and a.shape == c.shape

@@ -1,0 +1,96 @@
+"""One small call of each op, judged against float64: what a kernel must pass before it serves on a device."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._dispatch import backend
+from .attention import attention, kept_heads
+from .group_scores import group_scores
+from .mlp import mlp
+from .prox_shrink import prox_shrink
+
+# What rounding alone may add to an error, relative to the largest entry.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def _tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    # Halves of bfloat16's digits, so that every dtype sees the same numbers.
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).bfloat16() for shape in shapes]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
+
+
+def _with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    (cotangent,) = _tensors(output.device, output.dtype, tuple(output.shape))
+    return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.detach())]
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    # Heads of 64 dims, as real models have: one keeps most of them, one keeps few, one is removed.
+    inputs = _tensors(device, dtype, (2, 70, 24), (576, 24), (576,), (24, 192), (24,))
+    mask = torch.arange(192).view(3, 64) % 3 > 0
+    mask[1], mask[2, 20:] = False, False
+    kept = kept_heads(mask.roll(1, 1).to(device), mask.to(device))
+    return _with_gradients(attention(*inputs, kept, 0.05), inputs)
+
+
+def _mlp(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    inputs = _tensors(device, dtype, (2, 17, 24), (40, 24), (40,), (24, 40), (24,))
+    return _with_gradients(mlp(*inputs, torch.arange(0, 40, 3, device=device)), inputs)
+
+
+def _group_scores(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    a, b, c = (tensor.detach() for tensor in _tensors(device, dtype, (12, 20), (12, 20), (12,)))
+    return [group_scores([a, a, c], [b, b, c], [0, 1, 0])]
+
+
+def _prox_shrink(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    weights = [tensor.detach() for tensor in _tensors(device, dtype, (12, 20), (12, 20), (12,))]
+    factors = torch.arange(12 + 20 + 12).remainder(5).div(4).to(device)
+    prox_shrink(weights, factors, [0, 1, 0])
+    return weights
+
+
+EXAMPLES: dict[str, Callable[[torch.device, torch.dtype], list[Tensor]]] = {
+    "attention": _attention,
+    "mlp": _mlp,
+    "group_scores": _group_scores,
+    "prox_shrink": _prox_shrink,
+}
+
+
+def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The worst error of `provider` on the example of `op`, and the worst share of what is allowed.
+
+    Errors are relative to the largest entry of each result. Allowed is twice the error of the plain-torch
+    reference in the same dtype on the same device, plus some rounding. RuntimeError, as of a forced backend,
+    when the provider cannot serve.
+    """
+    example = EXAMPLES[op]
+    with torch.enable_grad():
+        with backend("reference"):
+            exact = example(torch.device("cpu"), torch.float64)
+            plain = example(device, dtype)
+        with backend(provider):
+            found = example(device, dtype)
+    worst, shares = 0.0, [0.0]
+    for error, usual in zip(_relative(found, exact), _relative(plain, exact), strict=True):
+        worst = max(worst, error)
+        shares.append(error / (2 * usual + FLOOR[dtype]))
+    return worst, max(shares)
+
+
+def _relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    scaled = ((a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True))
+    return [float(error.nan_to_num(float("inf"))) for error in scaled]
+
+
+def fault(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when `provider` computes `op` rightly on `device`, else what is wrong."""
+    try:
+        error, share = errors(op, provider, device, dtype)
+    except Exception as failure:  # a compiler or a driver may raise anything
+        return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
+    return None if share <= 1 else f"its error is {error:.1e}, {share:.1f} times what is allowed"

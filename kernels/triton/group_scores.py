@@ -1,0 +1,98 @@
+"""Scores of rows or columns of many matrices on Triton: one launch for all layers.
+
+    dim 0: score[i] = sum_j a[i, j] b[i, j]      dim 1: score[j] = sum_i a[i, j] b[i, j]
+
+A program owns some groups of one matrix and adds up all of their terms: every run adds in the same order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _dispatch
+from .launch import DTYPES, ELEMENT, Case, addresses, provide, register, tiles_of, wide
+
+ROWS, COLUMNS = (8, 256), (64, 32)  # groups per program, terms per step; when groups are rows, columns
+FIELDS = tl.constexpr(6)
+
+
+@triton.jit
+def _of_rows(a, b, out, groups, terms, tile, ACC: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
+    group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    total = tl.full((GROUPS, TERMS), 0.0, ACC)
+    for start in range(0, terms, TERMS):
+        term = start + tl.arange(0, TERMS)
+        inside = (group < groups)[:, None] & (term < terms)[None, :]
+        at = group[:, None] * terms + term[None, :]
+        first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
+        total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
+    tl.store(out + group, tl.sum(total, 1), mask=group < groups)
+
+
+@triton.jit
+def _of_columns(a, b, out, groups, terms, tile, ACC: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
+    group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    total = tl.full((TERMS, GROUPS), 0.0, ACC)
+    for start in range(0, terms, TERMS):
+        term = start + tl.arange(0, TERMS)
+        inside = (term < terms)[:, None] & (group < groups)[None, :]
+        at = term[:, None] * groups + group[None, :]
+        first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
+        total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
+    tl.store(out + group, tl.sum(total, 0), mask=group < groups)
+
+
+@triton.jit
+def _scores(table, tiles, out, ELEMENT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+            COLUMNS: tl.constexpr):  # fmt: skip
+    matrix, tile = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
+    row = table + matrix * FIELDS
+    a, b = tl.load(row).to(tl.pointer_type(ELEMENT)), tl.load(row + 1).to(tl.pointer_type(ELEMENT))
+    groups, terms, by_row, place = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    if by_row != 0:
+        _of_rows(a, b, out + place, groups, terms, tile, ACC, ROWS[0], ROWS[1])
+    else:
+        _of_columns(a, b, out + place, groups, terms, tile, ACC, COLUMNS[0], COLUMNS[1])
+
+
+def _group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
+    if any(t.dtype != a[0].dtype or t.device != a[0].device for t in (*a, *b)):
+        raise ValueError("group_scores: all tensors must have one dtype and one device")
+    a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
+    # A vector is a matrix of one row whose columns are the groups.
+    shapes = [
+        (t.shape[d], t.numel() // max(1, t.shape[d]), int(t.dim() == 2 and d == 0))
+        for t, d in zip(a, dims, strict=True)
+    ]
+    out = a[0].new_empty(sum(groups for groups, _, _ in shapes), dtype=_dispatch.statistics_dtype(a[0].dtype))
+    fields, place = [], 0
+    for first, second, (groups, terms, by_row) in zip(a, b, shapes, strict=True):
+        fields.append((first.data_ptr(), second.data_ptr(), groups, terms, by_row, place))
+        place += groups
+    counts = tuple(triton.cdiv(groups, (ROWS if by_row else COLUMNS)[0]) for groups, _, by_row in shapes)
+    if sum(counts):
+        _scores[(sum(counts),)](
+            addresses(tuple(fields), out.device), tiles_of(counts, out.device), out,
+            ELEMENT=ELEMENT[a[0].dtype], ACC=wide(a[0].dtype), ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+    return out
+
+
+def _fake(a, b, dims):
+    total = sum(t.shape[dim] for t, dim in zip(a, dims, strict=True))
+    return a[0].new_empty(total, dtype=_dispatch.statistics_dtype(a[0].dtype))
+
+
+register("group_scores_triton", "(Tensor[] a, Tensor[] b, int[] dims) -> Tensor", _group_scores, _fake)
+provide("group_scores", lambda a, b, dims: torch.ops.uvc_kernels.group_scores_triton(a, b, dims))
+
+
+def cases() -> list[Case]:
+    """Everything the op can launch."""
+    found = []
+    for dtype in DTYPES:
+        signature = {"table": "*i64", "tiles": "*i32", "out": f"*{wide(dtype)}"}
+        constants = {"ELEMENT": ELEMENT[dtype], "ACC": wide(dtype), "ROWS": ROWS, "COLUMNS": COLUMNS}
+        found.append(Case(_scores, str(ELEMENT[dtype]), signature, constants))
+    return found

@@ -1,0 +1,146 @@
+"""What every Triton op file shares: element types, host-side plans, descriptors on the device, gate cases."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from .. import _dispatch
+
+ELEMENT = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+# Whether the kernels are decorated under TRITON_INTERPRET=1 and so run on CPU tensors.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# The interpreter also takes float64, so that gradients can be checked by differences.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if INTERPRETED.value else ()))
+# Packed rows and columns are padded with zeros to this many: 16 bytes of a 2-byte type, so that every vendor
+# GEMM is aligned and every head starts at a vector load.
+ALIGN = 8
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    # x in a narrower type, rounded to nearest even; the interpreter (of Triton 3.9) truncates to bfloat16.
+    if INTERPRETED:
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def eights(n):
+    # n, a multiple of 8, in a form that tells the compiler so: it then moves 16 bytes at a time.
+    return n // 8 * 8
+
+
+class Case(NamedTuple):
+    """One configuration that a launcher can choose: what the compile gate compiles."""
+
+    kernel: triton.JITFunction
+    label: str
+    signature: dict[str, str]
+    constants: dict[str, object]
+    options: dict[bool, dict[str, int]] | None = None  # of NVIDIA (False) and of AMD (True)
+    tensor_cores: bool = False  # whether it multiplies 16-bit tiles
+
+
+def wide(dtype: torch.dtype) -> tl.dtype:
+    """What kernels accumulate in: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied: as the user lets torch multiply float32 matrices."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def align(n: int) -> int:
+    """`n` rounded up to a multiple of `ALIGN`."""
+    return -(-n // ALIGN) * ALIGN
+
+
+def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """A list of numbers on the device by one copy that the host does not wait for."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def register(
+    name: str, schema: str, run: Callable, fake: Callable, autograd: tuple[Callable, Callable] | None = None
+) -> None:
+    """Make `run` the op `uvc_kernels::name`; autograd: its backward and what sets up the context."""
+    name = f"uvc_kernels::{name}"
+    torch.library.define(name, schema)
+    torch.library.impl(name, "cpu" if INTERPRETED.value else "cuda")(run)
+    torch.library.register_fake(name, fake)
+    if autograd is not None:
+        torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
+
+
+def provide(op: str, run: Callable) -> None:
+    """Make `run` what the provider triton offers for `op`."""
+    _dispatch.provide(op, "triton", run, "cpu" if INTERPRETED.value else "cuda", DTYPES)
+
+
+def inverse_of(index: Sequence[int], size: int) -> list[int]:
+    """Where `index` names position i, for i in 0..size; -1 where it does not."""
+    places = [-1] * size
+    for place, i in enumerate(index):
+        if i >= 0:
+            places[i] = place
+    return places
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """out = a b + bias, by the vendor's GEMM, into what may be some columns of a wider matrix."""
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+@functools.lru_cache(maxsize=256)
+def tiles_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [sum(counts), 2]: matrix and tile within it, for each program of a launch over many matrices."""
+    return to_device(
+        [n for i, count in enumerate(counts) for tile in range(count) for n in (i, tile)], device
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [matrices, fields]: pointers and sizes; copied again only when one of them changes."""
+    return to_device([n for row in fields for n in row], device, torch.int64)
+
+
+def planned(build: Callable) -> Callable:
+    """Caches `build(tensors, *sizes)` while the first tensor lives and no tensor is written or replaced.
+
+    What `build` reads from the device is thus read once per structure, not once per step.
+    """
+    plans = WeakIdKeyDictionary()
+
+    @functools.wraps(build)
+    def lookup(tensors: Sequence[Tensor], *sizes: int):
+        # An inference tensor has no version; it cannot be written outside inference mode either.
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        known = plans.get(tensors[0])
+        if known is not None:
+            refs, seen, plan = known
+            if seen == (versions, sizes) and all(r() is t for r, t in zip(refs, tensors, strict=True)):
+                return plan
+        plan = build(tensors, *sizes)
+        plans[tensors[0]] = [TensorWeakRef(t) for t in tensors], (versions, sizes), plan
+        return plan
+
+    return lookup

@@ -1,0 +1,67 @@
+"""Where the Triton tests run: on the GPU when there is one, else in Triton's interpreter on the CPU."""
+
+import importlib
+import os
+
+import accuracy
+import pytest
+import torch
+import uvc_kernels
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _interpret_the_standard_library() -> None:
+    # tl.sum and its like were decorated when triton was first imported: by timm, before the variable is set.
+    # Gluon wraps them when it is imported, and insists on the compiled kind.
+    importlib.import_module("triton.experimental.gluon")
+    import triton.language as tl
+    from triton.language import standard
+
+    if DEVICE == "cpu" and isinstance(tl.sum, triton.JITFunction):
+        importlib.reload(standard)
+        for name, function in vars(standard).items():
+            if isinstance(getattr(tl, name, None), triton.JITFunction):
+                setattr(tl, name, function)
+
+
+def _load() -> None:
+    # The kernels are decorated for the interpreter or for the compiler when their files are imported.
+    before = os.environ.get("TRITON_INTERPRET")
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        _interpret_the_standard_library()
+        with uvc_kernels.backend("triton"):
+            for op in ("attention", "mlp", "group_scores", "prox_shrink"):
+                uvc_kernels.select(op, torch.device(DEVICE), torch.float32)
+    finally:
+        if before is None:
+            os.environ.pop("TRITON_INTERPRET", None)
+
+
+_load()
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="float64 runs in the interpreter only")
+
+
+def random(*shape: int) -> Tensor:
+    """Normal float64 numbers on the device under test."""
+    return torch.randn(shape, dtype=torch.float64).to(DEVICE)
+
+
+def check(function, inputs, dtype: torch.dtype) -> None:
+    """The triton kernel's output and gradients are at most twice as wrong as plain torch's in `dtype`."""
+    accuracy.check(function, inputs, dtype, "triton")
+
+
+def forced(function):
+    """`function` with every op forced to triton."""
+
+    def run(*tensors):
+        with uvc_kernels.backend("triton"):
+            return function(*tensors)
+
+    return run

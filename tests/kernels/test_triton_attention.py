@@ -1,0 +1,236 @@
+"""Attention on Triton: accuracy, exact zeros, when it waits for the device, and that torch can trace it."""
+
+import pytest
+import torch
+import uvc_kernels
+from accuracy import with_gradients
+from on_triton import DEVICE, DTYPES, check, forced, interpreted, random
+
+op = torch.ops.uvc_kernels.attention_triton.default
+backward = torch.ops.uvc_kernels.attention_triton_backward.default
+
+
+def inputs(tokens, heads, dims, batch=1, width=24, out=24, biases=True):
+    A = heads * dims
+    x, qkv, proj = random(batch, tokens, width), random(3 * A, width) * 0.3, random(out, A)
+    return [x, qkv, random(3 * A) if biases else None, proj, random(out) if biases else None]
+
+
+def ragged(heads, dims, keep=0.5):
+    """Every head keeps other q/k dims than v dims; the first kept head has no q/k dim at all."""
+    qk, v = (torch.rand(heads, dims) < keep for _ in range(2))
+    v[0, 0], qk[0] = True, False
+    return uvc_kernels.kept_heads(qk.to(DEVICE), v.to(DEVICE))
+
+
+def dense(heads, dims):
+    mask = torch.ones(heads, dims, dtype=torch.bool, device=DEVICE)
+    return uvc_kernels.kept_heads(mask, mask)
+
+
+def attend(kept, scale=0.25):
+    return lambda *tensors: uvc_kernels.attention(*tensors, kept, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 17, 50, 63, 64, 65, 197, 198])
+def test_ragged_attention_is_as_exact_as_plain_torch(tokens, dtype):
+    check(attend(ragged(2, 20)), inputs(tokens, 2, 20), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 6])
+def test_every_head_of_every_image_is_its_own(heads, dtype):
+    check(attend(ragged(heads, 8)), inputs(17, heads, 8, batch=3), dtype)
+
+
+@pytest.mark.parametrize("dims", [1, 8, 16, 17, 33, 64, 65, 128])
+def test_every_tile_width_is_right(dims):
+    check(attend(dense(2, dims), dims**-0.5), inputs(20, 2, dims), torch.float32)
+
+
+def test_heads_of_very_different_widths_share_a_launch():
+    qk, v = torch.zeros(4, 64, dtype=torch.bool), torch.zeros(4, 64, dtype=torch.bool)
+    for head, (q_dims, v_dims) in enumerate([(64, 1), (0, 64), (5, 30), (9, 0)]):
+        qk[head, :q_dims], v[head, 64 - v_dims :] = True, True
+    kept = uvc_kernels.kept_heads(qk.to(DEVICE), v.to(DEVICE))
+    check(attend(kept, 0.125), inputs(33, 4, 64), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_heads_only_the_output_bias_is_left(dtype):
+    none = torch.zeros(3, 8, dtype=torch.bool, device=DEVICE)
+    kept = uvc_kernels.kept_heads(~none, none)
+    tensors = [t.to(dtype) for t in inputs(17, 3, 8)]
+    out, *grads = with_gradients(forced(attend(kept)), tensors)
+    assert torch.equal(out, tensors[4].expand_as(out))
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads[:4]) and grads[4].abs().min() > 0
+
+
+def test_the_other_width_of_the_output_and_missing_biases_are_fine():
+    check(attend(ragged(3, 8)), inputs(17, 3, 8, width=20, out=11, biases=False), torch.float32)
+
+
+def test_an_empty_batch_gives_empty_output_and_zero_gradients():
+    tensors = [t.float() for t in inputs(17, 3, 8, batch=0)]
+    out, *grads = with_gradients(forced(attend(ragged(3, 8))), tensors)
+    assert out.shape == (0, 17, 24)
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads)
+
+
+def test_gradients_of_removed_rows_and_columns_are_exactly_zero():
+    kept = ragged(3, 16)
+    tensors = [t.float() for t in inputs(37, 3, 16)]
+    _, _, qkv, bias, proj, _ = with_gradients(forced(attend(kept)), tensors)
+    rows = torch.cat([kept.qk, kept.qk + 48, kept.v + 96])
+    removed = torch.ones(144, dtype=torch.bool)
+    removed[rows.cpu()] = False
+    columns = torch.ones(48, dtype=torch.bool)
+    columns[kept.v.cpu()] = False
+    assert torch.count_nonzero(qkv[removed]) == torch.count_nonzero(bias[removed]) == 0
+    assert torch.count_nonzero(proj[:, columns]) == 0
+    assert qkv[kept.v + 96].abs().sum(1).min() > 0 and proj[:, ~columns].abs().sum(0).min() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_are_bit_equal(dtype):
+    tensors, kept = [t.to(dtype) for t in inputs(65, 2, 16)], ragged(2, 16)
+    first, second = (with_gradients(forced(attend(kept)), tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_scores_of_any_size_neither_overflow_nor_vanish():
+    x, qkv, *rest = inputs(17, 2, 8)
+    tensors, kept = [x * 30, qkv * 3, *rest], ragged(2, 8, keep=0.9)
+    with uvc_kernels.backend("reference"):
+        exact = with_gradients(attend(kept, 1.0), tensors)
+    found = with_gradients(forced(attend(kept, 1.0)), [t.float() for t in tensors])
+    # The backward pass computes P again, which rounds at the size of the scores: here up to 1e5 of them.
+    assert x.abs().max() * 30 * qkv.abs().max() * 3 > 100
+    for a, b in zip(found, exact, strict=True):
+        assert (a.double() - b).abs().max() <= 0.05 * b.abs().max()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_sharp_attention_is_as_exact_as_plain_torch(scale):
+    check(attend(ragged(2, 8, keep=0.9), scale), inputs(17, 2, 8), torch.float32)
+
+
+def test_nan_in_the_input_reaches_the_output_of_its_image_only():
+    tensors = [t.float() for t in inputs(17, 3, 8, batch=2)]
+    tensors[0][1, 5, 2] = float("nan")
+    out = forced(attend(dense(3, 8)))(*tensors)
+    assert out[1].isnan().all() and not out[0].isnan().any()
+
+
+@pytest.mark.parametrize("frozen", range(5), ids=["x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"])
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
+    tensors, kept = [t.float() for t in inputs(9, 2, 8)], ragged(2, 8)
+    whole = with_gradients(forced(attend(kept)), tensors)[1:]
+    leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
+    out = forced(attend(kept))(*leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(cotangent.bfloat16().to(out))
+    for i, (leaf, grad) in enumerate(zip(leaves, whole, strict=True)):
+        assert leaf.grad is None if i == frozen else torch.equal(leaf.grad, grad)
+
+
+def test_strided_inputs_are_read_as_what_they_show():
+    x, qkv, bias, proj, proj_bias = (t.float() for t in inputs(9, 2, 8, batch=2))
+    strided = [
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        qkv.t().contiguous().t(),
+        bias,
+        proj,
+        proj_bias,
+    ]
+    kept = ragged(2, 8)
+    expected = with_gradients(forced(attend(kept)), [x, qkv, bias, proj, proj_bias])
+    for found, wanted in zip(with_gradients(forced(attend(kept)), strided), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unchanged_structure_is_read_from_the_device_once(monkeypatch):
+    tensors, kept = [t.float() for t in inputs(9, 2, 8)], ragged(2, 8)
+    expected = with_gradients(forced(attend(kept)), tensors)
+
+    def refuse(*_):
+        raise AssertionError("the host waits for the device")
+
+    for name in ("tolist", "item", "cpu", "__bool__", "__index__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    found = [t.detach().requires_grad_() for t in tensors]
+    with uvc_kernels.backend("triton"):
+        out, *saved = op(*tensors, *kept, 0.25)
+        backward(torch.empty_like(out), *tensors[:4], *kept, 0.25, *saved, 31)
+    monkeypatch.undo()
+    assert torch.equal(out, expected[0]) and len(found) == 5
+
+
+def test_a_structure_that_is_written_in_place_is_seen():
+    tensors = [t.float() for t in inputs(9, 2, 8)]
+    mask = torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)
+    mask[:, :3] = True
+    kept, other = uvc_kernels.kept_heads(mask, mask), uvc_kernels.kept_heads(mask, mask.roll(2, 1))
+    before = forced(attend(kept))(*tensors)
+    kept.v.copy_(other.v)
+    after = forced(attend(kept))(*tensors)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, forced(attend(other))(*tensors))
+
+
+@interpreted
+@pytest.mark.parametrize("biases", [True, False])
+def test_opcheck_passes(biases):
+    tensors = inputs(5, 3, 4, width=6, out=7, biases=biases)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    kept = ragged(3, 4)
+    torch.library.opcheck(op, (*leaves, *kept, 0.5))
+    detached = [None if t is None else t.detach() for t in leaves]
+    out, *saved = op(*detached, *kept, 0.5)
+    for needs in (0b11111, 0b01001):
+        torch.library.opcheck(backward, (torch.ones_like(out), *detached[:4], *kept, 0.5, *saved, needs))
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["ragged", "no heads", "no biases"])
+def test_gradcheck_passes(kind):
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    kept = uvc_kernels.kept_heads(none, none) if kind == "no heads" else ragged(2, 3)
+    tensors = inputs(3, 2, 3, width=2, out=2, biases=kind != "no biases")
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(forced(attend(kept)), leaves, fast_mode=True)
+
+
+def test_compiles_as_one_graph():
+    kept, tensors = ragged(3, 8), [t.float() for t in inputs(17, 3, 8)]
+    with uvc_kernels.backend("triton"):
+        compiled = torch.compile(attend(kept), fullgraph=True, backend="aot_eager")
+        found = with_gradients(compiled, tensors)
+        expected = with_gradients(attend(kept), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_second_derivative_is_a_clear_error():
+    x, *rest = (t.float() for t in inputs(5, 2, 4))
+    leaf = x.requires_grad_()
+    out = forced(attend(ragged(2, 4)))(leaf, *rest)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(out.sum(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("dims", "change", "message"),
+    [
+        (8, lambda t, kept: ([t[0].half(), *t[1:]], kept), "one dtype"),
+        (8, lambda t, kept: (t, kept._replace(qk=kept.qk + 24)), r"positions in 0\.\.23"),
+        (8, lambda t, kept: (t, kept._replace(v_offsets=kept.v_offsets + 1)), "offsets"),
+        (129, lambda t, kept: (t, kept), "more than 128 dims"),
+    ],
+    ids=["mixed dtypes", "row out of range", "offsets off", "too wide"],
+)
+def test_what_does_not_fit_is_one_clear_line(dims, change, message):
+    tensors, kept = change([t.float() for t in inputs(5, 3, dims)], dense(3, dims))
+    with uvc_kernels.backend("triton"), pytest.raises((ValueError, RuntimeError), match=message) as caught:
+        uvc_kernels.attention(*tensors, kept, 0.25)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,88 @@
+"""When Triton serves: on request in the interpreter, by default only where its self-check passed."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import uvc_kernels
+from on_triton import DEVICE
+from uvc_kernels import _dispatch, self_check
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("op", self_check.EXAMPLES)
+def test_the_interpreter_never_serves_unasked(op):
+    assert uvc_kernels.select(op, CPU, torch.float32) == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", self_check.EXAMPLES)
+def test_every_op_passes_its_self_check(op, dtype):
+    assert self_check.fault(op, "triton", torch.device(DEVICE), dtype) is None
+
+
+@pytest.fixture
+def a_faulty_kernel(monkeypatch):
+    """Stands in for a GPU provider of group_scores, one percent off."""
+
+    def wrong(a, b, dims):
+        return self_check.group_scores.__globals__["group_scores_reference"](a, b, dims) * 1.01
+
+    made = _dispatch._Implementation(wrong, "cpu", frozenset({torch.float32}))
+    monkeypatch.setitem(_dispatch._implementations, ("group_scores", "cuda"), made)
+    monkeypatch.setattr(_dispatch, "_proofs", {})
+
+
+def test_a_kernel_that_fails_its_self_check_is_not_used_and_that_is_said_once(a_faulty_kernel):
+    with pytest.warns(RuntimeWarning, match="the cuda kernel fails its self-check on cpu .*times what is"):
+        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cpu"
+    with uvc_kernels.backend("cuda"):
+        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cuda"
+
+
+def test_a_kernel_that_raises_in_its_self_check_is_not_used(a_faulty_kernel, monkeypatch):
+    def broken(a, b, dims):
+        raise OSError("no driver\nat line 1")
+
+    made = _dispatch._Implementation(broken, "cpu", frozenset({torch.float32}))
+    monkeypatch.setitem(_dispatch._implementations, ("group_scores", "cuda"), made)
+    with pytest.warns(RuntimeWarning, match="is not used: OSError: no driver$"):
+        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cpu"
+
+
+def test_the_self_check_runs_while_torch_compile_traces(a_faulty_kernel):
+    a = [torch.randn(4, 5)]
+    compiled = torch.compile(
+        lambda t: uvc_kernels.group_scores([t], [t], [0]), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.warns(RuntimeWarning, match="self-check"):
+        found = compiled(a[0])
+    torch.testing.assert_close(found, a[0].square().sum(1))
+
+
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'")
+sys.meta_path.insert(0, Without())
+import torch, uvc_kernels
+try:
+    with uvc_kernels.backend("triton"):
+        uvc_kernels.select("mlp", torch.device("cuda"), torch.float32)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_triton_asking_for_it_is_one_clear_line():
+    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
+    wanted = "backend 'triton' was asked for mlp but cannot run it: triton is not installed (No module named"
+    assert done.stdout.startswith(wanted) and done.stdout.count("\n") == 1, done.stderr
