@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.in
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint gate install clean
 
 demo: install
 	rm -rf runs/demo
@@ -22,6 +22,10 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Compiles every Triton kernel for GPUs that are not here: registers, spills, shared memory, tensor cores.
+gate: install
+	$(BIN)/python -m uvc_kernels.compile_gate
 
 install: $(STAMP)
 
