@@ -64,5 +64,6 @@ class Config:
     clip_grad: float = 1.0
     label_smoothing: float = 0.0
     seed: int = 0
+    threads: int | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)

@@ -25,6 +25,7 @@ def digits() -> Config:
         learning_rate=2e-3,
         search_learning_rate=1e-3,
         lr_warmup_fraction=0.1,
+        threads=1,  # its products are so small that a second thread costs more than it gives
     )
 
 

@@ -57,7 +57,7 @@ def compress_run(
             return read_summary(out)
     started = time.monotonic()
     config = _config(options)
-    device = _device(options["device"], options["threads"])
+    device = _device(options["device"], options["threads"] or config.threads)
     data_name = options["data"] or DIGITS
     check_name(data_name)
     model_name = _model_name(options["model"], data_name)
@@ -110,13 +110,13 @@ def compress_run(
 
 def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Top-1 accuracy, images, MACs and parameters of the model that `uvc.save` left in a folder."""
-    device = _device(options["device"], options["threads"])
     model = load(folder)
     summary = read_summary(folder) if (folder / SUMMARY).is_file() else {}
     data_name = options["data"] or summary.get("data", DIGITS)
     known = _model_input(summary["model"]) if "model" in summary else {}
     size = (model.in_chans, *model.patch_embed.img_size)
     config = RECIPES.get(data_name, RECIPES["default"])()
+    device = _device(options["device"], options["threads"] or config.threads)
     batch_size = options["batch_size"] or config.batch_size
     data = _data(data_name, {**known, "input_size": size}, batch_size, config.seed, options)
     if data.num_classes != model.num_classes:

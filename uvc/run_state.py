@@ -66,5 +66,7 @@ def load_optimizer_tensors(
             raise ValueError(
                 f"checkpoint: optimiser state of unknown parameter {parameter!r}; it belongs to another model"
             )
-        device = parameters[parameter].device if tensor.dim() else "cpu"
+        # The step count lies beside the parameter in a fused optimiser only.
+        on_device = tensor.dim() > 0 or optimizer.defaults.get("fused")
+        device = parameters[parameter].device if on_device else "cpu"
         optimizer.state[parameters[parameter]][key] = tensor.to(device)

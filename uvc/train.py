@@ -92,9 +92,8 @@ class Trainer:
 
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """Fresh AdamW; norms, biases and embeddings are not decayed."""
-        return create_optimizer_v2(
-            self.model, opt="adamw", lr=learning_rate, weight_decay=self.config.weight_decay
-        )
+        decay = self.config.weight_decay
+        return create_optimizer_v2(self.model, opt="adamw", lr=learning_rate, weight_decay=decay, fused=True)
 
     def phase(
         self,
