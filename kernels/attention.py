@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
 from .kept import KeptHeads
 
 
@@ -127,12 +127,13 @@ def attention(
             f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
             f"proj_weight, got {tuple(qkv_weight.shape)}"
         )
-    if kept.whole_columns.shape != proj_weight.shape[1:]:
+    if kept.whole_columns.numel() != proj_weight.shape[1]:
         raise ValueError(
-            f"attention: kept is of {len(kept.whole_columns)} dims, but proj_weight has "
+            f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
             f"{proj_weight.shape[1]}"
         )
     _dispatch.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     x = _dispatch.autocast(x)
-    run = _dispatch.implementation("attention", x.device, x.dtype)
-    return run(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
+    return fastest.choose("attention", arguments, *dims, case=kept.whole_columns.shape)(*arguments)

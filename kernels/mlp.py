@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
 from .kept import KeptNeurons
 
 ACTIVATIONS = {
@@ -141,7 +141,8 @@ def mlp(
         )
     _dispatch.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
     x = _dispatch.autocast(x)
-    run = _dispatch.implementation("mlp", x.device, x.dtype)
-    return run(
+    arguments = (
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed
-    )
+    )  # fmt: skip
+    neurons = kept.neurons.shape[0], kept.whole.shape[0]
+    return fastest.choose("mlp", arguments, *neurons, case=(activation,))(*arguments)

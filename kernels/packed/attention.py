@@ -115,9 +115,10 @@ def packing(
     qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
 ) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
     """What `gather` is to pack of one layer, in the order that `attention(packed=)` takes."""
+    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
     return (
         [qkv_weight, qkv_bias, proj_weight],
         [kept.rows, kept.rows, kept.columns],
-        [kept.whole_rows, kept.whole_rows, kept.whole_columns],
+        [whole_rows, whole_rows, whole_columns],
         [0, 0, 1],
     )
