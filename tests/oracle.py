@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import uvc
+from uvc.models import T2TVisionTransformer
 from uvc.structure import BlockStructure, Structure
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -34,6 +35,8 @@ def small_vit(cls: type = VisionTransformer, **changes) -> nn.Module:
     return model
 
 
+T2T = dict(img_size=(48, 32), patch_size=16, qkv_bias=False)  # 7 tokens
+
 # What `small_vit` can be: every feature of timm's class that meets a structure.
 MODELS = {
     "vit": lambda: small_vit(),
@@ -45,7 +48,14 @@ MODELS = {
     ),
     "map pool, quick gelu": lambda: small_vit(global_pool="map", class_token=False, act_layer="quick_gelu"),
     "one head": lambda: small_vit(num_heads=1),
+    "t2t performer": lambda: small_vit(T2TVisionTransformer, **T2T),
+    "t2t transformer": lambda: small_vit(T2TVisionTransformer, form="transformer", **T2T),
 }
+
+
+def images(model: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random images of the model's own size."""
+    return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=dtype)
 
 
 def distilled_198() -> nn.Module:

@@ -7,7 +7,7 @@ import struct
 import pytest
 import timm
 import torch
-from oracle import MODELS, small_vit, structures
+from oracle import MODELS, images, small_vit, structures
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 
@@ -47,7 +47,7 @@ def test_a_loaded_model_is_the_saved_one(name, compacted, tmp_path):
     model = uvc.compact(model) if compacted else model
     uvc.save(model, tmp_path)
     loaded = uvc.load(tmp_path)
-    x = torch.randn(2, 3, 16, 16)
+    x = images(model)
     assert torch.equal(loaded(x), model(x))
     assert uvc.structure_of(loaded) == uvc.structure_of(model)
     assert uvc.cost(loaded) == uvc.cost(model)

@@ -1,6 +1,7 @@
 """Models on disk: `model.safetensors` and `config.json`, each written whole, read without running code.
 
-The config holds constructor arguments of one of timm's classes, read off the model, and the structure.
+The config holds constructor arguments of one of timm's classes, or of `uvc.models`, read off the model, and
+the structure.
 """
 
 import functools
@@ -21,6 +22,7 @@ from torch import nn
 
 from uvc.compact import compacted
 from uvc.layers import convert, hollow, is_compacted
+from uvc.models import T2TVisionTransformer
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-1"
@@ -36,7 +38,9 @@ ARGUMENTS = {
 }
 # fmt: on
 
-CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, T2TVisionTransformer)}
+# Arguments that only one class takes.
+OWN_ARGUMENTS = {"T2TVisionTransformer": {"form"}}
 BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
 NORMS = {
     "LayerNorm": nn.LayerNorm,
@@ -171,6 +175,7 @@ def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
         "drop_path_rate": getattr(dense.blocks[-1].drop_path1, "drop_prob", 0.0),
+        **{name: getattr(stem, name) for name in OWN_ARGUMENTS.get(type(dense).__name__, ())},
     }
 
 
@@ -195,8 +200,9 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
     if config["norm"]["name"] not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
-    for name in sorted(ARGUMENTS ^ arguments.keys()):
-        raise ValueError(f"{'missing' if name in ARGUMENTS else 'unknown'} argument {name}")
+    known = ARGUMENTS | OWN_ARGUMENTS.get(config["class"], set())
+    for name in sorted(known ^ arguments.keys()):
+        raise ValueError(f"{'missing' if name in known else 'unknown'} argument {name}")
     with torch.device("meta"):
         model = CLASSES[config["class"]](
             **arguments,
