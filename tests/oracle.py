@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ def small_vit(cls: type = VisionTransformer, **changes) -> nn.Module:
     return model
 
 
+GATED = dict(mlp_ratio=80 / 24, act_layer="silu")  # GluMlp halves its hidden width
 T2T = dict(img_size=(48, 32), patch_size=16, qkv_bias=False)  # 7 tokens
 
 # What `small_vit` can be: every feature of timm's class that meets a structure.
@@ -48,6 +50,9 @@ MODELS = {
     ),
     "map pool, quick gelu": lambda: small_vit(global_pool="map", class_token=False, act_layer="quick_gelu"),
     "one head": lambda: small_vit(num_heads=1),
+    "swiglu": lambda: small_vit(mlp_layer=SwiGLU, act_layer="silu", proj_bias=False),
+    "packed swiglu": lambda: small_vit(mlp_layer=SwiGLUPacked, **GATED),
+    "glu, gate last": lambda: small_vit(mlp_layer=GluMlp, **GATED),
     "t2t performer": lambda: small_vit(T2TVisionTransformer, **T2T),
     "t2t transformer": lambda: small_vit(T2TVisionTransformer, form="transformer", **T2T),
 }
@@ -95,7 +100,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         parameters, handles = dict(model.named_parameters()), []
         for i, (block, kept) in enumerate(zip(model.blocks, structure.blocks, strict=True)):
             K, A = block.attn.head_dim, block.attn.num_heads * block.attn.head_dim
-            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc1.out_features)
+            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc2.in_features)
             q[A:] = 1  # the dot product loses a term when its q is zero; k and v rows stay as they are
             for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
                 for d in qk_dims:
