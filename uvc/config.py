@@ -36,6 +36,8 @@ class SolverConfig:
         0.05,
         0.5,
     )  # the budget goes from 1 to its value between these fractions of the search
+    # what may be removed beside skips: whole heads, q/k dims, v dims, neurons
+    families: tuple[str, ...] = ("head", "qk", "v", "neuron")
     skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
     gate_every: int = 4  # training steps per gate update; only there all branches run
     gate_rate: float = 0.1

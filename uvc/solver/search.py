@@ -143,7 +143,7 @@ class Search:
         """
         if not self.state.hard:
             gates.freeze(self.state, self.prices, self.budget_cost)
-        self._apply(project_to_budget(self.state, self.prices, self.budget_cost))
+        self._apply(project_to_budget(self.state, self.prices, self.budget_cost, self.config.families))
 
     def _apply(self, alive: Masks) -> None:
         """Gives the model its structure; the skips too, once gates are hard."""
