@@ -20,7 +20,8 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
       "Tensor? gate_weight, Tensor? gate_bias, Tensor neurons, int activation, Tensor hidden, int needs) "
       "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor gate_weight, "
       "Tensor gate_bias)");
-  m.def("gather(Tensor[] sources, Tensor[] indices, int[] dims, ScalarType? dtype=None) -> Tensor[]");
+  m.def(
+      "gather(Tensor[] sources, Tensor[] indices, Tensor[] inverses, int[] dims, ScalarType? dtype) -> Tensor[]");
   m.def("group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
   m.def("prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
 }
