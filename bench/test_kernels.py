@@ -23,10 +23,7 @@ def test_layer(benchmark, session, model, op, direction, keep):
     if session.quick:
         batch = min(batch, 32)
     shape = layer_ways.SHAPES[model]
-    ways = [way for way in layer_ways.WAYS if way != "compiled"]
-    # Nothing that is kept changes the compiled dense layer, and compiling takes longer than all else.
-    if keep == 1.0 and not session.options.no_compile:
-        ways.insert(1, "compiled")
+    ways = [way for way in layer_ways.WAYS if way != "compiled" or not session.options.no_compile]
     x_bytes = batch * shape.tokens * shape.dim * session.dtype.itemsize
     inputs = max(2, round(CACHE / x_bytes)) if session.on_gpu else 1
     made = layer_ways.layer(

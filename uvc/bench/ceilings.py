@@ -1,4 +1,4 @@
-"""What this machine does at best: a large matrix product and copies, measured in the session that uses them."""
+"""What this machine does at best: large matrix products and copies, measured when they are needed."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ GIGA = 1e9
 
 
 class Ceilings(NamedTuple):
-    """`gflop_per_s`: the best square product in one dtype. `copies`: (bytes moved, GB/s) of copies, by size."""
+    """`gflop_per_s`: the best square product in one dtype. `copies`: (bytes moved, GB/s), by size."""
 
     gflop_per_s: float
     copies: tuple[tuple[int, float], ...]

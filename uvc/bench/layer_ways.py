@@ -88,8 +88,8 @@ def layer(
     name = "attn" if op == "attention" else "mlp"
     modules = {way: getattr(b.model.blocks[0], name).to(dtype).eval() for way, b in built.items()}
     if "compiled" in modules:
-        # The block was compiled; here it is the layer that runs.
-        modules["compiled"].compile()
+        # The block was marked for compilation; here it is the layer that runs.
+        modules["compiled"].compile(dynamic=False)
     converted = modules.pop("on_the_fly")
     kernel, exact = _kernel(op, converted), copy.deepcopy(converted).double()
     able, without = backends(op, device, dtype)

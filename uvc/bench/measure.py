@@ -1,7 +1,7 @@
 """Interleaved timing: in every round each way is timed once, so that a machine whose speed drifts hits all.
 
-On a GPU the device is kept waiting while the host enqueues, so that events time the device and not the host; calls
-that are too short for that are captured in a graph and replayed.
+On a GPU the device is kept waiting while the host enqueues, so that events time the device and not the host;
+calls that are too short for that are captured in a graph and replayed.
 """
 
 import statistics
@@ -43,10 +43,11 @@ def percentile(samples: tuple[float, ...], share: float) -> float:
 
 
 def ratio(base: Timing, other: Timing) -> tuple[float, float]:
-    """How many times as fast as `base` `other` is, and the band, as a fraction, in which a second run falls.
+    """How many times as fast as `base` `other` is, and the band, a fraction, in which a second run falls.
 
-    The median of the ratios of the rounds: what slows one round slows both. With sigma from p20 and p80 the medians
-    of two runs of n rounds differ by less than 2.6 sqrt(2) 1.25 sigma / sqrt(n) in 99 of 100 pairs; 2% are added.
+    The median of the ratios of the rounds: what slows one round slows both. With sigma from p20 and p80 the
+    medians of two runs of n rounds differ by less than 2.6 sqrt(2) 1.25 sigma / sqrt(n) in 99 of 100 pairs;
+    2% are added.
     """
     ratios = tuple(a / b for a, b in zip(base.samples, other.samples, strict=True))
     middle = statistics.median(ratios)
@@ -81,7 +82,7 @@ class Round:
         self._timers = {name: prepare(name, call, replay) for name, call in calls.items()}
 
     def run(self) -> None:
-        """One sample of each; every second round goes backwards, so that no way always follows the same one."""
+        """One sample of each; every second round goes backwards, so that no way always follows another."""
         names = list(self._timers)
         for name in names if self._count % 2 == 0 else reversed(names):
             self.samples[name].append(self._timers[name][0]())

@@ -165,7 +165,7 @@ def _text(value: object) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV; ValueError, in one line that names the file, for anything that is not one of ours."""
+    """The rows of a CSV; ValueError, in one line that names the file, for anything else."""
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)

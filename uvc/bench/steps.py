@@ -1,4 +1,4 @@
-"""What is timed of a whole model: inference, a training step, a search step with the solver; and memory peaks."""
+"""What is timed of a whole model: inference, training, search with the solver; and memory peaks."""
 
 from collections.abc import Callable
 from dataclasses import replace

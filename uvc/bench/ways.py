@@ -91,7 +91,7 @@ def first_line(error: BaseException) -> str:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` with each block under torch.compile: one code for all, in a fraction of the whole model's time."""
+    """`model` with each block under torch.compile: one code serves all, in a fraction of the time."""
     if sys.platform == "linux" and next(model.parameters()).device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -100,8 +100,10 @@ def compiled(model: nn.Module) -> nn.Module:
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False
+    # One code object serves every width and direction; past a limit dynamo would go back to eager.
+    torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=False)
     return model
 
 

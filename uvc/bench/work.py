@@ -1,9 +1,19 @@
 """What a shape must do at least: FLOPs and bytes of every pass, and the time no implementation can beat.
 
-FLOPs are two per multiply-accumulate. Each pass reads its inputs once and writes its outputs once; norm and residual
-are one pass, bias and activation belong to their product, and no pass stores the N x N weights of attention.
-B batch, N tokens, M = B*N, D width, H heads, K head dim, A = H*K, F hidden, L layers; Q and V: kept q/k dims and v
-dims of a layer, over all heads.
+FLOPs are two per multiply-accumulate. Each pass reads its inputs once and writes its outputs once; norm and
+residual are one pass, bias and activation belong to their product, and no pass stores the N x N weights of
+attention. For a layer that keeps Q q/k dims and V v dims over all heads and F neurons, forward:
+
+    pass                 FLOPs          numbers moved
+    norm and residual    0              4 M D
+    qkv                  2 M D (2Q+V)   M D + D (2Q+V) + M (2Q+V)
+    attention core       2 M N (Q+V)    M (2Q+V) + M V
+    projection           2 M V D        M V + V D + M D
+    first MLP product    2 M D F        M D + D F + M F   (in training M F more, for the activation's gradient)
+    second MLP product   2 M F D        M F + F D + M D
+
+B batch, N tokens, M = B*N, D width, H heads, K head dim, A = H*K. The backward pass has both gradients of every
+product, and a core of 2 M N (3Q + 2V) FLOPs: dV, dP, dQ, dK and the scores once more.
 """
 
 from collections.abc import Iterable
@@ -172,7 +182,7 @@ def model_work(
     head = product(s.batch, s.dim, s.classes, size)
     passes = [stem, norm, head]
     if training:
-        # Images have no gradient; the head has both; AdamW reads weight, gradient, two averages, writes three.
+        # Images have no gradient, the head has both. AdamW reads weight, gradient, averages; writes three.
         passes += [stem, norm, head, head, Pass(0, 28 * params)]
     if size < 4:
         passes.append(Pass(0, (4 + size) * params))
