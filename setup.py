@@ -66,7 +66,13 @@ def extensions() -> list:
 
 
 setup(
-    packages=["uvc", *find_packages(include=["uvc.*"]), "uvc_kernels", "uvc_kernels.triton"],
+    packages=[
+        "uvc",
+        *find_packages(include=["uvc.*"]),
+        "uvc_kernels",
+        "uvc_kernels.packed",
+        "uvc_kernels.triton",
+    ],
     package_dir={"uvc_kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)},

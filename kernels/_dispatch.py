@@ -24,8 +24,8 @@ class _Implementation(NamedTuple):
 
 
 _implementations: dict[tuple[str, str], _Implementation] = {}
-# Providers whose files are imported at their first use: `package.op` provides op.
-_ON_DEMAND = {"triton": "uvc_kernels.triton"}
+# Providers whose modules are imported at their first use.
+_ON_DEMAND = {"triton": "uvc_kernels.triton", "cuda": "uvc_kernels.cuda", "cuda-host": "uvc_kernels.cuda"}
 _references: dict[str, Callable] = {}
 _forced: list[str] = []
 _warned: set[tuple] = set()
@@ -50,13 +50,26 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that autocast gives a linear layer; unchanged outside autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast gives the input of a linear layer; unchanged outside autocast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in `dtype`."""
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def check_dtypes(op: str, x: Tensor, *weights: Tensor | None) -> None:
+    """ValueError unless the weights have the dtype of x; under autocast they may stay as they are."""
+    other = next((w.dtype for w in weights if w is not None and w.dtype != x.dtype), None)
+    if other is not None and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{op}: x and the weights must have one dtype outside autocast, got {x.dtype} and {other}"
+        )
 
 
 def need_bits(needs: Sequence[bool]) -> int:
@@ -69,9 +82,13 @@ def asked_for(grads: Sequence[Tensor], needs: int) -> list[Tensor | None]:
     return [grad if needs >> i & 1 else None for i, grad in enumerate(grads)]
 
 
-def empty_gradients(like: Tensor, shapes: Sequence[Sequence[int]], needs: int) -> tuple[Tensor, ...]:
-    """Fake outputs of a backward op: full-size where asked for, else empty."""
-    return tuple(like.new_empty(shape if needs >> i & 1 else (0,)) for i, shape in enumerate(shapes))
+def empty_gradients(tensors: Sequence[Tensor | None], needs: int) -> tuple[Tensor, ...]:
+    """Fake outputs of a backward op: like the tensors where asked for, else empty."""
+    some = next(t for t in tensors if t is not None)
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needs >> i & 1 else some.new_empty(0)
+        for i, t in enumerate(tensors)
+    )
 
 
 def forbid_double_backward(op: str) -> None:
@@ -112,11 +129,11 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
     """None when `provider` can run `op` on this device and dtype, else the reason."""
     if provider == "reference":
         return None
-    if provider == "cpu" and extension_error is not None:
+    if provider in ("cpu", "cuda", "cuda-host") and extension_error is not None:
         return f"the extension uvc_kernels._C is not built ({extension_error}); reinstall with a C++ compiler"
     if (op, provider) not in _implementations and provider in _ON_DEMAND:
         try:
-            importlib.import_module(f"{_ON_DEMAND[provider]}.{op}")
+            importlib.import_module(_ON_DEMAND[provider])
         except ImportError as error:
             return f"{provider} is not installed ({error})"
     implementation = _implementations.get((op, provider))
@@ -129,7 +146,8 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
     return None
 
 
-def _warn_once(key: tuple, message: str) -> None:
+def warn_once(key: tuple, message: str) -> None:
+    """Warn once per process and key."""
     if key not in _warned:
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -152,37 +170,55 @@ def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) ->
 _proven._dynamo_marked_constant = True
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the provider that serves `op` for tensors of this device and dtype.
+def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The providers that can serve `op` here and have proven it, in the order of preference.
 
-    A forced provider that cannot is a RuntimeError; else what no kernel serves goes to `reference`, with one
-    warning.
+    What no kernel serves goes to `reference`, with one warning.
     """
-    name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
-    if name is not None:
-        reason = _why_not(op, _known(name, "UVC_BACKEND"), device, dtype)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} was asked for {op} but cannot run it: {reason}")
-        return name
-    reasons = []
+    found, reasons = [], []
     for provider in reversed(PROVIDERS[1:]):
-        # On the CPU Triton is an interpreter: for tests, on request.
-        if provider == "triton" and device.type == "cpu":
+        # On the CPU Triton is an interpreter and CUDA a host build: for tests, on request.
+        if device.type == "cpu" and provider != "cpu":
             continue
         reason = _why_not(op, provider, device, dtype)
         if reason is None and (provider == "cpu" or _proven(op, provider, device, dtype)):
-            return provider
-        if provider == device.type:
+            found.append(provider)
+        elif provider == device.type:
             reasons.append(reason)
-    _warn_once(
-        (op, device.type, dtype),
-        f"uvc_kernels.{op} runs on plain PyTorch for {dtype} on {device.type}: "
-        + (reasons[0] if reasons else f"no kernel serves {device.type} tensors"),
-    )
-    return "reference"
+    if not found:
+        warn_once(
+            (op, device.type, dtype),
+            f"uvc_kernels.{op} runs on plain PyTorch for {dtype} on {device.type}: "
+            + (reasons[0] if reasons else f"no kernel serves {device.type} tensors"),
+        )
+    return found or ["reference"]
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the provider that serves `op` for tensors of this device and dtype.
+
+    A forced provider that cannot is a RuntimeError. Of several the first of the order of preference is
+    named; attention and MLP may be served by a faster one, or by full products, where that was measured.
+    """
+    return forced(op, device, dtype) or able(op, device, dtype)[0]
+
+
+def forced(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The provider that the user asked for; RuntimeError when it cannot serve."""
+    name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
+    if name is None:
+        return None
+    reason = _why_not(op, _known(name, "UVC_BACKEND"), device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for {op} but cannot run it: {reason}")
+    return name
+
+
+def run_of(op: str, provider: str) -> Callable:
+    """What `provider` runs for `op`."""
+    return _references[op] if provider == "reference" else _implementations[op, provider].run
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
     """The callable that `select` stands for."""
-    name = select(op, device, dtype)
-    return _references[op] if name == "reference" else _implementations[op, name].run
+    return run_of(op, select(op, device, dtype))

@@ -7,46 +7,14 @@ h runs over the kept heads, Q_h over the kept q/k dims of head h, V_h over its k
 B batch, N tokens, D width, H heads, K head dim, A = H*K.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
-
-
-class KeptHeads(NamedTuple):
-    """The kept positions in 0..A of q/k dims and of v dims, head by head, ascending; int64, on x's device.
-
-    `qk_offsets` and `v_offsets` [h + 1] cut the lists `qk` and `v` by kept head; they start at 0.
-    """
-
-    qk: Tensor
-    qk_offsets: Tensor
-    v: Tensor
-    v_offsets: Tensor
-
-
-def kept_heads(qk_mask: Tensor, v_mask: Tensor) -> KeptHeads:
-    """The index form of two bool masks [H, K] (True = kept).
-
-    A head is kept when it has a kept v dim; the q/k dims of other heads are dropped. ValueError on masks of
-    another shape or dtype.
-    """
-    if qk_mask.dim() != 2 or qk_mask.shape != v_mask.shape or {qk_mask.dtype, v_mask.dtype} != {torch.bool}:
-        raise ValueError(
-            "kept_heads takes two bool masks of one shape [heads, head_dim]; got "
-            f"{qk_mask.dtype} {tuple(qk_mask.shape)} and {v_mask.dtype} {tuple(v_mask.shape)}"
-        )
-    K = v_mask.shape[1]
-    heads = v_mask.any(1).nonzero().squeeze(1)
-    cut = []
-    for mask in (qk_mask, v_mask):
-        kept = mask[heads]
-        row, dim = kept.nonzero(as_tuple=True)
-        cut += [heads[row] * K + dim, F.pad(kept.sum(1).cumsum(0), (1, 0))]
-    return KeptHeads(*cut)
+from . import _dispatch, fastest
+from .kept import KeptHeads
 
 
 def attention_reference(
@@ -57,12 +25,16 @@ def attention_reference(
     proj_bias: Tensor | None,
     kept: KeptHeads,
     scale: float,
+    packed: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
     A = proj_weight.shape[1]
     rows = torch.cat([kept.qk, kept.qk + A, kept.v + 2 * A])
-    bias = None if qkv_bias is None else qkv_bias.index_select(0, rows)
-    qkv = F.linear(x, qkv_weight.index_select(0, rows), bias)
+    weight, proj, proj_bias = _dispatch.cast(
+        x.dtype, qkv_weight.index_select(0, rows), proj_weight.index_select(1, kept.v), proj_bias
+    )
+    bias = None if qkv_bias is None else qkv_bias.index_select(0, rows).to(x.dtype)
+    qkv = F.linear(x, weight, bias)
     q, k, v = qkv.split([len(kept.qk), len(kept.qk), len(kept.v)], -1)
     q_cut, v_cut = kept.qk_offsets.tolist(), kept.v_offsets.tolist()
     heads = [v[..., :0]]
@@ -70,7 +42,7 @@ def attention_reference(
         q_h, k_h = (t[..., q_cut[h] : q_cut[h + 1]] for t in (q, k))
         weights = (scale * q_h @ k_h.transpose(-2, -1)).softmax(-1)  # [B, N, N]
         heads.append(weights @ v[..., v_cut[h] : v_cut[h + 1]])
-    return F.linear(torch.cat(heads, -1), proj_weight.index_select(1, kept.v), proj_bias)
+    return F.linear(torch.cat(heads, -1), proj, proj_bias)
 
 
 _dispatch.provide_reference("attention", attention_reference)
@@ -84,8 +56,10 @@ def _attention_cpu(
     proj_bias: Tensor | None,
     kept: KeptHeads,
     scale: float,
+    packed: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    return torch.ops.uvc_kernels.attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, *kept, scale)[0]
+    weights = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale)[0]
 
 
 def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale):
@@ -100,9 +74,8 @@ def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_
 
 
 def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
-    A = proj_weight.shape[1]
-    shapes = (x.shape, qkv_weight.shape, (3 * A,), proj_weight.shape, (proj_weight.shape[0],))
-    return _dispatch.empty_gradients(x, shapes, rest[-1])
+    qkv_bias, proj_bias = qkv_weight.new_empty(len(qkv_weight)), proj_weight.new_empty(len(proj_weight))
+    return _dispatch.empty_gradients((x, qkv_weight, qkv_bias, proj_weight, proj_bias), rest[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -137,13 +110,15 @@ def attention(
     proj_bias: Tensor | None,
     kept: KeptHeads,
     scale: float,
+    packed: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Attention over the kept heads and dims.
 
     x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
-    proj_bias [Dout] or None, all of one floating dtype (autocast applies as to a linear layer). Returns
-    [B, N, Dout] in that dtype. Gradients are full-size, zero where removed. Zero kept heads leave the bias
-    alone. ValueError on shapes that do not fit.
+    proj_bias [Dout] or None, all of one floating dtype (autocast casts as for a linear layer, but only what
+    is kept). packed: what `pack_ahead` made of the weights, if several layers were packed at once. Returns
+    [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
+    bias alone. ValueError on shapes that do not fit.
     """
     if x.dim() != 3:
         raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")
@@ -152,8 +127,13 @@ def attention(
             f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
             f"proj_weight, got {tuple(qkv_weight.shape)}"
         )
-    x, qkv_weight, qkv_bias, proj_weight, proj_bias = _dispatch.autocast(
-        x, qkv_weight, qkv_bias, proj_weight, proj_bias
-    )
-    run = _dispatch.implementation("attention", x.device, x.dtype)
-    return run(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale)
+    if kept.whole_columns.numel() != proj_weight.shape[1]:
+        raise ValueError(
+            f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
+            f"{proj_weight.shape[1]}"
+        )
+    _dispatch.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    x = _dispatch.autocast(x)
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
+    return fastest.choose("attention", arguments, *dims, case=kept.whole_columns.shape)(*arguments)

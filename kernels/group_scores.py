@@ -31,13 +31,14 @@ def _group_scores_cpu(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tens
     return torch.ops.uvc_kernels.group_scores(a, b, dims)
 
 
-def _fake(a, b, dims):
+def empty_scores(a, b, dims):
+    """Fake output of the ops of every provider."""
     total = sum(t.shape[dim] for t, dim in zip(a, dims, strict=True))
     return a[0].new_empty(total, dtype=_dispatch.statistics_dtype(a[0].dtype))
 
 
 if _dispatch.extension_error is None:
-    torch.library.register_fake("uvc_kernels::group_scores", _fake)
+    torch.library.register_fake("uvc_kernels::group_scores", empty_scores)
     _dispatch.provide("group_scores", "cpu", _group_scores_cpu, "cpu", _dispatch.CPU_DTYPES)
 
 

@@ -1,15 +1,19 @@
-"""Two-layer MLP that reads and multiplies kept neurons only.
+"""Two-layer MLP, plain or gated, that reads and multiplies kept neurons only.
 
     out = act(x W1[F']^T + b1[F']) W2[:, F']^T + b2,   F' the kept neurons
+    gated (SwiGLU and its like):  out = (act(x Wg[F']^T + bg[F']) * (x W1[F']^T + b1[F'])) W2[:, F']^T + b2
 
 D width, F hidden.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
+from .kept import KeptNeurons
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -29,13 +33,21 @@ def mlp_reference(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    neurons: Tensor,
+    kept: KeptNeurons,
     activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    packed: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
-    bias = None if fc1_bias is None else fc1_bias.index_select(0, neurons)
-    hidden = ACTIVATIONS[activation](F.linear(x, fc1_weight.index_select(0, neurons), bias))
-    return F.linear(hidden, fc2_weight.index_select(1, neurons), fc2_bias)
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.index_select(0, kept.neurons).to(x.dtype)
+        return F.linear(x, weight.index_select(0, kept.neurons).to(x.dtype), bias)
+
+    hidden, act = linear(fc1_weight, fc1_bias), ACTIVATIONS[activation]
+    hidden = act(hidden) if gate_weight is None else act(linear(gate_weight, gate_bias)) * hidden
+    return F.linear(hidden, *_dispatch.cast(x.dtype, fc2_weight.index_select(1, kept.neurons), fc2_bias))
 
 
 _dispatch.provide_reference("mlp", mlp_reference)
@@ -47,11 +59,18 @@ def _mlp_cpu(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    neurons: Tensor,
+    kept: KeptNeurons,
     activation: str,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    packed: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    code = _CODES[activation]
-    return torch.ops.uvc_kernels.mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, code)[0]
+    if gate_weight is not None:
+        return mlp_reference(
+            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias
+        )
+    weights = _dispatch.cast(x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, _CODES[activation])[0]
 
 
 def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation):
@@ -60,8 +79,8 @@ def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation):
 
 
 def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, activation, hidden, needs):
-    shapes = (x.shape, fc1_weight.shape, fc1_weight.shape[:1], fc2_weight.shape, fc2_weight.shape[:1])
-    return _dispatch.empty_gradients(x, shapes, needs)
+    fc1_bias, fc2_bias = fc1_weight.new_empty(len(fc1_weight)), fc2_weight.new_empty(len(fc2_weight))
+    return _dispatch.empty_gradients((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -93,26 +112,37 @@ def mlp(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    neurons: Tensor,
+    kept: KeptNeurons,
     activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    packed: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """MLP over the kept neurons.
 
-    x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, all of
-    one floating dtype (autocast applies as to a linear layer); neurons: int64 indices in 0..F, ascending;
-    activation: a key of `ACTIVATIONS`. Returns [..., Dout] in that dtype. Gradients are full-size, zero where
-    removed. No kept neuron leaves the bias alone. ValueError on shapes that do not fit and on an unknown
-    activation.
+    x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, of a
+    gated MLP also gate_weight [F, D] and gate_bias [F] or None, all of one floating dtype (autocast casts as
+    for a linear layer, but only what is kept); activation: a key of `ACTIVATIONS`; packed: what `pack_ahead`
+    made of the weights, if several layers were packed at once. Returns [..., Dout] in the dtype of x.
+    Gradients are full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on shapes
+    that do not fit and on an unknown activation.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
-    if x.dim() < 1 or fc1_weight.shape != (fc2_weight.shape[1], x.shape[-1]):
+    for name, weight in (("fc1_weight", fc1_weight), ("gate_weight", gate_weight)):
+        if weight is not None and (x.dim() < 1 or weight.shape != (fc2_weight.shape[1], x.shape[-1])):
+            raise ValueError(
+                f"mlp: {name} must be [{fc2_weight.shape[1]}, {x.shape[-1]}] to fit x and fc2_weight, "
+                f"got {tuple(weight.shape)}"
+            )
+    if kept.whole.shape != fc2_weight.shape[1:]:
         raise ValueError(
-            f"mlp: fc1_weight must be [{fc2_weight.shape[1]}, {x.shape[-1]}] to fit x and fc2_weight, "
-            f"got {tuple(fc1_weight.shape)}"
+            f"mlp: kept is of {len(kept.whole)} neurons, but fc2_weight has {fc2_weight.shape[1]}"
         )
-    x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = _dispatch.autocast(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias
-    )
-    run = _dispatch.implementation("mlp", x.device, x.dtype)
-    return run(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation)
+    _dispatch.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
+    x = _dispatch.autocast(x)
+    arguments = (
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed
+    )  # fmt: skip
+    neurons = kept.neurons.shape[0], kept.whole.shape[0]
+    return fastest.choose("mlp", arguments, *neurons, case=(activation,))(*arguments)

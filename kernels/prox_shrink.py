@@ -29,12 +29,13 @@ def _prox_shrink_cpu(weights: list[Tensor], factors: Tensor, dims: list[int]) ->
     torch.ops.uvc_kernels.prox_shrink(weights, factors.to(wide).contiguous(), dims)
 
 
-def _fake(weights, factors, dims):
+def nothing(weights, factors, dims):
+    """Fake output of the ops of every provider."""
     return None
 
 
 if _dispatch.extension_error is None:
-    torch.library.register_fake("uvc_kernels::prox_shrink", _fake)
+    torch.library.register_fake("uvc_kernels::prox_shrink", nothing)
     _dispatch.provide("prox_shrink", "cpu", _prox_shrink_cpu, "cpu", _dispatch.CPU_DTYPES)
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ._dispatch import backend
-from .attention import attention, kept_heads
+from .attention import attention
+from .gather import gather
 from .group_scores import group_scores
+from .kept import kept_heads, kept_neurons
 from .mlp import mlp
 from .prox_shrink import prox_shrink
 
@@ -32,13 +34,24 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     inputs = _tensors(device, dtype, (2, 70, 24), (576, 24), (576,), (24, 192), (24,))
     mask = torch.arange(192).view(3, 64) % 3 > 0
     mask[1], mask[2, 20:] = False, False
-    kept = kept_heads(mask.roll(1, 1).to(device), mask.to(device))
+    kept = kept_heads(mask.roll(1, 1), mask, device)
     return _with_gradients(attention(*inputs, kept, 0.05), inputs)
 
 
 def _mlp(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    inputs = _tensors(device, dtype, (2, 17, 24), (40, 24), (40,), (24, 40), (24,))
-    return _with_gradients(mlp(*inputs, torch.arange(0, 40, 3, device=device)), inputs)
+    inputs = _tensors(device, dtype, (2, 17, 24), (40, 24), (40,), (24, 40), (24,), (40, 24), (40,))
+    kept = kept_neurons(torch.arange(40) % 3 == 0, device)
+    plain = _with_gradients(mlp(*inputs[:5], kept), inputs[:5])
+    return plain + _with_gradients(mlp(*inputs[:5], kept, "silu", *inputs[5:]), inputs)
+
+
+def _gather(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    sources = _tensors(device, dtype, (40, 24), (40,), (24, 40))
+    kept = kept_neurons(torch.arange(40) % 3 == 0, device)
+    packed = gather(sources, [kept.rows] * 3, [kept.whole] * 3, [0, 0, 1])
+    return [
+        result for pair in zip(packed, sources, strict=True) for result in _with_gradients(pair[0], [pair[1]])
+    ]
 
 
 def _group_scores(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -56,6 +69,7 @@ def _prox_shrink(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 EXAMPLES: dict[str, Callable[[torch.device, torch.dtype], list[Tensor]]] = {
     "attention": _attention,
     "mlp": _mlp,
+    "gather": _gather,
     "group_scores": _group_scores,
     "prox_shrink": _prox_shrink,
 }

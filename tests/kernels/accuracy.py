@@ -16,13 +16,15 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -
     return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
-def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def with_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], seed: int = 1
+) -> list[Tensor]:
     """The output and the gradient of every input that is there, under a fixed cotangent."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
     out = function(*inputs)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     # Rounded to bfloat16, so that every dtype sees the same numbers.
-    out.backward(cotangent.bfloat16().to(out.dtype))
+    out.backward(cotangent.bfloat16().to(out))
     return [out.detach(), *(t.grad for t in inputs if t is not None)]
 
 
@@ -35,14 +37,25 @@ def check(
     """The kernel's output and gradients are at most twice as wrong as plain torch's in `dtype`."""
     inputs = [None if t is None else t.detach().to(dtype) for t in inputs]
     wide = [None if t is None else t.double() for t in inputs]
-    with uvc_kernels.backend("reference"):
-        exact, plain = with_gradients(function, wide), with_gradients(function, inputs)
-    with uvc_kernels.backend(provider):
-        found = with_gradients(function, inputs)
-    for i, (a, b, c) in enumerate(zip(found, plain, exact, strict=True)):
-        assert a.dtype == dtype and a.shape == c.shape
-        if c.numel() == 0:
-            continue
-        allowed = 2 * (b.double() - c).abs().max() + FLOOR[dtype] * c.abs().max()
-        error = (a.double() - c).abs().max()
+    pooled: list[list[float]] = []  # per result: the kernel's worst error, torch's, the largest entry
+    # The error of a handful of numbers is luck, torch's too: then both are judged over several cotangents.
+    for seed in range(1, 9):
+        with uvc_kernels.backend("reference"):
+            exact, plain = with_gradients(function, wide, seed), with_gradients(function, inputs, seed)
+        with uvc_kernels.backend(provider):
+            found = with_gradients(function, inputs, seed)
+        pooled = pooled or [[0.0, 0.0, 0.0] for _ in exact]
+        for sums, a, b, c in zip(pooled, found, plain, exact, strict=True):
+            assert a.dtype == dtype and a.shape == c.shape
+            if c.numel():
+                worst = ((a.double() - c), (b.double() - c), c)
+                # A NaN must not be lost in a maximum.
+                sums[:] = [
+                    max(s, t.abs().max().nan_to_num(float("inf")).item())
+                    for s, t in zip(sums, worst, strict=True)
+                ]
+        if min(torch.count_nonzero(c).item() or 64 for c in exact) >= 64:
+            break
+    for i, (error, usual, largest) in enumerate(pooled):
+        allowed = 2 * usual + FLOOR[dtype] * largest
         assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"

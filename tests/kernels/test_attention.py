@@ -124,8 +124,8 @@ def test_the_number_of_threads_does_not_change_a_bit():
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        out, qkv, heads, stats = op(*tensors, *kept, 0.25)
-        grads = backward(out, *tensors[:4], *kept, 0.25, qkv, heads, stats, 4)
+        out, qkv, heads, stats = op(*tensors, *kept[1:5], 0.25)
+        grads = backward(out, *tensors[:4], *kept[1:5], 0.25, qkv, heads, stats, 4)
         results.append((heads, stats, grads[2]))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -192,11 +192,11 @@ def test_opcheck_passes(biases):
     x, qkv, qkv_bias, proj, proj_bias = inputs(5, 3, 4, width=6, out=7, biases=biases)
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, qkv, qkv_bias, proj, proj_bias)]
     kept = ragged(3, 4)
-    torch.library.opcheck(op, (*leaves, *kept, 0.5))
+    torch.library.opcheck(op, (*leaves, *kept[1:5], 0.5))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, *kept, 0.5)
+    out, *saved = op(*detached, *kept[1:5], 0.5)
     for needs in (0b11111, 0b01001):
-        torch.library.opcheck(backward, (torch.ones_like(out), *detached[:4], *kept, 0.5, *saved, needs))
+        torch.library.opcheck(backward, (torch.ones_like(out), *detached[:4], *kept[1:5], 0.5, *saved, needs))
 
 
 @pytest.mark.parametrize("kind", ["ragged", "no heads", "no biases"])
@@ -244,28 +244,22 @@ def test_a_second_derivative_is_a_clear_error():
         (lambda t, kept: ([t[0], t[1][:-1], *t[2:]], kept), "qkv_weight must be"),
         (lambda t, kept: ([t[0].float(), *t[1:]], kept), "one dtype"),
         (lambda t, kept: (t, kept._replace(qk=kept.qk + 24)), "positions in 0..A"),
+        (lambda t, kept: (t, ragged(2, 8)), "kept is of 16 dims"),
         (lambda t, kept: (t, kept._replace(v_offsets=kept.v_offsets + 1)), "offsets"),
         (lambda t, kept: (t, kept._replace(v=kept.v.int())), "int64"),
     ],
-    ids=["flat x", "short weight", "mixed dtypes", "row out of range", "offsets off", "int32 indices"],
+    ids=[
+        "flat x",
+        "short weight",
+        "mixed dtypes",
+        "row out of range",
+        "record of another layer",
+        "offsets off",
+        "int32 indices",
+    ],
 )
 def test_what_does_not_fit_is_one_clear_line(change, message):
     tensors, kept = change(inputs(5, 3, 8), ragged(3, 8))
     with uvc_kernels.backend("cpu"), pytest.raises((ValueError, RuntimeError), match=message) as caught:
         uvc_kernels.attention(*tensors, kept, 0.25)
     assert "\n" not in str(caught.value)
-
-
-def test_kept_heads_lists_positions_head_by_head():
-    qk = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
-    v = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)
-    kept = uvc_kernels.kept_heads(qk, v)
-    assert kept.qk.tolist() == [1, 2] and kept.qk_offsets.tolist() == [0, 2, 2]
-    assert kept.v.tolist() == [0, 2, 7] and kept.v_offsets.tolist() == [0, 2, 3]
-
-
-def test_kept_heads_refuses_masks_that_are_not_bool_pairs():
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    for qk, v in ((mask, mask.int()), (mask, mask[:1]), (mask[0], mask[0])):
-        with pytest.raises(ValueError, match="kept_heads takes two bool masks"):
-            uvc_kernels.kept_heads(qk, v)

@@ -68,13 +68,13 @@ def test_a_dtype_without_kernel_runs_on_plain_torch_and_says_so_once(monkeypatch
     monkeypatch.delenv("UVC_BACKEND", raising=False)
     monkeypatch.setattr(_dispatch, "_warned", set())
     x = torch.randn(2, 3).half()
-    weight = torch.randn(5, 3).half()
+    weight, kept = torch.randn(5, 3).half(), uvc_kernels.kept_neurons(torch.arange(5) % 4 == 0)
     with pytest.warns(RuntimeWarning, match=r"uvc_kernels.mlp runs on plain PyTorch for torch.float16"):
-        out = uvc_kernels.mlp(x, weight, None, weight.t(), None, torch.tensor([0, 4]))
+        out = uvc_kernels.mlp(x, weight, None, weight.t(), None, kept)
     assert out.dtype == torch.float16
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        uvc_kernels.mlp(x, weight, None, weight.t(), None, torch.tensor([0, 4]))
+        uvc_kernels.mlp(x, weight, None, weight.t(), None, kept)
 
 
 def test_a_missing_extension_is_said_once_and_everything_still_runs(monkeypatch):
@@ -100,7 +100,8 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
                   for s in ((2, 77, 24), (99, 24), (99,), (24, 33), (24,), (50, 24), (24, 50))]
         with uvc_kernels.backend(name):
             y = uvc_kernels.attention(*leaves[:5], kept, 0.2)
-            y = uvc_kernels.mlp(y, leaves[5], None, leaves[6], None, torch.arange(0, 50, 3))
+            neurons = uvc_kernels.kept_neurons(torch.arange(50) % 3 == 0)
+            y = uvc_kernels.mlp(y, leaves[5], None, leaves[6], None, neurons)
             scores = uvc_kernels.group_scores([leaves[1], leaves[3]], [leaves[1], leaves[3]], [0, 1])
         results.append([y, scores, *torch.autograd.grad(y.square().sum(), leaves)])
     for a, b in zip(*results):

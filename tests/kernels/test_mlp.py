@@ -17,11 +17,11 @@ def inputs(tokens, hidden=100, width=24, out=13, batch=2, biases=True):
 
 
 def some(count, hidden=100):
-    return torch.randperm(hidden)[:count].sort().values
+    return uvc_kernels.kept_neurons(torch.randperm(hidden) < count)
 
 
-def run(neurons, activation="gelu"):
-    return lambda *tensors: uvc_kernels.mlp(*tensors, neurons, activation)
+def run(kept, activation="gelu"):
+    return lambda *tensors: uvc_kernels.mlp(*tensors, kept, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,27 +38,27 @@ def test_every_activation_and_its_slope_are_as_exact_as_plain_torch(activation, 
     # An identity around the activation: each token of width 1 shows it one number.
     x = torch.cat([torch.linspace(-14, 14, 1001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 100, -100])])
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    check(run(torch.tensor([0]), activation), [x.double()[None, :, None], one, zero, one, zero], dtype)
+    check(run(some(1, 1), activation), [x.double()[None, :, None], one, zero, one, zero], dtype)
 
 
 def test_gelu_keeps_its_relative_accuracy_in_the_negative_tail():
     x = torch.linspace(-12, -1, 501)
     one = torch.ones(1, 1)
-    found = uvc_kernels.mlp(x[:, None], one, None, one, None, torch.tensor([0]))[:, 0].double()
+    found = uvc_kernels.mlp(x[:, None], one, None, one, None, some(1, 1))[:, 0].double()
     exact = 0.5 * x.double() * torch.erfc(-x.double() / 2**0.5)
     assert ((found - exact) / exact).abs().max() < 2e-5
 
 
 def test_removed_neurons_are_absent_from_the_dense_formula():
-    tensors, neurons = inputs(17), some(41)
+    tensors, kept = inputs(17), some(41)
     on = torch.zeros(100, dtype=torch.float64)
-    on[neurons] = 1
+    on[kept.neurons] = 1
 
     def multiplied(x, w1, b1, w2, b2):
         return F.linear(F.gelu(F.linear(x, w1, b1)) * on, w2, b2)
 
     for found, expected in zip(
-        with_gradients(run(neurons), tensors), with_gradients(multiplied, tensors), strict=True
+        with_gradients(run(kept), tensors), with_gradients(multiplied, tensors), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -72,13 +72,13 @@ def test_without_neurons_only_the_output_bias_is_left(dtype):
 
 
 def test_gradients_of_removed_rows_and_columns_are_exactly_zero():
-    neurons = some(41)
-    _, _, w1, b1, w2, _ = with_gradients(run(neurons), inputs(17))
+    kept = some(41)
+    _, _, w1, b1, w2, _ = with_gradients(run(kept), inputs(17))
     removed = torch.ones(100, dtype=torch.bool)
-    removed[neurons] = False
+    removed[kept.neurons] = False
     assert torch.count_nonzero(w1[removed]) == torch.count_nonzero(b1[removed]) == 0
     assert torch.count_nonzero(w2[:, removed]) == 0
-    assert w1[neurons].abs().sum(1).min() > 0 and w2[:, neurons].abs().sum(0).min() > 0
+    assert w1[kept.neurons].abs().sum(1).min() > 0 and w2[:, kept.neurons].abs().sum(0).min() > 0
 
 
 def test_missing_biases_any_number_of_leading_dims_and_strides_are_fine():
@@ -91,17 +91,17 @@ def test_missing_biases_any_number_of_leading_dims_and_strides_are_fine():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats_are_bit_equal(dtype):
-    tensors, neurons = [t.detach().to(dtype) for t in inputs(63)], some(41)
-    first, second = (with_gradients(run(neurons), tensors) for _ in range(2))
+    tensors, kept = [t.detach().to(dtype) for t in inputs(63)], some(41)
+    first, second = (with_gradients(run(kept), tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("frozen", range(5), ids=["x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"])
 def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
-    tensors, neurons = inputs(17), some(41)
-    whole = with_gradients(run(neurons), tensors)[1:]
+    tensors, kept = inputs(17), some(41)
+    whole = with_gradients(run(kept), tensors)[1:]
     leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
-    out = run(neurons)(*leaves)
+    out = run(kept)(*leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     out.backward(cotangent.bfloat16().to(out.dtype))
     for i, (leaf, grad) in enumerate(zip(leaves, whole, strict=True)):
@@ -112,11 +112,11 @@ def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
 def test_opcheck_passes(biases):
     tensors = inputs(5, hidden=9, width=4, out=3, biases=biases)
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    torch.library.opcheck(op, (*leaves, some(4, 9), 0))
+    torch.library.opcheck(op, (*leaves, some(4, 9).neurons, 0))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, hidden = op(*detached, some(9, 9), 0)
+    out, hidden = op(*detached, some(9, 9).neurons, 0)
     for needs in (0b11111, 0b01001):
-        arguments = (torch.ones_like(out), *detached[:4], some(9, 9), 0, hidden, needs)
+        arguments = (torch.ones_like(out), *detached[:4], some(9, 9).neurons, 0, hidden, needs)
         torch.library.opcheck(backward, arguments)
 
 
@@ -128,31 +128,31 @@ def test_gradcheck_passes(count, activation):
 
 
 def test_compiles_as_one_graph():
-    tensors, neurons = inputs(17), some(41)
-    compiled = torch.compile(run(neurons), fullgraph=True, backend="aot_eager")
+    tensors, kept = inputs(17), some(41)
+    compiled = torch.compile(run(kept), fullgraph=True, backend="aot_eager")
     for found, wanted in zip(
-        with_gradients(compiled, tensors), with_gradients(run(neurons), tensors), strict=True
+        with_gradients(compiled, tensors), with_gradients(run(kept), tensors), strict=True
     ):
         assert torch.equal(found, wanted)
 
 
 def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
-    tensors, neurons = [t.detach().float() for t in inputs(17)], some(41)
+    tensors, kept = [t.detach().float() for t in inputs(17)], some(41)
 
     def cast(*given):
         with torch.autocast("cpu", torch.bfloat16):
-            return run(neurons)(*given)
+            return run(kept)(*given)
 
     out, *grads = with_gradients(cast, tensors)
     assert out.dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in grads)
-    assert torch.equal(out, run(neurons)(*(t.bfloat16() for t in tensors)))
+    assert torch.equal(out, run(kept)(*(t.bfloat16() for t in tensors)))
 
 
 def test_the_raw_op_under_autocast_still_computes_in_the_dtype_of_its_inputs():
-    tensors, neurons = [t.detach().float() for t in inputs(17)], some(41)
-    expected = op(*tensors, neurons, 0)
+    tensors, kept = [t.detach().float() for t in inputs(17)], some(41)
+    expected = op(*tensors, kept.neurons, 0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = op(*tensors, neurons, 0)
+        found = op(*tensors, kept.neurons, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -161,13 +161,13 @@ def test_the_raw_op_under_autocast_still_computes_in_the_dtype_of_its_inputs():
     [
         (lambda t, n: (t, n, "softplus"), "unknown activation 'softplus'; use one of gelu"),
         (lambda t, n: ([t[0], t[1][:-1], *t[2:]], n, "gelu"), "fc1_weight must be"),
-        (lambda t, n: (t, n + 100, "gelu"), "positions in 0..F"),
+        (lambda t, n: (t, some(3, 99), "gelu"), "kept is of 99 neurons"),
         (lambda t, n: ([t[0].float(), *t[1:]], n, "gelu"), "one dtype"),
     ],
-    ids=["activation", "short weight", "neuron out of range", "mixed dtypes"],
+    ids=["activation", "short weight", "record of another layer", "mixed dtypes"],
 )
 def test_what_does_not_fit_is_one_clear_line(change, message):
-    tensors, neurons, activation = change(inputs(5), some(41))
+    tensors, kept, activation = change(inputs(5), some(41))
     with uvc_kernels.backend("cpu"), pytest.raises((ValueError, RuntimeError), match=message) as caught:
-        uvc_kernels.mlp(*tensors, neurons, activation)
+        uvc_kernels.mlp(*tensors, kept, activation)
     assert "\n" not in str(caught.value)

@@ -34,10 +34,9 @@ class UVCAttention(Attention):
         return new
 
     def _be_dense(self) -> None:
-        # The masks are the record and stay on the CPU; the indices follow the module from device to device.
+        # The masks are the record and stay on the CPU; the indices follow the weights from device to device.
         self._masks: tuple[Tensor, Tensor] | None = None
-        for name in ("_qk", "_qk_offsets", "_v", "_v_offsets"):
-            self.register_buffer(name, None, persistent=False)
+        self._kept: uvc_kernels.KeptHeads | None = None
 
     def set_kept(self, qk: Tensor | None, v: Tensor | None) -> None:
         """Keep the q/k dims and v dims marked in the bool masks [H, K] `qk` and `v`; None keeps all.
@@ -57,10 +56,14 @@ class UVCAttention(Attention):
             return self._be_dense()
         if fault := attention_fault(self):
             raise ValueError(f"cannot remove parts of this UVCAttention: {fault}")
-        device = self.qkv.weight.device
-        kept = uvc_kernels.kept_heads(qk, v)
-        self._qk, self._qk_offsets, self._v, self._v_offsets = (index.to(device) for index in kept)
+        self._kept = uvc_kernels.kept_heads(qk, v, self.qkv.weight.device)
         self._masks = (qk, v)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._kept is not None:
+            self._kept = self._kept.to(self.qkv.weight.device)
+        return self
 
     @property
     def is_dense(self) -> bool:
@@ -88,9 +91,8 @@ class UVCAttention(Attention):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is None and not is_causal and dropout == 0.0:
-            kept = uvc_kernels.KeptHeads(self._qk, self._qk_offsets, self._v, self._v_offsets)
             weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
-            return self.proj_drop(uvc_kernels.attention(x, *weights, kept, self.scale))
+            return self.proj_drop(uvc_kernels.attention(x, *weights, self._kept, self.scale))
         reason = "attention dropout" if dropout else "an attention mask"
         say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))

@@ -34,9 +34,9 @@ class UVCMlp(Mlp):
         return new
 
     def _be_dense(self) -> None:
-        # The mask is the record and stays on the CPU; the indices follow the module from device to device.
+        # The mask is the record and stays on the CPU; the indices follow the weights from device to device.
         self._mask: Tensor | None = None
-        self.register_buffer("_neurons", None, persistent=False)
+        self._kept: uvc_kernels.KeptNeurons | None = None
 
     def set_kept(self, neurons: Tensor | None) -> None:
         """Keep the hidden neurons marked in the bool mask [F] `neurons`; None keeps all.
@@ -53,7 +53,13 @@ class UVCMlp(Mlp):
         if fault := mlp_fault(self):
             raise ValueError(f"cannot remove neurons of this UVCMlp: {fault}")
         self._mask = neurons.cpu().clone()
-        self._neurons = self._mask.nonzero().flatten().to(self.fc1.weight.device)
+        self._kept = uvc_kernels.kept_neurons(self._mask, self.fc1.weight.device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._kept is not None:
+            self._kept = self._kept.to(self.fc1.weight.device)
+        return self
 
     @property
     def is_dense(self) -> bool:
@@ -75,12 +81,13 @@ class UVCMlp(Mlp):
         dropout = self.training and self.drop1.p > 0.0
         if activation is not None and not dropout:
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return self.drop2(uvc_kernels.mlp(x, *weights, self._neurons, activation))
+            return self.drop2(uvc_kernels.mlp(x, *weights, self._kept, activation))
         reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
         say_once(f"UVCMlp: {reason} is outside the fast op; plain torch computes the kept neurons")
-        bias = None if self.fc1.bias is None else self.fc1.bias[self._neurons]
-        hidden = self.drop1(self.act(F.linear(x, self.fc1.weight[self._neurons], bias)))
-        return self.drop2(F.linear(hidden, self.fc2.weight[:, self._neurons], self.fc2.bias))
+        neurons = self._kept.neurons
+        bias = None if self.fc1.bias is None else self.fc1.bias[neurons]
+        hidden = self.drop1(self.act(F.linear(x, self.fc1.weight[neurons], bias)))
+        return self.drop2(F.linear(hidden, self.fc2.weight[:, neurons], self.fc2.bias))
 
 
 def activation_name(act: nn.Module) -> str | None:

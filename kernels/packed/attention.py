@@ -1,0 +1,124 @@
+"""Attention of a provider: pack, qkv product, core, output product.
+
+    qkv = x Wqkv[rows]^T + bqkv[rows],   heads = core(qkv),   out = heads Wproj[:, columns]^T + bproj
+
+B images, N tokens, D width, M = B*N; S packed q, k and v rows, V packed v dims, h kept heads (`..kept`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from ..gather import gather
+from ..kept import WIDTHS, KeptHeads, counts_of
+from .pieces import Pieces, Provider, bias_gradient, given, multiply
+
+X, WEIGHT, BIAS, PROJ, PROJ_BIAS = (1 << i for i in range(5))
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor proj, Tensor? proj_bias"
+_KEPT = "Tensor table, Tensor marks16, Tensor marks32, Tensor marks64, Tensor marks128, float scale"
+_SAVED = "Tensor qkv, Tensor heads, Tensor top, Tensor inverse"
+
+
+def _attend(pieces: Pieces, x, weight, bias, proj, proj_bias, table, *rest):
+    *marks, scale = rest
+    counts = counts_of(marks)
+    if sum(counts) != table.shape[0]:
+        raise ValueError(
+            f"attention: a head of more than {WIDTHS[-1]} dims needs the backend cpu or reference"
+        )
+    out, qkv, heads, top, inverse = _fake(x, weight, bias, proj, proj_bias, table, *rest)
+    M = qkv.shape[0]
+    qkv = multiply(x.reshape(M, x.shape[2]), weight.t(), bias)
+    if heads.numel():
+        pieces.attention_core(qkv, table, counts, x.shape[1], scale, heads, top, inverse)
+    out = multiply(heads, proj.t(), proj_bias).view(out.shape)
+    return out, qkv, heads, top, inverse
+
+
+def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, table, *rest):
+    *marks, scale, qkv, heads, top, inverse, needs = rest
+    M = qkv.shape[0]
+    grad, rows = grad.reshape(M, proj.shape[0]), x.reshape(M, x.shape[2])
+    grad_x = grad_weight = grad_bias = None
+    if needs & (X | WEIGHT | BIAS):
+        grad_qkv = torch.empty_like(qkv)
+        if heads.numel():
+            pieces.attention_core_backward(
+                qkv, heads, grad @ proj, top, inverse, table, counts_of(marks), x.shape[1], scale, grad_qkv
+            )
+        grad_x = (grad_qkv @ weight).view(x.shape) if needs & X else None
+        grad_weight = grad_qkv.t() @ rows if needs & WEIGHT else None
+        grad_bias = bias_gradient(grad_qkv, bias) if needs & BIAS else None
+    grad_proj = grad.t() @ heads if needs & PROJ else None
+    grad_proj_bias = bias_gradient(grad, proj_bias) if needs & PROJ_BIAS else None
+    return given((grad_x, grad_weight, grad_bias, grad_proj, grad_proj_bias), x)
+
+
+def _fake(x, weight, bias, proj, proj_bias, table, *rest):
+    M, h = x.shape[0] * x.shape[1], table.shape[0]
+    top, inverse = (x.new_empty(h, M, dtype=_dispatch.statistics_dtype(x.dtype)) for _ in range(2))
+    out = x.new_empty(*x.shape[:2], proj.shape[0])
+    return out, x.new_empty(M, weight.shape[0]), x.new_empty(M, proj.shape[1]), top, inverse
+
+
+def _fake_backward(grad, x, weight, bias, proj, proj_bias, *rest):
+    return _dispatch.empty_gradients((x, weight, bias, proj, proj_bias), rest[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def define(provider: Provider) -> dict[str, Callable]:
+    """The ops of this provider."""
+    name = provider.define("attend", f"({_TENSORS}, {_KEPT}) -> (Tensor out, {_SAVED})", _attend, _fake)
+    provider.define(
+        "attend_backward",
+        f"(Tensor grad, {_TENSORS}, {_KEPT}, {_SAVED}, int needs) "
+        "-> (Tensor x, Tensor weight, Tensor bias, Tensor proj, Tensor proj_bias)",
+        _attend_backward,
+        _fake_backward,
+    )
+    attend, attend_backward = provider.op("attend"), provider.op("attend_backward")
+
+    def backward(ctx, grad, *_):
+        _dispatch.forbid_double_backward("attention")
+        needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
+        tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        grads = attend_backward(grad, *tensors, ctx.scale, *saved, needs)
+        return *_dispatch.asked_for(grads, needs), *[None] * 6
+
+    torch.library.register_autograd(name, backward, setup_context=_setup_context)
+
+    def run(
+        x: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        kept: KeptHeads,
+        scale: float,
+        packed: Sequence[Tensor | None] | None,
+    ) -> Tensor:
+        if packed is None:
+            packed = gather(*packing(qkv_weight, qkv_bias, proj_weight, kept), x.dtype)
+        return attend(x, *packed, proj_bias, kept.table, *kept[-4:], scale)[0]
+
+    return {"attention": run}
+
+
+def packing(
+    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order that `attention(packed=)` takes."""
+    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
+    return (
+        [qkv_weight, qkv_bias, proj_weight],
+        [kept.rows, kept.rows, kept.columns],
+        [whole_rows, whole_rows, whole_columns],
+        [0, 0, 1],
+    )

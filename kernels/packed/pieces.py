@@ -1,0 +1,80 @@
+"""What a provider supplies, and how it becomes a backend."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+
+
+class Pieces(NamedTuple):
+    """The kernels of a provider. Every tensor is contiguous, every output is allocated by the caller.
+
+    gather(sources, indices, dims, outs): rows (dim 0) or columns (dim 1) of matrices, entries of vectors, by
+    int32 indices where -1 gives zeros, cast to the dtype of outs; one launch.
+    attention_core(qkv [M, S], table [h, 6], counts, tokens, scale, heads [M, V], top [h, M], inverse [h, M]):
+    softmax attention of every head of every image. The first counts[0] heads of the table are at most 16 dims
+    wide, the next counts[1] at most 32, then 64, then 128. top, inverse: largest score and 1 / sum of each
+    query, for the backward pass, in statistics dtype.
+    attention_core_backward(qkv, heads, grad_heads, top, inverse, table, counts, tokens, scale, grad_qkv).
+    activate(u, gate or None, activation, a): a = act(u), or act(gate) u; all [M, F'].
+    activate_backward(u, gate or None, grad_a, activation, a, grad_u, grad_gate or None): a again, and the
+    gradients.
+    group_scores(a, b, dims) -> scores; prox_shrink(weights, factors, dims): the ops of these names.
+    """
+
+    gather: Callable[[list[Tensor], list[Tensor], list[int], list[Tensor]], None]
+    attention_core: Callable[..., None]
+    attention_core_backward: Callable[..., None]
+    activate: Callable[..., None]
+    activate_backward: Callable[..., None]
+    group_scores: Callable[[list[Tensor], list[Tensor], list[int]], Tensor]
+    prox_shrink: Callable[[list[Tensor], Tensor, list[int]], None]
+
+
+class Provider(NamedTuple):
+    """Under which names a provider's ops are registered, and its pieces."""
+
+    suffix: str
+    device: str
+    pieces: Pieces
+
+    def define(self, name: str, schema: str, run: Callable, fake: Callable) -> str:
+        """Registers `run(pieces, ...)` as the op `uvc_kernels::name_suffix`; returns that name."""
+        name = f"uvc_kernels::{name}_{self.suffix}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, self.device)(partial(run, self.pieces))
+        torch.library.register_fake(name, fake)
+        return name
+
+    def op(self, name: str) -> Callable:
+        """The op that `define` registered."""
+        return getattr(torch.ops.uvc_kernels, f"{name}_{self.suffix}").default
+
+
+def provide(name: str, device: str, dtypes: tuple[torch.dtype, ...], pieces: Pieces) -> None:
+    """Makes `name` a backend for tensors of this device type and these dtypes."""
+    from . import attention, gather, mlp, solver
+
+    provider = Provider(name.replace("-", "_"), device, pieces)
+    for module in (attention, gather, mlp, solver):
+        for op, run in module.define(provider).items():
+            _dispatch.provide(op, name, run, device, dtypes)
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a b + bias, by the vendor's GEMM."""
+    return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """The sum over the rows of `grad` in the dtype of `bias`."""
+    return grad.sum(0, dtype=_dispatch.statistics_dtype(grad.dtype)).to(bias.dtype)
+
+
+def given(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An op returns tensors only: an empty one stands for a gradient that was not asked for."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
