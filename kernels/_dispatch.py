@@ -222,3 +222,8 @@ def run_of(op: str, provider: str) -> Callable:
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
     """The callable that `select` stands for."""
     return run_of(op, select(op, device, dtype))
+
+
+def packs_ahead(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention and MLP here take weights that `gather` has packed for many layers at once."""
+    return select("attention", device, dtype) in _ON_DEMAND

@@ -102,6 +102,19 @@ if _dispatch.extension_error is None:
     _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
 
 
+def attention_packing(
+    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order of `attention(packed=)`."""
+    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
+    return (
+        [qkv_weight, qkv_bias, proj_weight],
+        [kept.rows, kept.rows, kept.columns],
+        [whole_rows, whole_rows, whole_columns],
+        [0, 0, 1],
+    )
+
+
 def attention(
     x: Tensor,
     qkv_weight: Tensor,
@@ -116,9 +129,9 @@ def attention(
 
     x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
     proj_bias [Dout] or None, all of one floating dtype (autocast casts as for a linear layer, but only what
-    is kept). packed: what `pack_ahead` made of the weights, if several layers were packed at once. Returns
-    [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
-    bias alone. ValueError on shapes that do not fit.
+    is kept). packed: what `gather` made of `attention_packing`, where several layers are packed at once.
+    Returns [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave
+    the bias alone. ValueError on shapes that do not fit.
     """
     if x.dim() != 3:
         raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")

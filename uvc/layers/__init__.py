@@ -7,4 +7,13 @@ from uvc.layers.compact import CompactBlock
 from uvc.layers.convert import check, convert, is_compacted
 from uvc.layers.mlp import UVCMlp
 
-__all__ = ["CompactBlock", "UVCAttention", "UVCBlock", "UVCMlp", "check", "convert", "hollow", "is_compacted"]
+__all__ = [
+    "CompactBlock",
+    "UVCAttention",
+    "UVCBlock",
+    "UVCMlp",
+    "check",
+    "convert",
+    "hollow",
+    "is_compacted",
+]

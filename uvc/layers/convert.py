@@ -8,6 +8,7 @@ from uvc.layers.attention import UVCAttention, attention_fault
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
 from uvc.layers.mlp import UVCMlp, mlp_fault
+from uvc.layers.pack import pack_ahead
 
 SUPPORTED = "supported are timm VisionTransformers built of Block or ResPostBlock with Attention and Mlp"
 
@@ -22,6 +23,7 @@ def convert(model: nn.Module) -> nn.Module:
     for index, block in enumerate(model.blocks):
         if type(block) is not UVCBlock:
             model.blocks[index] = UVCBlock.take_over(block)
+    pack_ahead(model.blocks)
     return model
 
 

@@ -37,6 +37,7 @@ class UVCMlp(Mlp):
         # The mask is the record and stays on the CPU; the indices follow the weights from device to device.
         self._mask: Tensor | None = None
         self._kept: uvc_kernels.KeptNeurons | None = None
+        self._packed: list[Tensor | None] | None = None
 
     def set_kept(self, neurons: Tensor | None) -> None:
         """Keep the hidden neurons marked in the bool mask [F] `neurons`; None keeps all.
@@ -61,6 +62,16 @@ class UVCMlp(Mlp):
             self._kept = self._kept.to(self.fc1.weight.device)
         return self
 
+    def packing(self) -> tuple[list, list, list, list]:
+        """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
+        return uvc_kernels.mlp_packing(
+            self.fc1.weight, self.fc1.bias, None, None, self.fc2.weight, self._kept
+        )
+
+    def take_packed(self, packed: list[Tensor | None] | None) -> None:
+        """Use these packed weights (see `packing`) from now on; None packs in every call."""
+        self._packed = packed
+
     @property
     def is_dense(self) -> bool:
         """Whether nothing is removed."""
@@ -81,7 +92,7 @@ class UVCMlp(Mlp):
         dropout = self.training and self.drop1.p > 0.0
         if activation is not None and not dropout:
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return self.drop2(uvc_kernels.mlp(x, *weights, self._kept, activation))
+            return self.drop2(uvc_kernels.mlp(x, *weights, self._kept, activation, packed=self._packed))
         reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
         say_once(f"UVCMlp: {reason} is outside the fast op; plain torch computes the kept neurons")
         neurons = self._kept.neurons
