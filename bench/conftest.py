@@ -15,7 +15,7 @@ import torch
 from uvc.bench import ceilings as ceilings_module
 from uvc.bench import machine, table
 from uvc.bench.measure import Round
-from uvc.bench.rows import Row, append
+from uvc.bench.rows import Group, Row, append, make_rows
 
 RESULTS = Path(__file__).parent / "results"
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -46,9 +46,9 @@ class Session:
 
     def __init__(self, options) -> None:
         self.options = options
-        self.rows: list[Row] = []
+        self.groups: list[Group] = []
         self.left: dict[str, str] = {}
-        self._ceilings: dict[tuple, ceilings_module.Ceilings] = {}
+        self.ceilings: ceilings_module.Ceilings | None = None
         self.device = torch.device(options.device)
         self.quick = options.quick
         on_gpu = self.device.type == "cuda"
@@ -60,12 +60,13 @@ class Session:
         """Whether the real sizes are measured."""
         return self.device.type == "cuda"
 
-    def ceilings(self) -> ceilings_module.Ceilings:
-        """Of the device in the session's dtype, measured at the first use."""
-        key = (self.device, self.dtype, torch.get_num_threads())
-        if key not in self._ceilings:
-            self._ceilings[key] = ceilings_module.measure(self.device, self.dtype)
-        return self._ceilings[key]
+    def look_up(self) -> None:
+        """Measure the ceilings, or whether they are higher than what was seen so far."""
+        if self.ceilings is None:
+            self.ceilings = ceilings_module.measure(self.device, self.dtype)
+        else:
+            again = ceilings_module.measure(self.device, self.dtype, brief=True)
+            self.ceilings = self.ceilings.raised(again)
 
     def leave_out(self, what: str, why: str) -> None:
         """Named in the end."""
@@ -80,11 +81,15 @@ class Session:
         benchmark.pedantic(times.run, rounds=rounds, iterations=1)
         return times.timings()
 
-    def add(self, benchmark, rows: list[Row]) -> None:
-        """Keeps rows for the table and the CSV; the key figures go to pytest-benchmark's own records too."""
-        self.rows += rows
-        for row in rows:
-            benchmark.extra_info[f"{row.way}/{row.backend}"] = {"ms": row.ms, "speedup": row.speedup}
+    def add(self, benchmark, group: Group) -> None:
+        """Keeps a group for the table and the CSV; its times go to pytest-benchmark's own records too."""
+        self.look_up()
+        self.groups.append(group)
+        benchmark.extra_info |= {way: timing.ms for way, timing in group.timings.items()}
+
+    def rows(self) -> list[Row]:
+        """Of all groups, with the highest ceilings of the session."""
+        return [row for group in self.groups for row in make_rows(group, self.ceilings)]
 
 
 @pytest.fixture(scope="session")
@@ -105,20 +110,19 @@ def pytest_sessionfinish(session):
     # The outermost wrapper: what it prints follows the line that counts the tests.
     result = yield
     measured, config = session.config.stash[SESSION], session.config
-    if not measured.rows and not measured.left:
+    if not measured.groups and not measured.left:
         return result
-    out = []
-    if measured.rows and not measured.options.no_results:
-        written = append(measured.options.results, measured.rows)
-        out += [f"rows added to {path}" for path in written]
+    rows, out = measured.rows(), []
+    if rows and not measured.options.no_results:
+        out += [f"rows added to {path}" for path in append(measured.options.results, rows)]
     out += [f"left out: {what}: {why}" for what, why in sorted(measured.left.items())]
-    for (device, dtype, threads), c in measured._ceilings.items():
-        where = machine.device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
+    if rows:
+        c = measured.ceilings
         out.append(
-            f"ceilings of {where}: {c.gflop_per_s:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}, "
-            f"{c.gbyte_per_s:,.1f} GB/s copied"
+            f"ceilings of {machine.device_name(measured.device)}: {c.gflop_per_s:,.0f} GFLOP/s in "
+            f"{rows[0].dtype}, {c.gbyte_per_s:,.1f} GB/s copied"
         )
     terminal = config.pluginmanager.get_plugin("terminalreporter")
-    for line in [*out, *table.lines(measured.rows)]:
+    for line in [*out, *table.lines(rows)]:
         terminal.write_line(line)
     return result

@@ -3,7 +3,7 @@
 import pytest
 
 from uvc.bench import layer_ways
-from uvc.bench.rows import Group, make_rows
+from uvc.bench.rows import Group
 
 KEEPS = (1.0, 0.75, 0.5, 0.25)
 # Images per call: about equal work on the CPU; on a GPU what people train with.
@@ -33,8 +33,20 @@ def test_layer(benchmark, session, model, op, direction, keep):
         session.leave_out(way, reason)
     rounds = 15 if session.on_gpu else 9
     timings = session.time(benchmark, made.calls, min(inputs, 8), rounds, replay=True)
-    group = Group(
-        "kernels", model, f"{op} {direction}", session.dtype, batch, keep, session.device, images=False
+    session.add(
+        benchmark,
+        Group(
+            suite="kernels",
+            model=model,
+            what=f"{op} {direction}",
+            dtype=session.dtype,
+            batch=batch,
+            keep=keep,
+            device=session.device,
+            timings=timings,
+            works=made.works,
+            backends=made.backends,
+            error=made.error,
+            images=False,
+        ),
     )
-    rows = make_rows(group, timings, made.works, session.ceilings(), made.backends, error=made.error)
-    session.add(benchmark, rows)

@@ -3,7 +3,7 @@
 import pytest
 
 from uvc.bench.models import models
-from uvc.bench.rows import Group, make_rows
+from uvc.bench.rows import Group
 from uvc.bench.steps import peak_mib
 from uvc.bench.ways import WAYS
 
@@ -35,6 +35,20 @@ def test_model(benchmark, session, phase, model, keep):
         session.leave_out(way, reason)
     timings = session.time(benchmark, made.steps, rounds=9 if phase == "training" else 11)
     peaks = {way: peak_mib(step, session.device) for way, step in made.steps.items()}
-    group = Group("models", model, phase, session.dtype, batch, keep, session.device)
-    rows = make_rows(group, timings, made.works, session.ceilings(), made.backends, peaks, made.error)
-    session.add(benchmark, rows)
+    session.add(
+        benchmark,
+        Group(
+            suite="models",
+            model=model,
+            what=phase,
+            dtype=session.dtype,
+            batch=batch,
+            keep=keep,
+            device=session.device,
+            timings=timings,
+            works=made.works,
+            backends=made.backends,
+            peaks=peaks,
+            error=made.error,
+        ),
+    )

@@ -28,14 +28,26 @@ class Ceilings(NamedTuple):
         rates = [rate for size, rate in self.copies if size >= moved] or [self.gbyte_per_s]
         return max(flops / (GIGA * self.gflop_per_s), moved / (GIGA * max(rates)))
 
+    def raised(self, other: "Ceilings") -> "Ceilings":
+        """The higher of both, size by size of copies."""
+        copies = dict(self.copies)
+        for size, rate in other.copies:
+            copies[size] = max(rate, copies.get(size, 0.0))
+        return Ceilings(max(self.gflop_per_s, other.gflop_per_s), tuple(sorted(copies.items())))
 
-def measure(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> Ceilings:
-    """The ceilings of `device` for products in `dtype` with torch's current number of threads."""
+
+def measure(device: torch.device, dtype: torch.dtype, rounds: int = 5, brief: bool = False) -> Ceilings:
+    """The ceilings of `device` for products in `dtype` with torch's current number of threads.
+
+    `brief`: with small sizes only, in a fraction of a second, to look again whether the machine was slow.
+    """
     on_gpu = device.type == "cuda"
     sizes = (2048, 4096, 8192) if on_gpu else (512, 1024, 2048)
+    bytes_each = [2**p for p in ((20, 22, 24, 26, 28, 31) if on_gpu else (17, 19, 21, 23, 25, 28))]
+    if brief:
+        sizes, bytes_each, rounds = sizes[:2], bytes_each[:4], 2
     products = {size: _product(size, device, dtype) for size in sizes}
     gemm = _best({str(size): call for size, call in products.items()}, device, rounds)
-    bytes_each = [2**p for p in ((20, 22, 24, 26, 28, 31) if on_gpu else (17, 19, 21, 23, 25, 28))]
     copies = _best({str(size): _copy(size, device) for size in bytes_each}, device, rounds)
     return Ceilings(
         max(2 * size**3 / (1e6 * gemm[str(size)]) for size in sizes),

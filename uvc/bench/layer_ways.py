@@ -124,12 +124,11 @@ def _of(op: str, kept: Kept) -> Kept:
 def _kernel(op: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The op of uvc_kernels on a converted layer's weights, also where nothing is removed."""
     if op == "attention":
-        masks = (mask.to(module.qkv.weight.device) for mask in (module.kept_qk, module.kept_v))
-        kept = uvc_kernels.kept_heads(*masks)
+        kept = uvc_kernels.kept_heads(module.kept_qk, module.kept_v, module.qkv.weight.device)
         return lambda x, m=module: uvc_kernels.attention(
             x, m.qkv.weight, m.qkv.bias, m.proj.weight, m.proj.bias, kept, m.scale
         )
-    neurons = module.kept_neurons.nonzero().flatten().to(module.fc1.weight.device)
+    neurons = uvc_kernels.kept_neurons(module.kept_neurons, module.fc1.weight.device)
     return lambda x, m=module: uvc_kernels.mlp(x, m.fc1.weight, m.fc1.bias, m.fc2.weight, m.fc2.bias, neurons)
 
 

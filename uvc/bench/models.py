@@ -39,7 +39,8 @@ def models(
 ) -> Models:
     """Everything to time one phase of timm's model `name`. RuntimeError when the pruned ways do not agree.
 
-    `solver`: also a training step with the solver beside it. "on_the_fly" runs with every backend that can.
+    `solver`: also a training step with the solver beside it. "on_the_fly" runs with the backend that the
+    library chooses ("auto"), and on a GPU with each that can serve.
     """
     training_phase = phase == "training"
     built, left = build(name, keep, batch, device, ways)
@@ -50,12 +51,13 @@ def models(
         fly = built.pop("on_the_fly")
         able, without = backends("attention", device, dtype)
         left += without
-        for backend in able[: able.index("reference")] or able:
-            chosen[f"on_the_fly/{backend}"] = backend
-            built[f"on_the_fly/{backend}"] = fly._replace(model=copy.deepcopy(fly.model))
-            if solver and training_phase:
-                chosen[f"with_solver/{backend}"] = backend
-                built[f"with_solver/{backend}"] = fly._replace(model=copy.deepcopy(fly.model))
+        forced_ones = [name for name in able if name != "reference"] if device.type == "cuda" else []
+        names = [f"on_the_fly/{backend}" for backend in ["auto", *forced_ones]]
+        if solver and training_phase:
+            names.append("with_solver/auto")
+        for way in names:
+            chosen[way] = way.partition("/")[2]
+            built[way] = fly._replace(model=copy.deepcopy(fly.model))
     steps = {}
     for way, b in built.items():
         if not training_phase:
@@ -70,7 +72,9 @@ def models(
 
 
 def forced(step: Step, backend: str) -> Step:
-    """`step` with every op of uvc_kernels on `backend`."""
+    """`step` with every op of uvc_kernels on `backend`; "auto" leaves the choice to the library."""
+    if backend == "auto":
+        return step
 
     def run(i: int) -> object:
         with uvc_kernels.backend(backend):

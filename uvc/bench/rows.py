@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 
@@ -62,13 +62,18 @@ class Row:
         )  # fmt: skip
 
 
-TYPES = {field.name: field.type for field in fields(Row)}
+TYPES = {column.name: column.type for column in fields(Row)}
 MISSING = math.nan
 
 
 @dataclass(frozen=True)
 class Group:
-    """What the rows of one group share: everything but the way and what was measured of it."""
+    """One group of ways, as measured; `rows` follow once the ceilings are known.
+
+    works, backends, peaks: of each way in `timings`. A way of the name "on_the_fly/triton" is the way before
+    the slash, by that backend. `error`: the worst difference that the correctness gate saw. `images`: whether
+    a call serves `batch` images.
+    """
 
     suite: str
     model: str
@@ -77,22 +82,17 @@ class Group:
     batch: int
     keep: float
     device: torch.device
-    images: bool = True  # whether a call serves `batch` images
+    timings: Mapping[str, Timing]
+    works: Mapping[str, Work]
+    backends: Mapping[str, str]
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    error: float = MISSING
+    images: bool = True
 
 
-def make_rows(
-    group: Group,
-    timings: Mapping[str, Timing],
-    works: Mapping[str, Work],
-    ceilings: Ceilings,
-    backends: Mapping[str, str],
-    peaks: Mapping[str, float] | None = None,
-    error: float = MISSING,
-) -> list[Row]:
-    """A row per way; `dense` is what the speed-ups refer to, and with `compiled` what `speedup_best` does.
-
-    A way of the name "on_the_fly/triton" is the way before the slash, by that backend.
-    """
+def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
+    """A row per way; the speed-ups refer to `dense`, `speedup_best` to the faster of it and `compiled`."""
+    timings, works = group.timings, group.works
     base = timings["dense"]
     floor = works["dense"].floor_ms(ceilings)
     best = min((timings[way] for way in ("dense", "compiled") if way in timings), key=lambda t: t.ms)
@@ -109,7 +109,7 @@ def make_rows(
                 model=group.model,
                 what=group.what,
                 way=name.partition("/")[0],
-                backend=backends.get(name, "torch"),
+                backend=group.backends.get(name, "torch"),
                 dtype=str(group.dtype).removeprefix("torch."),
                 threads=torch.get_num_threads() if group.device.type == "cpu" else 0,
                 batch=group.batch,
@@ -132,8 +132,8 @@ def make_rows(
                 peak_gbyte_per_s=ceilings.gbyte_per_s,
                 roofline=work.floor_ms(ceilings) / timing.ms,
                 images_per_s=1e3 * group.batch / timing.ms if group.images else MISSING,
-                peak_mib=(peaks or {}).get(name, MISSING),
-                error=error,
+                peak_mib=group.peaks.get(name, MISSING),
+                error=group.error,
                 device=machine.device_name(group.device),
                 commit=machine.commit(),
                 versions=machine.versions(),
@@ -199,8 +199,3 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 def labelled(row: Row) -> str:
     """The way, with its backend where that is not torch."""
     return row.way if row.backend == "torch" else f"{row.way}/{row.backend}"
-
-
-def with_peak(row: Row, mib: float) -> Row:
-    """`row` with its memory peak."""
-    return replace(row, peak_mib=mib)

@@ -8,13 +8,13 @@ from uvc.bench.rows import Row, labelled
 LEGEND = (
     "times as fast as eager dense timm in the same rounds; a second run agrees within the noise band.",
     "x best: than the faster of eager and compiled dense timm. cap: what this structure gains if dense and",
-    "pruned both run at the roof. of cap: x best / cap; above 100% dense is further from its roof than we are.",
+    "pruned both run at the roof. of cap: x best / cap; above 100% dense is further from its roof than this.",
     "of roof: least possible time / time, by the ceilings that this session measured.",
 )
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """Every row of whole models; of single layers a line per group, with the other ways beside the kernels."""
+    """Every row of whole models; of single layers a line per kernel, with the other ways beside it."""
     if not rows:
         return ["nothing was measured"]
     out = []
@@ -49,8 +49,8 @@ def layers(rows: list[Row]) -> list[str]:
     out = [
         "",
         f"single layers, {_setting(rows[0], batch=False)}; to the right the speed-ups of the other ways",
-        f"{'':42} {'ms':>8} {'x dense':>8} {'noise':>7} {'x best':>7} {'cap':>5} {'of cap':>7} {'of roof':>8}   "
-        + " ".join(f"{way:>10}" for way in others),
+        f"{'':42} {'ms':>8} {'x dense':>8} {'noise':>7} {'x best':>7} {'cap':>5} {'of cap':>7} "
+        f"{'of roof':>8}   " + " ".join(f"{way:>10}" for way in others),
     ]
     for _, group in groupby(rows, key=lambda row: (row.model, row.what, row.batch, row.keep)):
         members = list(group)

@@ -9,11 +9,11 @@ attention. For a layer that keeps Q q/k dims and V v dims over all heads and F n
     qkv                  2 M D (2Q+V)   M D + D (2Q+V) + M (2Q+V)
     attention core       2 M N (Q+V)    M (2Q+V) + M V
     projection           2 M V D        M V + V D + M D
-    first MLP product    2 M D F        M D + D F + M F   (in training M F more, for the activation's gradient)
+    first MLP product    2 M D F        M D + D F + M F   (in training M F more: what GELU's gradient needs)
     second MLP product   2 M F D        M F + F D + M D
 
-B batch, N tokens, M = B*N, D width, H heads, K head dim, A = H*K. The backward pass has both gradients of every
-product, and a core of 2 M N (3Q + 2V) FLOPs: dV, dP, dQ, dK and the scores once more.
+B batch, N tokens, M = B*N, D width, H heads, K head dim, A = H*K. The backward pass has both gradients of
+every product, and a core of 2 M N (3Q + 2V) FLOPs: dV, dP, dQ, dK and the scores once more.
 """
 
 from collections.abc import Iterable
