@@ -88,6 +88,7 @@ class Group:
     peaks: Mapping[str, float] = field(default_factory=dict)
     error: float = MISSING
     images: bool = True
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
@@ -111,7 +112,7 @@ def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
                 way=name.partition("/")[0],
                 backend=group.backends.get(name, "torch"),
                 dtype=str(group.dtype).removeprefix("torch."),
-                threads=torch.get_num_threads() if group.device.type == "cpu" else 0,
+                threads=group.threads if group.device.type == "cpu" else 0,
                 batch=group.batch,
                 keep=group.keep,
                 ms=timing.ms,
