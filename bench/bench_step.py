@@ -168,7 +168,9 @@ def main() -> None:
             options.model, keep, options.batch, options.repeats, clock, dtype, ["dense", *options.ways]
         )
         dense, compacted = results["dense"], results.get("compacted")
-        print(f"\n{options.model}, keep {keep}, batch {options.batch}, {options.dtype}, {options.threads} threads")
+        print(
+            f"\n{options.model}, keep {keep}, batch {options.batch}, {options.dtype}, {options.threads} threads"
+        )
         print(f"{'way':12} {'ms':>8} {'x dense':>8} {'x compacted':>12}", end=" ")
         print(f"{'step MiB':>9} {'x dense':>8} {'with standing':>14} {'x dense':>8}")
         for way, (ms, step, standing) in results.items():

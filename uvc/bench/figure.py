@@ -23,7 +23,7 @@ STYLE = {
 
 
 def speedup_figure(rows: Sequence[Row], title: str | None = None) -> "Figure":
-    """A matplotlib figure of the rows of one model and phase; no window opens, no global state is touched."""
+    """A matplotlib figure of the rows of one model and phase; no window, no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), facecolor="white", layout="constrained")
@@ -34,13 +34,9 @@ def speedup_figure(rows: Sequence[Row], title: str | None = None) -> "Figure":
 def draw(axes: "Axes", rows: Sequence[Row], title: str | None = None) -> None:
     """One panel: a line per way, bars as wide as the noise band, the cap dashed."""
     first = rows[0]
-    where = (
-        f"{first.device}, {first.threads} thread{'s' * (first.threads > 1)}"
-        if first.threads
-        else first.device
-    )
+    threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
     axes.set_title(
-        title or f"{first.model}, {first.what}, batch {first.batch}, {first.dtype}\n{where}",
+        title or f"{first.model}, {first.what}, batch {first.batch}, {first.dtype}\n{first.device}{threads}",
         fontsize=9,
         color=INK,
     )

@@ -1,4 +1,4 @@
-"""`uvc bench`: how fast a training step is at some kept fractions, in two minutes; or whether it got slower."""
+"""`uvc bench`: how fast a training step is at some kept fractions; or whether it got slower."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +26,8 @@ Say = Callable[[str], None]
 def bench(options: Mapping[str, Any], say: Say) -> int:
     """Runs `uvc bench` with its options by name (None: the default) and returns the exit code.
 
-    0; 1 when something is slower than in `against` or at `against_ref` by more than the noise band. ValueError
-    for options that make no sense.
+    0; 1 when something is slower than in `against` or at `against_ref` by more than the noise band.
+    ValueError for options that make no sense.
     """
     setting = _setting(options)
     if options["against_ref"] is not None:

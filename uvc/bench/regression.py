@@ -106,8 +106,8 @@ def against_ref(
         link(here, Path(uvc.__file__).parent, Path(uvc_kernels.__file__).parent)
         link(there, there / "uvc", there / "kernels")
         with (
-            running(there, settings, f"the sources at {ref}") as before,
-            running(here, settings, "ours") as now,
+            running(there, settings, f"the tree at {ref}") as before,
+            running(here, settings, "this tree") as now,
         ):
             steps = before.steps
             samples = {name: ([], []) for name in steps}

@@ -1,6 +1,9 @@
 """What is timed of a whole model: inference, training, search with the solver; and memory peaks."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -100,6 +103,20 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """No native message on stderr: the profiler prints some that say nothing. Errors still raise."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak_mib(step: Step, device: torch.device) -> float:
     """MiB that one more `step` allocates at its highest point, above what stands without its gradients."""
     step(0)
@@ -110,7 +127,7 @@ def peak_mib(step: Step, device: torch.device) -> float:
         step(0)
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - standing) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step(0)
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     level = lowest = highest = 0

@@ -1,10 +1,10 @@
-"""A process that runs training steps of one source tree, one at a time, whenever its standard input names one.
+"""A process that runs training steps of one source tree, one at a time, whenever its input names one.
 
     python worker.py SETTINGS
 
 It is run as a file beside another tree's packages, so it uses nothing but the fixed public names of `uvc`.
-SETTINGS is JSON: model, device, dtype, batch, threads and structures, a structure's JSON by name. The first line
-printed lists the steps as JSON; then a line with a step's name answers with its milliseconds.
+SETTINGS is JSON: model, device, dtype, batch, threads and structures, a structure's JSON by name. The first
+line printed lists the steps as JSON; then each line with a step's name is answered with its milliseconds.
 """
 
 import copy

@@ -1,16 +1,19 @@
 """Which timm models the layers can serve, and the swap in place."""
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from uvc.layers.attention import UVCAttention, attention_fault
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
-from uvc.layers.mlp import UVCMlp, mlp_fault
+from uvc.layers.mlp import MLPS, mlp_fault
 from uvc.layers.pack import pack_ahead
 
-SUPPORTED = "supported are timm VisionTransformers built of Block or ResPostBlock with Attention and Mlp"
+SUPPORTED = (
+    "supported are timm VisionTransformers built of Block or ResPostBlock with Attention and "
+    "Mlp, GluMlp or SwiGLU"
+)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -48,7 +51,7 @@ def check(model: nn.Module) -> None:
             raise ValueError(f"{name} is a {type(block).__name__}; {SUPPORTED}")
         if type(block.attn) not in (Attention, UVCAttention):
             raise ValueError(f"{name}.attn is a {type(block.attn).__name__}; {SUPPORTED}")
-        if type(block.mlp) not in (Mlp, UVCMlp):
+        if type(block.mlp) not in (*MLPS, *MLPS.values()):
             raise ValueError(f"{name}.mlp is a {type(block.mlp).__name__}; {SUPPORTED}")
         if fault := attention_fault(block.attn):
             raise ValueError(f"{name}.attn.{fault}")
