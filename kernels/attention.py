@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
 from .kept import KeptHeads
 
 
@@ -102,6 +102,19 @@ if _dispatch.extension_error is None:
     _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
 
 
+def attention_packing(
+    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order of `attention(packed=)`."""
+    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
+    return (
+        [qkv_weight, qkv_bias, proj_weight],
+        [kept.rows, kept.rows, kept.columns],
+        [whole_rows, whole_rows, whole_columns],
+        [0, 0, 1],
+    )
+
+
 def attention(
     x: Tensor,
     qkv_weight: Tensor,
@@ -116,9 +129,9 @@ def attention(
 
     x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
     proj_bias [Dout] or None, all of one floating dtype (autocast casts as for a linear layer, but only what
-    is kept). packed: what `pack_ahead` made of the weights, if several layers were packed at once. Returns
-    [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
-    bias alone. ValueError on shapes that do not fit.
+    is kept). packed: what `gather` made of `attention_packing`, where several layers are packed at once.
+    Returns [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave
+    the bias alone. ValueError on shapes that do not fit.
     """
     if x.dim() != 3:
         raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")
@@ -127,12 +140,13 @@ def attention(
             f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
             f"proj_weight, got {tuple(qkv_weight.shape)}"
         )
-    if kept.whole_columns.shape != proj_weight.shape[1:]:
+    if kept.whole_columns.numel() != proj_weight.shape[1]:
         raise ValueError(
-            f"attention: kept is of {len(kept.whole_columns)} dims, but proj_weight has "
+            f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
             f"{proj_weight.shape[1]}"
         )
     _dispatch.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     x = _dispatch.autocast(x)
-    run = _dispatch.implementation("attention", x.device, x.dtype)
-    return run(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
+    return fastest.choose("attention", arguments, *dims, case=kept.whole_columns.shape)(*arguments)

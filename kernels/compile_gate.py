@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("packing", "attention_core", "mlp", "group_scores", "prox_shrink")
+MODULES = ("gather", "attention_core", "activation", "group_scores", "prox_shrink")
 
 
 class Target(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
 from .kept import KeptNeurons
 
 ACTIVATIONS = {
@@ -106,6 +106,19 @@ if _dispatch.extension_error is None:
     _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dispatch.CPU_DTYPES)
 
 
+def mlp_packing(
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    fc2_weight: Tensor,
+    kept: KeptNeurons,
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order of `mlp(packed=)`."""
+    sources = [fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight]
+    return sources, [kept.rows] * 5, [kept.whole] * 5, [0, 0, 0, 0, 1]
+
+
 def mlp(
     x: Tensor,
     fc1_weight: Tensor,
@@ -122,8 +135,8 @@ def mlp(
 
     x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, of a
     gated MLP also gate_weight [F, D] and gate_bias [F] or None, all of one floating dtype (autocast casts as
-    for a linear layer, but only what is kept); activation: a key of `ACTIVATIONS`; packed: what `pack_ahead`
-    made of the weights, if several layers were packed at once. Returns [..., Dout] in the dtype of x.
+    for a linear layer, but only what is kept); activation: a key of `ACTIVATIONS`; packed: what `gather` made
+    of `mlp_packing`, where several layers are packed at once. Returns [..., Dout] in the dtype of x.
     Gradients are full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on shapes
     that do not fit and on an unknown activation.
     """
@@ -141,7 +154,8 @@ def mlp(
         )
     _dispatch.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
     x = _dispatch.autocast(x)
-    run = _dispatch.implementation("mlp", x.device, x.dtype)
-    return run(
+    arguments = (
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed
-    )
+    )  # fmt: skip
+    neurons = kept.neurons.shape[0], kept.whole.shape[0]
+    return fastest.choose("mlp", arguments, *neurons, case=(activation,))(*arguments)

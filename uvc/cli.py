@@ -1,4 +1,4 @@
-"""The command line: `uvc compress`, `uvc eval`, `uvc report`, `uvc doctor`.
+"""The command line: `uvc compress`, `uvc eval`, `uvc export`, `uvc report`, `uvc doctor`.
 
 Options that are not given are None: their defaults stand in the recipe, in the functions called, in the data.
 Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 and one line.
@@ -120,6 +120,18 @@ def report(folder: Path) -> None:
     summary = read_summary(folder)
     draw_run(folder, summary)
     _print_report(folder, summary)
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--format", "format_", required=True, help="safetensors, onnx or torch-export.")
+@click.option("--to", type=FOLDER, help="The file to write, for safetensors the folder; default: in DIR/export.")
+def export(folder: Path, format_: str, to: Path | None) -> None:
+    """Write the model in DIR for other programs, read it back, and compare."""
+    from uvc.export import export
+
+    target, error = export(folder, format_, to)
+    click.echo(f"{target}  (outputs differ by {error:.0e} of the largest)")
 
 
 @cli.command()

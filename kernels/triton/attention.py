@@ -24,8 +24,8 @@ class _Plan(NamedTuple):
     """Where everything lies for one structure; int32 tensors on the device.
 
     rows [S]: row of qkv_weight per packed row; columns [V]: column of proj_weight per packed column; -1 is
-    padding. whole_rows [3A], whole_columns [A]: the other way round, -1 is removed. table [6h] and buckets:
-    see `core.forward`; the narrow heads come first.
+    padding. whole_rows [3A], whole_columns [A]: the other way round, -1 is removed. table [h, 6] and counts:
+    see `core.attention_core`.
     """
 
     rows: Tensor
@@ -33,7 +33,7 @@ class _Plan(NamedTuple):
     whole_rows: Tensor
     whole_columns: Tensor
     table: Tensor
-    buckets: tuple[core.Bucket, ...]
+    counts: list[int]
 
 
 @planned
@@ -76,7 +76,9 @@ def _plan(kept: Sequence[Tensor], A: int) -> _Plan:
         [i for row in table for i in row],
     ]
     flat = to_device([i for values in lists for i in values], kept[0].device)
-    return _Plan(*flat.split([len(values) for values in lists]), core.buckets_of(widest))
+    *indices, table = flat.split([len(values) for values in lists])
+    wanted = [next(w for w in core.WIDTHS if w >= width) for width in widest]
+    return _Plan(*indices, table.view(-1, 6), [wanted.count(w) for w in core.WIDTHS])
 
 
 def _room(dims: int, heads: int) -> int:
@@ -109,7 +111,7 @@ def _attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, 
     top = x.new_empty(h, M, dtype=_dispatch.statistics_dtype(x.dtype))
     inverse = torch.empty_like(top)
     multiply(_columns(qkv, weight.shape[0]), x.reshape(M, x.shape[2]), weight.t(), bias)
-    core.forward(qkv, heads, top, inverse, plan.table, plan.buckets, x.shape[1], scale)
+    core.attention_core(qkv, plan.table, plan.counts, x.shape[1], scale, heads, top, inverse)
     out = x.new_empty(*x.shape[:2], proj.shape[0])
     multiply(out.view(M, proj.shape[0]), _columns(heads, proj.shape[1]), proj.t(), proj_bias)
     return out, qkv, heads, top, inverse
@@ -150,8 +152,8 @@ def _attention_backward(
     if needs & (X | QKV_WEIGHT | QKV_BIAS):
         grad_heads, grad_qkv = torch.empty_like(heads), torch.empty_like(qkv)
         torch.mm(grad, proj, out=grad_heads[:, :V])
-        core.backward(
-            qkv, heads, grad_heads, grad_qkv, top, inverse, plan.table, plan.buckets, x.shape[1], scale
+        core.attention_core_backward(
+            qkv, heads, grad_heads, top, inverse, plan.table, plan.counts, x.shape[1], scale, grad_qkv
         )
         grad_qkv = grad_qkv[:, :S]
         grad_x = (grad_qkv @ weight).view(x.shape) if needs & X else None

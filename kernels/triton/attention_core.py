@@ -9,8 +9,6 @@ apart, as a log of the sum would round at the size of top.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -198,20 +196,6 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
             _backward_queries(head, grad_qkv + q, first, N, TAIL, STEP, MODE)
 
 
-class Bucket(NamedTuple):
-    """`count` heads from row `first` of the table on, none wider than `width`, of `WIDTHS`: one launch."""
-
-    width: int
-    first: int
-    count: int
-
-
-def buckets_of(widths: Sequence[int]) -> tuple[Bucket, ...]:
-    """The launches for heads of these widths, ascending."""
-    wanted = [next(w for w in WIDTHS if w >= width) for width in widths]
-    return tuple(Bucket(w, wanted.index(w), wanted.count(w)) for w in WIDTHS if w in wanted)
-
-
 def _block(dtype: torch.dtype, width: int) -> int:
     """Tokens in a tile: what tensor cores want, less where float32 tiles would leave the registers."""
     if dtype.itemsize == 2:
@@ -231,48 +215,42 @@ def _shape(tokens: int, width: int, scale: float, dtype: torch.dtype) -> dict[st
     return {"BLOCK": block, "TAIL": tail, "MODE": (width, scale, wide(dtype), dot_precision(dtype))}
 
 
-def forward(
-    qkv: Tensor,
-    heads: Tensor,
-    top: Tensor,
+def attention_core(
+    qkv: Tensor, table: Tensor, counts: list[int], tokens: int, scale: float, heads: Tensor, top: Tensor,
     inverse: Tensor,
-    table: Tensor,
-    buckets: Sequence[Bucket],
-    tokens: int,
-    scale: float,
-) -> None:
-    """Writes `heads` and the softmax statistics `top` and `inverse` [h, M] from the packed `qkv`.
+) -> None:  # fmt: skip
+    """Writes `heads` [M, V] and the softmax statistics `top` and `inverse` [h, M] from the packed `qkv` [M, S].
 
     table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its
-    q/k and v widths, all multiples of 8; buckets: what heads share a launch.
+    q/k and v widths, all multiples of 8; counts: how many of its rows, in order, are as wide as each of
+    `WIDTHS`.
     """
-    M = top.shape[1]
-    for bucket in buckets if M else ():
-        tiles = triton.cdiv(tokens, _block(qkv.dtype, bucket.width))
-        _forward[(bucket.count * (M // tokens) * tiles,)](
-            qkv, heads, top, inverse, table,
-            tokens, M, qkv.stride(0), heads.stride(0), bucket.count, bucket.first,
-            **_shape(tokens, bucket.width, scale, qkv.dtype), **_options(bucket.width, qkv.dtype, HIP),
-        )  # fmt: skip
+    _launch(_forward, (qkv, heads, top, inverse, table), counts, tokens, scale, 1)
 
 
-def backward(
-    qkv: Tensor, heads: Tensor, grad_heads: Tensor, grad_qkv: Tensor, top: Tensor, inverse: Tensor,
-    table: Tensor, buckets: Sequence[Bucket], tokens: int, scale: float,
+def attention_core_backward(
+    qkv: Tensor, heads: Tensor, grad_heads: Tensor, top: Tensor, inverse: Tensor, table: Tensor,
+    counts: list[int], tokens: int, scale: float, grad_qkv: Tensor,
 ) -> None:  # fmt: skip
-    """Writes `grad_qkv` from `grad_heads` and what `forward` wrote; gradients have the strides of values."""
-    M = top.shape[1]
-    for bucket in buckets if M else ():
-        tiles = triton.cdiv(tokens, _block(qkv.dtype, bucket.width))
-        _backward[(bucket.count * (M // tokens) * 2 * tiles,)](
-            qkv, heads, grad_heads, grad_qkv, top, inverse, table,
-            tokens, M, qkv.stride(0), heads.stride(0), bucket.count, bucket.first,
-            **_shape(tokens, bucket.width, scale, qkv.dtype), **_options(bucket.width, qkv.dtype, HIP),
-        )  # fmt: skip
+    """Writes `grad_qkv` from `grad_heads` and what `attention_core` wrote; gradients have the strides of values."""
+    _launch(_backward, (qkv, heads, grad_heads, grad_qkv, top, inverse, table), counts, tokens, scale, 2)
+
+
+def _launch(kernel, tensors, counts, tokens, scale, programs_per_tile) -> None:
+    qkv, heads, M = tensors[0], tensors[1], tensors[0].shape[0]
+    first = 0
+    for width, count in zip(WIDTHS, counts, strict=True):
+        tiles = triton.cdiv(tokens, _block(qkv.dtype, width))
+        if count and M:
+            kernel[(count * (M // tokens) * tiles * programs_per_tile,)](
+                *tensors, tokens, M, qkv.stride(0), heads.stride(0), count, first,
+                **_shape(tokens, width, scale, qkv.dtype), **_options(width, qkv.dtype, HIP),
+            )  # fmt: skip
+        first += count
 
 
 def cases() -> list[Case]:
-    """Everything `forward` and `backward` can launch, at the scale of 64 dims."""
+    """Everything the two can launch, at the scale of 64 dims."""
     found = []
     for kernel, dtype, width in itertools.product((_forward, _backward), DTYPES, WIDTHS):
         types = {"top": wide(dtype), "inverse": wide(dtype), "table": "i32"}

@@ -31,8 +31,8 @@ ALIGN = 8
 def narrow(x, dtype: tl.constexpr):
     # x in a narrower type, rounded to nearest even; the interpreter (of Triton 3.9) truncates to bfloat16.
     if INTERPRETED:
-        if dtype == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
+        if dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
             x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
@@ -41,6 +41,10 @@ def narrow(x, dtype: tl.constexpr):
 def eights(n):
     # n, a multiple of 8, in a form that tells the compiler so: it then moves 16 bytes at a time.
     return n // 8 * 8
+
+
+# What captured graphs copy from.
+_captured: list[Tensor] = []
 
 
 class Case(NamedTuple):
@@ -117,10 +121,19 @@ def tiles_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64 [matrices, fields]: pointers and sizes; copied again only when one of them changes."""
+@functools.lru_cache(maxsize=1024)
+def _addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return to_device([n for row in fields for n in row], device, torch.int64)
+
+
+def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 [matrices * fields]: pointers and sizes; copied again only when one of them changes."""
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return _addresses(fields, device)
+    # A graph copies again at every replay, so what it copies from is kept, and nobody else may use the copy.
+    host = torch.tensor([n for row in fields for n in row], dtype=torch.int64, pin_memory=True)
+    _captured.append(host)
+    return host.to(device, non_blocking=True)
 
 
 def planned(build: Callable) -> Callable:

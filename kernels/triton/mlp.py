@@ -10,88 +10,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import _dispatch
-from ..mlp import ACTIVATIONS
-from .launch import (
-    DTYPES,
-    ELEMENT,
-    Case,
-    align,
-    eights,
-    inverse_of,
-    multiply,
-    narrow,
-    planned,
-    provide,
-    register,
-    to_device,
-    wide,
-)
+from .activation import activate, activate_backward
+from .launch import align, inverse_of, multiply, planned, provide, register, to_device
 from .packing import gather
 
-BLOCK = 1024
 X, FC1_WEIGHT, FC1_BIAS, FC2_WEIGHT, FC2_BIAS = (1 << i for i in range(5))
-
-
-@triton.jit
-def _sigmoid(z):
-    # sigmoid(z) and 1 - sigmoid(z), neither by a difference.
-    fade = tl.exp(-tl.abs(z))
-    near, far = 1.0 / (1.0 + fade), fade / (1.0 + fade)
-    return tl.where(z > 0, near, far), tl.where(z > 0, far, near)
-
-
-@triton.jit
-def _gate(u, ACT: tl.constexpr):
-    # act(u) = u * gate(u); returns the gate and its derivative.
-    if ACT == "gelu":
-        gate = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
-        slope = 0.3989422804014327 * tl.exp(-0.5 * u * u)
-    elif ACT == "gelu_tanh":
-        # (1 + tanh y) / 2 = sigmoid(2 y)
-        gate, rest = _sigmoid(1.5957691216057308 * u * (1.0 + 0.044715 * u * u))
-        slope = gate * rest * (1.5957691216057308 * (1.0 + 0.134145 * u * u))
-    elif ACT == "relu":
-        gate = tl.where(u > 0, 1.0, 0.0)
-        slope = gate * 0.0
-    elif ACT == "silu":
-        gate, rest = _sigmoid(u)
-        slope = gate * rest
-    else:
-        gate, rest = _sigmoid(1.702 * u)
-        slope = 1.702 * gate * rest
-    return gate, slope
-
-
-@triton.jit(do_not_specialize=("size",))
-def _forward(u, a, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    size = eights(size)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
-    gate, _ = _gate(value, ACT)
-    tl.store(a + i, narrow(value * gate, a.dtype.element_ty), mask=i < size)
-
-
-@triton.jit(do_not_specialize=("size",))
-def _backward(u, grad_a, a, grad_u, size, ACT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    size = eights(size)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
-    grad = tl.load(grad_a + i, mask=i < size, other=0.0).to(ACC)
-    gate, slope = _gate(value, ACT)
-    tl.store(a + i, narrow(value * gate, a.dtype.element_ty), mask=i < size)
-    tl.store(grad_u + i, narrow(grad * (gate + value * slope), a.dtype.element_ty), mask=i < size)
-
-
-def _launch(kernel, tensors: Sequence[Tensor], activation: str) -> None:
-    u = tensors[0]
-    if u.numel():
-        shape = {"ACT": activation, "ACC": wide(u.dtype), "BLOCK": BLOCK}
-        kernel[(triton.cdiv(u.numel(), BLOCK),)](*tensors, u.numel(), **shape)
 
 
 class _Plan(NamedTuple):
@@ -124,7 +50,7 @@ def _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation):
     hidden = x.new_empty(M, weight1.shape[0])
     multiply(hidden, x.reshape(M, x.shape[-1]), weight1.t(), bias1)
     a = torch.empty_like(hidden)
-    _launch(_forward, (hidden, a), activation)
+    activate(hidden, None, activation, a)
     out = x.new_empty(*x.shape[:-1], weight2.shape[0])
     multiply(out.view(M, weight2.shape[0]), a, weight2.t(), fc2_bias)
     return out, hidden
@@ -140,7 +66,7 @@ def _mlp_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, activation
         grad_bias2 = grad.sum(0)
     if needs & (X | FC1_WEIGHT | FC1_BIAS | FC2_WEIGHT):
         grad_a, a, grad_hidden = grad @ weight2, torch.empty_like(hidden), torch.empty_like(hidden)
-        _launch(_backward, (hidden, grad_a, a, grad_hidden), activation)
+        activate_backward(hidden, None, grad_a, activation, a, grad_hidden, None)
         grad_weight2 = grad.t() @ a if needs & FC2_WEIGHT else None
         grad_x = (grad_hidden @ weight1).view(x.shape) if needs & X else None
         grad_weight1 = grad_hidden.t() @ rows if needs & FC1_WEIGHT else None
@@ -208,16 +134,3 @@ register(
     _fake_backward,
 )
 provide("mlp", _run)
-
-
-def cases() -> list[Case]:
-    """Everything the op can launch besides packing."""
-    found = []
-    for kernel in (_forward, _backward):
-        for dtype in DTYPES:
-            for activation in ACTIVATIONS:
-                element = ELEMENT[dtype]
-                signature = {name: f"*{element}" for name in kernel.arg_names[:-4]} | {"size": "i32"}
-                constants = {"ACT": activation, "ACC": wide(dtype), "BLOCK": BLOCK}
-                found.append(Case(kernel, f"{element} {activation}", signature, constants))
-    return found

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # One configuration of every kernel: what a bf16 ViT of 197 tokens and heads of 64 dims runs.
 USUAL = ("core.forward bf16 width 64 tail 16", "core.backward bf16 width 64 tail 16")
 SMALL = (
-    "packing.gather bf16",
-    "mlp.forward bf16 gelu",
-    "mlp.backward bf16 gelu",
+    "gather.gather bf16 to bf16",
+    "activation.forward bf16 gelu",
+    "activation.backward bf16 gelu",
     "scores bf16",
     "shrink bf16",
 )
@@ -51,7 +51,7 @@ def test_the_gate_sees_a_kernel_that_does_not_compile(monkeypatch):
 
     case = type("Case", (), {"label": "bf16"})
     monkeypatch.setattr(compile_gate, "_compile", fail)
-    row = compile_gate._row("mlp.forward", case, "sm_90")
+    row = compile_gate._row("activation.forward", case, "sm_90")
     assert row.fault == "RuntimeError: out of registers"
 
 

@@ -8,6 +8,7 @@ from uvc.layers.attention import UVCAttention, attention_fault
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
 from uvc.layers.mlp import MLPS, mlp_fault
+from uvc.layers.pack import pack_ahead
 
 SUPPORTED = (
     "supported are VisionTransformers built of vision_transformer's Block or ResPostBlock with Attention and "
@@ -47,6 +48,7 @@ def convert(model: nn.Module) -> nn.Module:
     for index, block in enumerate(model.blocks):
         if type(block) is not UVCBlock:
             model.blocks[index] = UVCBlock.take_over(block)
+    pack_ahead(model.blocks)
     return model
 
 

@@ -35,6 +35,7 @@ class Neurons(nn.Module):
         # The mask is the record and stays on the CPU; the indices follow the weights from device to device.
         self._mask: Tensor | None = None
         self._kept: uvc_kernels.KeptNeurons | None = None
+        self._packed: list[Tensor | None] | None = None
 
     def neuron_rows(self) -> list[tuple[nn.Parameter, int]]:
         """Every parameter with a row for each neuron, and its first such row; fc2's columns are the rest."""
@@ -67,6 +68,14 @@ class Neurons(nn.Module):
             self._kept = self._kept.to(self.fc2.weight.device)
         return self
 
+    def packing(self) -> tuple[list, list, list, list]:
+        """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
+        return uvc_kernels.mlp_packing(*self._first_layer(), self.fc2.weight, self._kept)
+
+    def take_packed(self, packed: list[Tensor | None] | None) -> None:
+        """Use these packed weights (see `packing`) from now on; None packs in every call."""
+        self._packed = packed
+
     @property
     def is_dense(self) -> bool:
         """Whether nothing is removed."""
@@ -88,7 +97,7 @@ class Neurons(nn.Module):
         value, bias, gate, gate_bias = self._first_layer()
         if activation is not None and not dropout:
             weights = (value, bias, self.fc2.weight, self.fc2.bias, self._kept, activation, gate, gate_bias)
-            return self.drop2(uvc_kernels.mlp(x, *weights))
+            return self.drop2(uvc_kernels.mlp(x, *weights, packed=self._packed))
         reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
         say_once(
             f"{type(self).__name__}: {reason} is outside the fast op; plain torch computes the kept neurons"
