@@ -7,9 +7,9 @@ Repeats are interleaved, so that a change of the machine's speed hits all ways a
 Before any clock starts, the outputs of the three pruned ways are compared. The wall clock is what counts; the
 process clock (`--clock cpu`) is steadier on a machine that others use.
 
-Memory is what torch's allocator hands out, traced by its profiler. `standing` is what the step starts with and
-keeps: parameters and optimiser state, full-size in every way but the compacted one. `step` is the highest point of one
-step above that: activations, casts, gradients.
+Memory is what torch's allocator hands out, traced by its profiler. `standing` is what the step starts with
+and keeps: parameters and optimiser state, full-size in every way but the compacted one. `step` is the highest
+point of one step above that: activations, casts, gradients.
 """
 
 import os
@@ -92,8 +92,8 @@ def training_step(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) ->
 def peak_mib(step: Callable[[], None]) -> float:
     """MiB that a repeat of `step` has allocated at its highest point, above what stood when it began.
 
-    `step` frees the gradients of the step before first, so the trace begins below zero and is counted from its
-    lowest point before the highest.
+    `step` frees the gradients of the step before first, so the trace begins below zero and is counted from
+    its lowest point before the highest.
     """
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
@@ -122,7 +122,7 @@ def run(
     names: Sequence[str] = WAYS,
     **kwargs: object,
 ) -> dict[str, Result]:
-    """What a step of each way costs. RuntimeError when the pruned ways do not agree; `kwargs` as in `models`."""
+    """What a step of each way costs; `kwargs` as in `models`. RuntimeError when the pruned ways disagree."""
     ways = models(name, keep, **kwargs)
     size = ways["dense"].patch_embed.img_size
     x, y = torch.randn(batch, 3, *size), torch.randint(ways["dense"].num_classes, (batch,))
@@ -168,9 +168,8 @@ def main() -> None:
             options.model, keep, options.batch, options.repeats, clock, dtype, ["dense", *options.ways]
         )
         dense, compacted = results["dense"], results.get("compacted")
-        print(
-            f"\n{options.model}, keep {keep}, batch {options.batch}, {options.dtype}, {options.threads} threads"
-        )
+        case = f"keep {keep}, batch {options.batch}, {options.dtype}, {options.threads} threads"
+        print(f"\n{options.model}, {case}")
         print(f"{'way':12} {'ms':>8} {'x dense':>8} {'x compacted':>12}", end=" ")
         print(f"{'step MiB':>9} {'x dense':>8} {'with standing':>14} {'x dense':>8}")
         for way, (ms, step, standing) in results.items():

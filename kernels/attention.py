@@ -58,18 +58,20 @@ def _attention_cpu(
     scale: float,
     packed: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    weights = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    weights = qkv_weight, qkv_bias, proj_weight, proj_bias
     return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale)[0]
 
 
-def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale):
+def _fake(
+    x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale, recompute=False
+):
     B, N, _ = x.shape
-    stats = x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype))
+    dtype = _dispatch.cpu_dtype(x.dtype)
     return (
         x.new_empty(B, N, proj_weight.shape[0]),
-        x.new_empty(2 * qk.shape[0] + v.shape[0], B * N),
-        x.new_empty(v.shape[0], B * N),
-        stats,
+        x.new_empty(0 if recompute else 2 * qk.shape[0] + v.shape[0], B * N, dtype=dtype),
+        x.new_empty(v.shape[0], B * N, dtype=dtype),
+        x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype)),
     )
 
 
@@ -79,7 +81,7 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale = inputs
+    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale, _ = inputs
     ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
@@ -92,7 +94,7 @@ def _backward(ctx, grad, *_):
     grads = torch.ops.uvc_kernels.attention_backward(
         grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, stats, needs
     )
-    return *_dispatch.asked_for(grads, needs), None, None, None, None, None
+    return *_dispatch.asked_for(grads, needs), None, None, None, None, None, None
 
 
 if _dispatch.extension_error is None:

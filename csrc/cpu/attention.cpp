@@ -131,9 +131,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return for_type(x, "attention_backward", [&]<class T>() {
     using A = Accumulator<T>;
     x = as<T>(x), grad = as<T>(grad);
-    Tensor grad_x = cast(empty(x, {0}), type), grad_qkv_weight = empty(qkv_weight, {0});
-    Tensor grad_qkv_bias = empty(qkv_weight, {0}), grad_proj = empty(proj_weight, {0});
-    Tensor grad_proj_bias = empty(proj_weight, {0});
+    auto none = [&] { return torch::stable::new_empty(x, {0}, type); };
+    Tensor grad_x = none(), grad_qkv_weight = none(), grad_qkv_bias = none();
+    Tensor grad_proj = none(), grad_proj_bias = none();
     if (needs & kNeedBias2) grad_proj_bias = column_sums<T>(proj_weight, grad, s.M, s.Dout);
     if (needs & kNeedWeight2) {
       // dWproj[:, kept]^T [V, Dout] = heads grad

@@ -4,8 +4,9 @@
 namespace uvc {
 namespace {
 
-std::vector<Tensor> gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vector<int64_t> dims,
-                           std::optional<ScalarType> dtype) {
+// `inverses` serves the gradient, which is the same op the other way round.
+std::vector<Tensor> gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vector<Tensor> inverses,
+                           std::vector<int64_t> dims, std::optional<ScalarType> dtype) {
   check(sources.size() == indices.size() && sources.size() == dims.size(), "gather: lists must be equally long");
   std::vector<Tensor> outs;
   for (size_t i = 0; i < sources.size(); ++i) {

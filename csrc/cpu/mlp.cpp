@@ -114,9 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
     using A = Accumulator<T>;
     x = as<T>(x), grad = as<T>(grad);
     const int64_t n = s.n();
-    Tensor grad_x = cast(empty(x, {0}), type), grad_fc1 = empty(w.fc1, {0}), grad_fc1_bias = empty(w.fc1, {0});
-    Tensor grad_fc2 = empty(w.fc2, {0}), grad_fc2_bias = empty(w.fc2, {0});
-    Tensor grad_gate = empty(w.fc1, {0}), grad_gate_bias = empty(w.fc1, {0});
+    auto none = [&] { return torch::stable::new_empty(x, {0}, type); };
+    Tensor grad_x = none(), grad_fc1 = none(), grad_fc1_bias = none(), grad_fc2 = none(), grad_fc2_bias = none();
+    Tensor grad_gate = none(), grad_gate_bias = none();
     if (needs & kNeedBias2) grad_fc2_bias = column_sums<T>(w.fc2, grad, s.M, s.Dout);
     if (needs & ~kNeedBias2) {
       if (hidden.size(0) != s.hidden_rows()) hidden = project<T>(x, w, s);
