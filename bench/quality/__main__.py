@@ -1,4 +1,5 @@
-"""`python -m bench.quality` runs what is missing in results.csv; `report` prints it; `accept` checks the tasks.
+"""`python -m bench.quality` runs what is missing in results.csv; `report` prints it; `accept` checks the
+tasks.
 
 Run from the repository root.
 """
@@ -26,7 +27,9 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.33, 0.15, 0.08])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--mode", choices=["epochs", "compute"], default="epochs", help="what all arms have in common")
+    parser.add_argument(
+        "--mode", choices=["epochs", "compute"], default="epochs", help="what all arms have in common"
+    )
     parser.add_argument("--minutes", type=float, default=300.0, help="no row begins after this")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
 from bench.quality import pruning, rivals
 from bench.quality.context import Context, build, narrow_width
-from torch import nn
 from uvc.config import Config, DistillConfig
 from uvc.train import compress
 
@@ -17,9 +18,10 @@ from uvc.train import compress
 class Arm:
     """One way to meet a budget.
 
-    make: from a context to a model, before post-training. search: epochs of the common number that it uses up.
-    scratch: it starts afresh, so the teacher's epochs are added to its post-training. budgeted: False for the
-    dense control, which has one row (budget 1) per task and seed. distill: False trains on labels alone.
+    make: from a context to a model, before post-training. search: epochs of the common number that it uses
+    up. scratch: it starts afresh, so the teacher's epochs are added to its post-training. budgeted: False
+    for the dense control, which has one row (budget 1) per task and seed. distill: False trains on labels
+    alone.
     """
 
     make: Callable[[Context], nn.Module]
@@ -112,4 +114,3 @@ def context_of(arm: Arm, context: Context) -> Context:
     if not arm.distill:
         context.config = replace(context.config, distill=DistillConfig(kind="none"))
     return context
-

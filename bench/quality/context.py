@@ -1,4 +1,6 @@
-"""What every arm of the bench gets, so that all have the same: data, teacher, settings, training and its bill."""
+"""What every arm of the bench gets, so that all have the same: data, teacher, settings, training and its
+bill.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from pathlib import Path
 
 import timm
 import torch
-import uvc.models  # noqa: F401  registers the small ViT
-from bench.quality.tasks import Batches, Remembered, Split, Task
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+import uvc.models  # noqa: F401  registers the small ViT
+from bench.quality.tasks import Batches, Remembered, Split, Task
 from uvc.budget import Prices, counts, prices, total
 from uvc.compact import compact
 from uvc.config import Config
@@ -32,7 +35,7 @@ CACHE = Path("runs/quality")
 # One setting for all tasks, arms and budgets. Warm-up, search and post-training together are EPOCHS.
 EPOCHS, SEARCH_EPOCHS = 15, 3
 CONFIG = Config(
-    teacher_epochs=24,
+    teacher_epochs=20,
     warmup_epochs=0,
     search_epochs=SEARCH_EPOCHS,
     post_epochs=EPOCHS - SEARCH_EPOCHS,
@@ -54,7 +57,9 @@ def build(task: Task, width: int = WIDTH) -> nn.Module:
 
 
 class Meter:
-    """Bill of the training steps of one arm, in MACs: three times the forward pass, skips and all as they ran."""
+    """Bill of the training steps of one arm, in MACs: three times the forward pass, skips and all as they
+    ran.
+    """
 
     def __init__(self) -> None:
         self.macs, self._handle = 0.0, None
@@ -100,10 +105,9 @@ class Context:
     task: Task
     seed: int
     budget: float
-    config: Config = CONFIG
 
     def __post_init__(self) -> None:
-        self.config = replace(self.config, seed=self.seed)
+        self.config = replace(CONFIG, seed=self.seed)
         train, val, test = self.task.draw()
         self.train, self.meter, self.log = train, Meter(), RunLog(None)
         self.batches = Batches(train, self.config.batch_size, self.seed)
@@ -137,7 +141,9 @@ class Context:
         return Trainer(model, self.batches, self.val, self.config, self.log, None)
 
     def post_train(self, model: nn.Module, epochs: int) -> nn.Module:
-        """A fresh optimiser and a whole learning-rate cycle on the physically small model, which is returned."""
+        """A fresh optimiser and a whole learning-rate cycle on the physically small model, which is
+        returned.
+        """
         self.meter.stop()
         model = self.meter.watch(compact(model) if converted(model) else model)
         torch.manual_seed(self.seed)
@@ -211,7 +217,13 @@ def accept(task: Task, seed: int = 0) -> dict:
     dense = context.top1(context.dense)
     torch.manual_seed(seed)
     small = build(task, narrow_width(context))
-    train_teacher(small, Batches(context.train, context.config.batch_size, seed), context.val, context.config, context.log)
+    train_teacher(
+        small,
+        Batches(context.train, context.config.batch_size, seed),
+        context.val,
+        context.config,
+        context.log,
+    )
     scratch = context.top1(small)
     return {
         "task": task.name,

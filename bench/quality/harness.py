@@ -1,34 +1,35 @@
-"""Runs what is not in the CSV yet, cheapest first and paired: seed by seed, small budgets before large ones."""
+"""Runs what is not in the CSV yet, cheapest first and paired: seed by seed, small budgets before large
+ones.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import multiprocessing
-import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench.quality.arms import ARMS, context_of
-from bench.quality.context import COMPUTE_EPOCHS, EPOCHS, Context, converted, locked, macs_of
-from bench.quality.tasks import TASKS
 from torch import nn
+
+from bench.quality.arms import ARMS, context_of
+from bench.quality.context import COMPUTE_EPOCHS, Context, converted, locked, macs_of
+from bench.quality.tasks import TASKS
 from uvc.budget import Counts, block_costs, counts
-from uvc.compact import compact
 from uvc.report import measure_latency
 from uvc.structure import Structure, structure_of
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (
-    "task seed budget arm mode search_epochs post_epochs macs_ratio teacher_top1 before_top1 after_top1 val_before "
-    "val_after search_seconds post_seconds train_compute latency_ms latency_ratio off_blocks off_heads off_dims "
-    "off_neurons structure date version"
+    "task seed budget arm mode search_epochs post_epochs macs_ratio teacher_top1 before_top1 after_top1 "
+    "val_before val_after search_seconds post_seconds train_compute latency_ms latency_ratio "
+    "off_blocks off_heads off_dims off_neurons structure date version"
 ).split()
-# Changed when a row would come out different: an arm or the common settings. Reports take the latest one only.
+# Changed when a row would come out different: an arm or the common settings. Reports take the latest one
+# only.
 VERSION = 1
 
 
@@ -96,7 +97,7 @@ def run_job(job: Job) -> dict[str, object]:
         "date": time.strftime("%Y-%m-%d"),
         "version": VERSION,
     }
-    return {name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}
+    return {name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in FIELDS}
 
 
 def post_epochs(context: Context, model: nn.Module, job: Job) -> int:
@@ -104,7 +105,7 @@ def post_epochs(context: Context, model: nn.Module, job: Job) -> int:
     arm, config = ARMS[job.arm], context.config
     extra = config.teacher_epochs if arm.scratch else 0
     if job.mode == "epochs":
-        return extra + EPOCHS - (config.search_epochs if arm.search else 0)
+        return extra + config.post_epochs + (0 if arm.search else config.search_epochs)
     left = COMPUTE_EPOCHS + extra - context.meter.macs / epoch_macs(context)
     return max(round(left / context.ratio(model)), 1)
 
@@ -141,14 +142,9 @@ def anatomy(context: Context, model: nn.Module) -> dict[str, object]:
             off["blocks"] += block_costs(price, whole._replace(attn=0))
         heads = "+".join(f"{len(q)}/{len(v)}" for q, v in zip(block.qk_dims, block.v_dims, strict=True))
         parts.append(f"{heads if block.attn else '-'} {len(block.neurons) if block.mlp else '-'}")
-    everything = macs_of(compact_dense(context))
+    everything = macs_of(context.dense)
     points = {f"off_{name}": 100.0 * cost / everything for name, cost in off.items()}
     return {**points, "structure": "|".join(parts)}
-
-
-def compact_dense(context: Context) -> nn.Module:
-    """The dense model as plain torch."""
-    return compact(context.dense)
 
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
@@ -161,7 +157,9 @@ def read(file: Path = RESULTS) -> list[dict[str, str]]:
 
 
 def append(row: dict[str, object], file: Path = RESULTS) -> None:
-    """One row in one write, under a lock: rows of several workers never mix, a killed one leaves none in part."""
+    """One row in one write, under a lock: rows of several workers never mix, a killed one leaves none in
+    part.
+    """
     with locked(file.with_suffix(".lock")):
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
@@ -179,7 +177,9 @@ def key(row: dict[str, str] | Job) -> tuple:
 
 
 def run(wanted: Iterable[Job], minutes: float, workers: int, file: Path = RESULTS) -> int:
-    """Runs what is missing, until the time is up: a row that has begun is finished. Returns how many are left."""
+    """Runs what is missing, until the time is up: a row that has begun is finished. Returns how many are
+    left.
+    """
     done = {key(row) for row in read(file)}
     missing = [job for job in wanted if key(job) not in done]
     deadline = time.time() + 60 * minutes
@@ -188,7 +188,9 @@ def run(wanted: Iterable[Job], minutes: float, workers: int, file: Path = RESULT
     if workers == 1:
         work(missing, place, deadline, file)
     else:
-        processes = [spawn.Process(target=work, args=(missing, place, deadline, file)) for _ in range(workers)]
+        processes = [
+            spawn.Process(target=work, args=(missing, place, deadline, file)) for _ in range(workers)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -198,7 +200,9 @@ def run(wanted: Iterable[Job], minutes: float, workers: int, file: Path = RESULT
 
 
 def work(missing: list[Job], place: object, deadline: float, file: Path) -> None:
-    """A worker on one thread: takes the next job until none is left or the time is up. A failure is said once."""
+    """A worker on one thread: takes the next job until none is left or the time is up. A failure is said
+    once.
+    """
     torch.set_num_threads(1)
     while time.time() < deadline:
         with place.get_lock():
@@ -213,10 +217,7 @@ def work(missing: list[Job], place: object, deadline: float, file: Path) -> None
             continue
         append(row, file)
         print(
-            f"{job.arm} {job.task} seed {job.seed} budget {job.budget}: {row['before_top1']} -> {row['after_top1']} "
-            f"at {row['macs_ratio']} in {time.time() - start:.0f} s",
+            f"{job.arm} {job.task} seed {job.seed} budget {job.budget}: {row['before_top1']} -> "
+            f"{row['after_top1']} at {row['macs_ratio']} in {time.time() - start:.0f} s",
             flush=True,
         )
-
-
-__all__ = ["FIELDS", "Job", "append", "jobs", "os", "read", "replace", "run", "run_job"]

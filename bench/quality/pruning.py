@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from bench.quality.context import Context, macs_of
 from torch import nn
+
+from bench.quality.context import Context, macs_of
 
 RATIOS = [i / 50 for i in range(1, 50)]
 
@@ -24,7 +25,9 @@ def taylor(context: Context) -> nn.Module:
 
 def isomorphic(context: Context) -> nn.Module:
     """First-order importance, ranked together over all layers of the same kind (ECCV 2024)."""
-    return _scan(context, _tp().importance.GroupTaylorImportance(), dict(global_pruning=True, isomorphic=True))
+    return _scan(
+        context, _tp().importance.GroupTaylorImportance(), dict(global_pruning=True, isomorphic=True)
+    )
 
 
 def _tp() -> Any:
@@ -36,7 +39,9 @@ def _tp() -> Any:
 
 
 def _scan(context: Context, importance: Any, options: dict) -> nn.Module:
-    """Tries every ratio and keeps the costliest result within the budget; its cost is not monotone in the ratio."""
+    """Tries every ratio and keeps the costliest result within the budget; its cost is not monotone in the
+    ratio.
+    """
     dense = copy.deepcopy(context.dense)
     dense.train()
     loss = context.loss()

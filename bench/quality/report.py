@@ -42,7 +42,18 @@ def render(rows: list[Row], mode: str) -> str:
     return "\n".join(lines).strip() or "no rows yet"
 
 
-HEAD = ("arm", "n", "before", "after", "uvc - arm, before", "uvc - arm, after", "MACs", "search s", "post s", "compute")
+HEAD = (
+    "arm",
+    "n",
+    "before",
+    "after",
+    "uvc - arm, before",
+    "uvc - arm, after",
+    "MACs",
+    "search s",
+    "post s",
+    "compute",
+)
 HEAD += ("latency", "blocks", "heads", "dims", "neurons")
 
 

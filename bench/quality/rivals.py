@@ -9,8 +9,9 @@ import itertools
 from dataclasses import replace
 
 import torch
-from bench.quality.context import Context
 from torch import Tensor, nn
+
+from bench.quality.context import Context
 from uvc.budget import prices
 from uvc.solver.groups import Groups
 from uvc.solver.objective import masks_cost
@@ -23,10 +24,11 @@ RESCORES = 10
 
 
 class Greedy:
-    """First-order importance (gradient of a gate of 1 on a group) per marginal MAC, one greedy over the whole model.
+    """First-order importance (gradient of a gate of 1 on a group) per marginal MAC, one greedy over the
+    whole model.
 
-    `collect` after a backward pass; `prune` gives the model its structure of at most `ratio` of the dense MACs,
-    from what is left of it.
+    `collect` after a backward pass; `prune` gives the model its structure of at most `ratio` of the dense
+    MACs, from what is left of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -142,7 +144,7 @@ def best_subset(context: Context) -> nn.Module:
 
 
 def _one_more(running: tuple[bool, ...]) -> list[tuple[bool, ...]]:
-    return [running[:i] + (True,) + running[i + 1 :] for i, runs in enumerate(running) if not runs]
+    return [(*running[:i], True, *running[i + 1 :]) for i, runs in enumerate(running) if not runs]
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Two small tasks, generated with fixed seeds: nothing is downloaded, every machine draws the same images.
 
-`digits`: scikit-learn's digits at a random place on a noisy 10x10 canvas; train, validation and test come from
-different originals. `shapes`: a drawn shape filled with a grating, among clutter, 16x16; ten classes, the shape
-(five) and the direction of its grating (two), so that neither alone is enough.
+`digits`: scikit-learn's digits at a random place on a noisy 10x10 canvas; train, validation and test come
+from different originals. `shapes`: a drawn shape filled with a grating, among clutter, 16x16; ten classes,
+the shape (five) and the direction of its grating (two), so that neither alone is enough.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
 from uvc.data import Loader
 
 
@@ -35,7 +36,9 @@ class Task:
 
 
 def digits() -> tuple[Split, Split, Split]:
-    """12,000 training images from 1,000 originals, 891 for validation from 297, 3,000 for the test from 500."""
+    """12,000 training images from 1,000 originals, 891 for validation from 297, 3,000 for the test from
+    500.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -60,7 +63,7 @@ def _place(images: Tensor, labels: Tensor, times: int, generator: torch.Generato
 
 
 DIGITS_NOISE = 0.2
-SHAPES_NOISE = 0.12
+SHAPES_NOISE = 0.15
 
 
 def shapes() -> tuple[Split, Split, Split]:
@@ -102,7 +105,9 @@ def _drawn(count: int, seed: int, size: int = 16) -> Split:
         angle, offset, along = uniform(0, math.pi), uniform(-7, 7), uniform(-7, 7)
         across = x * angle.cos() + y * angle.sin() - offset
         length = (-x * angle.sin() + y * angle.cos() - along).abs()
-        images = images + uniform(-0.7, 0.7) * ((0.7 - across.abs()) * 4).sigmoid() * ((3 - length) * 4).sigmoid()
+        images = (
+            images + uniform(-0.7, 0.7) * ((0.7 - across.abs()) * 4).sigmoid() * ((3 - length) * 4).sigmoid()
+        )
     images = images + SHAPES_NOISE * torch.randn(images.shape, generator=generator)
     return Split((images / 0.5)[:, None], labels)
 

@@ -22,7 +22,8 @@ Masks = tuple[Tensor, Tensor, Tensor, Tensor]
 def project_to_budget(
     state: State, prices: Prices, budget_cost: float, families: Sequence[str] = FAMILIES
 ) -> Masks:
-    """Masks of the kept units, of cost at most ``budget_cost``; units of other families than the given ones stay.
+    """Masks of the kept units, of cost at most ``budget_cost``; units of other families than the given ones
+    stay.
 
     ValueError when even a model without any unit costs more.
     """
