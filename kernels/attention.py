@@ -91,6 +91,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 11
     _dispatch.forbid_double_backward("attention")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(

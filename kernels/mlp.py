@@ -103,6 +103,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     *tensors, hidden = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 10
     _dispatch.forbid_double_backward("mlp")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
     grads = torch.ops.uvc_kernels.mlp_backward(grad, *tensors, ctx.activation, hidden, needs)
