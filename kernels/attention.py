@@ -85,10 +85,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
     x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 11
     _dispatch.forbid_double_backward("attention")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(

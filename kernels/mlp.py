@@ -97,10 +97,14 @@ def _setup_context(ctx, inputs, output):
     x, fc1_weight, fc1_bias, fc2_weight, _, gate_weight, gate_bias, neurons, ctx.activation, _ = inputs
     ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, neurons, output[1])
     ctx.mark_non_differentiable(output[1])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     *tensors, hidden = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 10
     _dispatch.forbid_double_backward("mlp")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
     grads = torch.ops.uvc_kernels.mlp_backward(grad, *tensors, ctx.activation, hidden, needs)
