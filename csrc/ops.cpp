@@ -24,6 +24,21 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
       "gather(Tensor[] sources, Tensor[] indices, Tensor[] inverses, int[] dims, ScalarType? dtype) -> Tensor[]");
   m.def("group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
   m.def("prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
+
+  // The pieces of the providers cuda (on a GPU) and cuda-host (the same sources on the CPU); see kernels/packed.
+  m.def("cuda_gather(Tensor[] sources, Tensor[] indices, int[] dims, Tensor(a!)[] outs) -> ()");
+  m.def(
+      "cuda_attention_core(Tensor qkv, Tensor table, int[] counts, int tokens, float scale, Tensor(a!) heads, "
+      "Tensor(b!) top, Tensor(c!) inverse) -> ()");
+  m.def(
+      "cuda_attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor top, Tensor inverse, "
+      "Tensor table, int[] counts, int tokens, float scale, Tensor(a!) grad_qkv) -> ()");
+  m.def("cuda_activate(Tensor u, Tensor? gate, int activation, Tensor(a!) a) -> ()");
+  m.def(
+      "cuda_activate_backward(Tensor u, Tensor? gate, Tensor grad_a, int activation, Tensor(a!) a, "
+      "Tensor(b!) grad_u, Tensor(c!)? grad_gate) -> ()");
+  m.def("cuda_group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
+  m.def("cuda_prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
 }
 
 // `import uvc_kernels._C` only has to load this library: its static initialisers register the ops.

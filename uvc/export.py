@@ -1,4 +1,4 @@
-"""A compressed model for other programs: safetensors, ONNX, or torch.export, each checked before it is kept."""
+"""A compressed model for other programs: safetensors, ONNX, torch.export, each checked before it is kept."""
 
 import importlib
 import os
@@ -19,9 +19,10 @@ TOLERANCE = 1e-4
 def export(folder: Path, format: str, to: Path | None = None) -> tuple[Path, float]:
     """Writes the model in `folder` in one of `FORMATS`; returns where, and the largest difference of outputs.
 
-    to: the file, for safetensors the folder; by default `export` in `folder`, named after the format. The batch
-    size stays free. The written program is read back, run, and compared with the model (relative to the largest
-    output); what differs is not kept. ValueError for an unknown format or place, or a package that is missing.
+    to: the file, for safetensors the folder; by default `export` in `folder`, named after the format. The
+    batch size stays free. The written program is read back, run, and compared with the model (relative to the
+    largest output); what differs is not kept. ValueError for an unknown format or place, or a package that is
+    missing.
     """
     if format not in FORMATS:
         raise ValueError(f"--format: {format!r}; use one of {', '.join(FORMATS)}")
@@ -37,16 +38,18 @@ def export(folder: Path, format: str, to: Path | None = None) -> tuple[Path, flo
             with torch.no_grad():
                 expected = model(x)
                 found = write(model, x, written)
-            error = float((found - expected).abs().max() / expected.abs().max())
-            if not error <= TOLERANCE:
+            difference = float((found - expected).abs().max() / expected.abs().max())
+            if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"--format: the {format} program differs from the model by {error:.1e}, more than "
+                    f"--format: the {format} program differs from the model by {difference:.1e}, more than "
                     f"{TOLERANCE:.0e}; nothing was kept"
                 )
             _put(written, target)
-    except OSError as fault:
-        raise ValueError(f"--to: {str(target)!r} cannot be written: {fault.strerror}; name another") from fault
-    return target, error
+    except OSError as error:
+        raise ValueError(
+            f"--to: {str(target)!r} cannot be written: {error.strerror}; name another"
+        ) from error
+    return target, difference
 
 
 def _put(written: Path, target: Path) -> None:

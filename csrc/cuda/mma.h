@@ -52,7 +52,7 @@ __device__ inline void multiply(Sums<T>& sums, const A16<T>& a, const Pair<T> (&
     const int t = lane_index() % 4, quad = lane_index() - t;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
+#pragma unroll 1
       for (int from = 0; from < 4; ++from) {
         Pair<T> row[2], column[2];
 #pragma unroll
@@ -114,6 +114,11 @@ __device__ inline void multiply(Sums<T> (&sums)[2], const A16<T>& a, const B16<T
 template <class T, bool SWIZZLE>
 struct Tile {
   static constexpr int PIECE = 16 / sizeof(T);
+#ifdef __CUDACC__
+  static constexpr bool kMatrixLoads = is_half<T>;
+#else
+  static constexpr bool kMatrixLoads = false;
+#endif
   T* rows;
   int pitch;
 
@@ -130,31 +135,27 @@ struct Tile {
   __device__ A16<T> left(int row, int column) const {
     const int lane = lane_index();
     A16<T> out;
-#ifdef __CUDACC__
-    if constexpr (is_half<T>) {
+    if constexpr (kMatrixLoads) {
       load_matrices<false>(piece(row + lane % 16, column / PIECE + lane / 16), out);
-      return out;
-    }
-#endif
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out.at[i] = load<Pair<T>>(at(row + lane / 4 + 8 * (i % 2), column + 2 * (lane % 4) + 8 * (i / 2)));
+      for (int i = 0; i < 4; ++i)
+        out.at[i] = load<Pair<T>>(at(row + lane / 4 + 8 * (i % 2), column + 2 * (lane % 4) + 8 * (i / 2)));
+    }
     return out;
   }
   // a [16, 16] = the transpose of the block at (row, column)
   __device__ A16<T> left_turned(int row, int column) const {
     const int lane = lane_index();
     A16<T> out;
-#ifdef __CUDACC__
-    if constexpr (is_half<T>) {
+    if constexpr (kMatrixLoads) {
       load_matrices<true>(piece(row + lane % 8 + lane / 16 * 8, column / PIECE + lane / 8 % 2), out);
-      return out;
-    }
-#endif
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int from = row + 2 * (lane % 4) + 8 * (i / 2), to = column + lane / 4 + 8 * (i % 2);
-      out.at[i] = {*at(from, to), *at(from + 1, to)};
+      for (int i = 0; i < 4; ++i) {
+        const int from = row + 2 * (lane % 4) + 8 * (i / 2), to = column + lane / 4 + 8 * (i % 2);
+        out.at[i] = {*at(from, to), *at(from + 1, to)};
+      }
     }
     return out;
   }
@@ -162,16 +163,14 @@ struct Tile {
   __device__ B16<T> right(int row, int column) const {
     const int lane = lane_index();
     B16<T> out;
-#ifdef __CUDACC__
-    if constexpr (is_half<T>) {
+    if constexpr (kMatrixLoads) {
       load_matrices<true>(piece(row + lane % 16, column / PIECE + lane / 16), out);
-      return out;
-    }
-#endif
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int from = row + 2 * (lane % 4) + 8 * (i % 2), to = column + lane / 4 + 8 * (i / 2);
-      out.at[i / 2][i % 2] = {*at(from, to), *at(from + 1, to)};
+      for (int i = 0; i < 4; ++i) {
+        const int from = row + 2 * (lane % 4) + 8 * (i % 2), to = column + lane / 4 + 8 * (i / 2);
+        out.at[i / 2][i % 2] = {*at(from, to), *at(from + 1, to)};
+      }
     }
     return out;
   }
@@ -179,23 +178,21 @@ struct Tile {
   __device__ B16<T> right_turned(int row, int column) const {
     const int lane = lane_index();
     B16<T> out;
-#ifdef __CUDACC__
-    if constexpr (is_half<T>) {
+    if constexpr (kMatrixLoads) {
       load_matrices<false>(piece(row + lane % 8 + lane / 16 * 8, column / PIECE + lane / 8 % 2), out);
-      return out;
-    }
-#endif
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      out.at[i / 2][i % 2] = load<Pair<T>>(at(row + lane / 4 + 8 * (i / 2), column + 2 * (lane % 4) + 8 * (i % 2)));
+      for (int i = 0; i < 4; ++i)
+        out.at[i / 2][i % 2] = load<Pair<T>>(at(row + lane / 4 + 8 * (i / 2), column + 2 * (lane % 4) + 8 * (i % 2)));
+    }
     return out;
   }
 
  private:
-#ifdef __CUDACC__
   // Lane 8 m + i gives the place of row i of matrix m [8, 8].
   template <bool TURNED, class F>
   __device__ static void load_matrices(const T* place, F& out) {
+#ifdef __CUDACC__
     auto* word = reinterpret_cast<uint32_t*>(&out);
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(place));
     if constexpr (TURNED)
@@ -208,8 +205,8 @@ struct Tile {
                    : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                    : "r"(from)
                    : "memory");
-  }
 #endif
+  }
 };
 
 }  // namespace uvc::UVC_BUILD

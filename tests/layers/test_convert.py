@@ -44,10 +44,12 @@ UNSUPPORTED = {
         "blocks.0.attn.qkv", nn.modules.linear.NonDynamicallyQuantizableLinear(24, 72)
     ),
     r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
-    r"the model is a ResNet without transformer blocks": lambda: timm.create_model("resnet18"),
+    r"the model is a ResNet without one list of transformer blocks": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a EvaBlock": lambda: timm.create_model("eva02_tiny_patch14_224"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
-    r"the model is a Sequential without transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
+    r"the model is a Sequential without one list of transformer blocks": lambda: nn.Sequential(
+        nn.Linear(2, 2)
+    ),
 }
 
 
