@@ -1,7 +1,7 @@
 """Small jobs of `make bench-gpu` that run in a process of their own.
 
 python bench/on_gpu.py machine    versions and devices
-python bench/on_gpu.py check      every op on every GPU backend, on small shapes, against float64: for the sanitizer
+python bench/on_gpu.py check      every op on every GPU backend, small shapes: for the sanitizer
 python bench/on_gpu.py profile    one attention and one MLP layer, forward and backward: for the profiler
 """
 
