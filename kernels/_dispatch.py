@@ -42,12 +42,17 @@ def _load_extension() -> str | None:
 
 
 extension_error = _load_extension()
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and log-sum-exps are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the cpu ops compute in and save: float32 for float16, which CPUs store but hardly multiply."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -222,3 +227,8 @@ def run_of(op: str, provider: str) -> Callable:
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
     """The callable that `select` stands for."""
     return run_of(op, select(op, device, dtype))
+
+
+def packs_ahead(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention and MLP here take weights that `gather` has packed for many layers at once."""
+    return select("attention", device, dtype) in _ON_DEMAND

@@ -58,18 +58,20 @@ def _attention_cpu(
     scale: float,
     packed: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    weights = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    weights = qkv_weight, qkv_bias, proj_weight, proj_bias
     return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale)[0]
 
 
-def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale):
+def _fake(
+    x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale, recompute=False
+):
     B, N, _ = x.shape
-    stats = x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype))
+    dtype = _dispatch.cpu_dtype(x.dtype)
     return (
         x.new_empty(B, N, proj_weight.shape[0]),
-        x.new_empty(2 * qk.shape[0] + v.shape[0], B * N),
-        x.new_empty(v.shape[0], B * N),
-        stats,
+        x.new_empty(0 if recompute else 2 * qk.shape[0] + v.shape[0], B * N, dtype=dtype),
+        x.new_empty(v.shape[0], B * N, dtype=dtype),
+        x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype)),
     )
 
 
@@ -79,7 +81,7 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale = inputs
+    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale, _ = inputs
     ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
@@ -92,7 +94,7 @@ def _backward(ctx, grad, *_):
     grads = torch.ops.uvc_kernels.attention_backward(
         grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, stats, needs
     )
-    return *_dispatch.asked_for(grads, needs), None, None, None, None, None
+    return *_dispatch.asked_for(grads, needs), None, None, None, None, None, None
 
 
 if _dispatch.extension_error is None:
@@ -100,6 +102,19 @@ if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::attention", _backward, setup_context=_setup_context)
     _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
+
+
+def attention_packing(
+    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order of `attention(packed=)`."""
+    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
+    return (
+        [qkv_weight, qkv_bias, proj_weight],
+        [kept.rows, kept.rows, kept.columns],
+        [whole_rows, whole_rows, whole_columns],
+        [0, 0, 1],
+    )
 
 
 def attention(
@@ -116,9 +131,9 @@ def attention(
 
     x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
     proj_bias [Dout] or None, all of one floating dtype (autocast casts as for a linear layer, but only what
-    is kept). packed: what `pack_ahead` made of the weights, if several layers were packed at once. Returns
-    [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
-    bias alone. ValueError on shapes that do not fit.
+    is kept). packed: what `gather` made of `attention_packing`, where several layers are packed at once.
+    Returns [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave
+    the bias alone. ValueError on shapes that do not fit.
     """
     if x.dim() != 3:
         raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")

@@ -91,6 +91,8 @@ def _times(op: str, ways: Sequence[str], arguments: Sequence) -> dict[str, float
     train = torch.is_grad_enabled()
 
     def leaf(t):
+        if isinstance(t, list):  # weights packed ahead: a measurement packs its own
+            return None
         is_float = isinstance(t, Tensor) and t.is_floating_point()
         return t.detach().requires_grad_(train) if is_float else t
 

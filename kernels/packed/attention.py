@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from ..attention import attention_packing
 from ..gather import gather
 from ..kept import WIDTHS, KeptHeads, counts_of
 from .pieces import Pieces, Provider, bias_gradient, given, multiply
@@ -105,20 +106,7 @@ def define(provider: Provider) -> dict[str, Callable]:
         packed: Sequence[Tensor | None] | None,
     ) -> Tensor:
         if packed is None:
-            packed = gather(*packing(qkv_weight, qkv_bias, proj_weight, kept), x.dtype)
+            packed = gather(*attention_packing(qkv_weight, qkv_bias, proj_weight, kept), x.dtype)
         return attend(x, *packed, proj_bias, kept.table, *kept[-4:], scale)[0]
 
     return {"attention": run}
-
-
-def packing(
-    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
-) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
-    """What `gather` is to pack of one layer, in the order that `attention(packed=)` takes."""
-    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
-    return (
-        [qkv_weight, qkv_bias, proj_weight],
-        [kept.rows, kept.rows, kept.columns],
-        [whole_rows, whole_rows, whole_columns],
-        [0, 0, 1],
-    )

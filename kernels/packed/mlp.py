@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _dispatch
 from ..gather import gather
 from ..kept import KeptNeurons
+from ..mlp import mlp_packing
 from .pieces import Pieces, Provider, bias_gradient, given, multiply
 
 X, WEIGHT1, BIAS1, GATE, GATE_BIAS, WEIGHT2, BIAS2 = (1 << i for i in range(7))
@@ -111,20 +112,9 @@ def define(provider: Provider) -> dict[str, Callable]:
         packed: Sequence[Tensor | None] | None,
     ) -> Tensor:
         if packed is None:
-            packed = gather(*packing(fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, kept), x.dtype)
+            packed = gather(
+                *mlp_packing(fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, kept), x.dtype
+            )
         return packed_mlp(x, *packed, fc2_bias, activation)[0]
 
     return {"mlp": run}
-
-
-def packing(
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    fc2_weight: Tensor,
-    kept: KeptNeurons,
-) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
-    """What `gather` is to pack of one layer, in the order that `mlp(packed=)` takes."""
-    sources = [fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight]
-    return sources, [kept.rows] * 5, [kept.whole] * 5, [0, 0, 0, 0, 1]

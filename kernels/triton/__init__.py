@@ -1,6 +1,23 @@
-"""The Triton provider, one file per op; imported only when a CUDA tensor or a request asks for it.
+"""The Triton provider: the pieces between the vendor's GEMMs, one file each; imported at its first use.
 
-Triton multiplies nothing that the vendor's GEMM multiplies as well: kept weights are packed in one launch,
-the projections are `torch.addmm`, and Triton does the rest (attention core, activations, scores, shrinkage).
-Under `TRITON_INTERPRET=1`, set before the first use, the same kernels run on CPU tensors, on request only.
+Under `TRITON_INTERPRET=1`, set before that, the same kernels run on CPU tensors, on request only.
 """
+
+from ..packed import Pieces, provide
+from . import activation, attention_core, gather, group_scores, prox_shrink
+from .launch import DTYPES, INTERPRETED
+
+provide(
+    "triton",
+    "cpu" if INTERPRETED.value else "cuda",
+    DTYPES,
+    Pieces(
+        gather.gather,
+        attention_core.attention_core,
+        attention_core.attention_core_backward,
+        activation.activate,
+        activation.activate_backward,
+        group_scores.group_scores,
+        prox_shrink.prox_shrink,
+    ),
+)

@@ -102,7 +102,8 @@ def activate_backward(
     """Writes `a` again, and `grad_u` and `grad_gate` from `grad_a`; `grad_gate` is None without a gate."""
     if u.numel():
         _backward[(triton.cdiv(u.numel(), BLOCK),)](
-            u, u if gate is None else gate, grad_a, a, grad_u, u if grad_gate is None else grad_gate, u.numel(),
+            u, u if gate is None else gate, grad_a, a, grad_u, u if grad_gate is None else grad_gate,
+            u.numel(),
             ACT=activation, GATED=gate is not None, ACC=wide(u.dtype), BLOCK=BLOCK,
         )  # fmt: skip
 

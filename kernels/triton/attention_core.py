@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kept import WIDTHS
 from .launch import DTYPES, ELEMENT, INTERPRETED, Case, dot_precision, eights, narrow, wide
 
 SMALL = 16  # tokens in the last tile when so few are left
-WIDTHS = (16, 32, 64, 128)  # tile widths of a head's dims
 FIELDS = tl.constexpr(6)  # columns of the table that `_head` reads
 HIP = torch.version.hip is not None
 # Specialised on none of them, a kernel serves every structure without being compiled again.
@@ -219,7 +219,7 @@ def attention_core(
     qkv: Tensor, table: Tensor, counts: list[int], tokens: int, scale: float, heads: Tensor, top: Tensor,
     inverse: Tensor,
 ) -> None:  # fmt: skip
-    """Writes `heads` [M, V] and the softmax statistics `top` and `inverse` [h, M] from the packed `qkv` [M, S].
+    """Writes `heads` [M, V] and the softmax statistics `top`, `inverse` [h, M] from the packed `qkv` [M, S].
 
     table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its
     q/k and v widths, all multiples of 8; counts: how many of its rows, in order, are as wide as each of
@@ -232,7 +232,7 @@ def attention_core_backward(
     qkv: Tensor, heads: Tensor, grad_heads: Tensor, top: Tensor, inverse: Tensor, table: Tensor,
     counts: list[int], tokens: int, scale: float, grad_qkv: Tensor,
 ) -> None:  # fmt: skip
-    """Writes `grad_qkv` from `grad_heads` and what `attention_core` wrote; gradients have the strides of values."""
+    """Writes `grad_qkv` from `grad_heads` and what `attention_core` wrote."""
     _launch(_backward, (qkv, heads, grad_heads, grad_qkv, top, inverse, table), counts, tokens, scale, 2)
 
 

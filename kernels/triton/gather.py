@@ -1,9 +1,9 @@
 """Kept rows, columns and entries of many matrices, packed or spread in one launch, cast on the way.
 
-    dim 0: out[i, :] = source[index[i], :]      dim 1: out[:, j] = source[:, index[j]]      index -1 gives zeros
+    dim 0: out[i, :] = source[index[i], :]      dim 1: out[:, j] = source[:, index[j]]    index -1 gives zeros
 
-Packing gathers kept weights; with the inverse indices the same kernel spreads packed gradients over full-size
-ones and writes the zeros of removed groups itself.
+Packing gathers kept weights; with the inverse indices the same kernel spreads packed gradients over
+full-size ones and writes the zeros of removed groups itself.
 """
 
 import triton
@@ -68,8 +68,8 @@ def _gather(table, matrices, SOURCE: tl.constexpr, OUT: tl.constexpr, TILE: tl.c
 def gather(sources: list[Tensor], indices: list[Tensor], dims: list[int], outs: list[Tensor]) -> None:
     """Fills `outs`; one launch for all sources of one dtype and outs of one dtype, as a model's weights are.
 
-    Contiguous matrices and vectors (dim 0), int32 indices as long as dim `dim` of `out`. The table of addresses
-    is copied to the device again only when one of them changed.
+    Contiguous matrices and vectors (dim 0), int32 indices as long as dim `dim` of `out`. The table of
+    addresses is copied to the device again only when one of them changed.
     """
     groups: dict[tuple, list[tuple[int, ...]]] = {}
     programs: dict[tuple, int] = {}

@@ -5,13 +5,12 @@
 A program owns some groups of one matrix and adds up all of their terms: every run adds in the same order.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _dispatch
-from .launch import DTYPES, ELEMENT, Case, addresses, provide, register, tiles_of, wide
+from .launch import DTYPES, ELEMENT, Case, addresses, tiles_of, wide
 
 ROWS, COLUMNS = (8, 256), (64, 32)  # groups per program, terms per step; when groups are rows, columns
 FIELDS = tl.constexpr(6)
@@ -56,10 +55,8 @@ def _scores(table, tiles, out, ELEMENT: tl.constexpr, ACC: tl.constexpr, ROWS: t
         _of_columns(a, b, out + place, groups, terms, tile, ACC, COLUMNS[0], COLUMNS[1])
 
 
-def _group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
-    if any(t.dtype != a[0].dtype or t.device != a[0].device for t in (*a, *b)):
-        raise ValueError("group_scores: all tensors must have one dtype and one device")
-    a, b = [t.contiguous() for t in a], [t.contiguous() for t in b]
+def group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
+    """The scores of all groups, one after the other; contiguous tensors of one dtype."""
     # A vector is a matrix of one row whose columns are the groups.
     shapes = [
         (t.shape[d], t.numel() // max(1, t.shape[d]), int(t.dim() == 2 and d == 0))
@@ -79,17 +76,8 @@ def _group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
     return out
 
 
-def _fake(a, b, dims):
-    total = sum(t.shape[dim] for t, dim in zip(a, dims, strict=True))
-    return a[0].new_empty(total, dtype=_dispatch.statistics_dtype(a[0].dtype))
-
-
-register("group_scores_triton", "(Tensor[] a, Tensor[] b, int[] dims) -> Tensor", _group_scores, _fake)
-provide("group_scores", lambda a, b, dims: torch.ops.uvc_kernels.group_scores_triton(a, b, dims))
-
-
 def cases() -> list[Case]:
-    """Everything the op can launch."""
+    """Everything `group_scores` can launch."""
     found = []
     for dtype in DTYPES:
         signature = {"table": "*i64", "tiles": "*i32", "out": f"*{wide(dtype)}"}

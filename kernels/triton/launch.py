@@ -1,16 +1,13 @@
-"""What every Triton op file shares: element types, host-side plans, descriptors on the device, gate cases."""
+"""What every Triton file shares: element types, rounding, descriptors on the device, gate cases."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
-
-from .. import _dispatch
 
 ELEMENT = {
     torch.float32: tl.float32,
@@ -22,9 +19,6 @@ ELEMENT = {
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # The interpreter also takes float64, so that gradients can be checked by differences.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, *((torch.float64,) if INTERPRETED.value else ()))
-# Packed rows and columns are padded with zeros to this many: 16 bytes of a 2-byte type, so that every vendor
-# GEMM is aligned and every head starts at a vector load.
-ALIGN = 8
 
 
 @triton.jit
@@ -68,49 +62,10 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def align(n: int) -> int:
-    """`n` rounded up to a multiple of `ALIGN`."""
-    return -(-n // ALIGN) * ALIGN
-
-
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
     """A list of numbers on the device by one copy that the host does not wait for."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
-
-
-def register(
-    name: str, schema: str, run: Callable, fake: Callable, autograd: tuple[Callable, Callable] | None = None
-) -> None:
-    """Make `run` the op `uvc_kernels::name`; autograd: its backward and what sets up the context."""
-    name = f"uvc_kernels::{name}"
-    torch.library.define(name, schema)
-    torch.library.impl(name, "cpu" if INTERPRETED.value else "cuda")(run)
-    torch.library.register_fake(name, fake)
-    if autograd is not None:
-        torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
-
-
-def provide(op: str, run: Callable) -> None:
-    """Make `run` what the provider triton offers for `op`."""
-    _dispatch.provide(op, "triton", run, "cpu" if INTERPRETED.value else "cuda", DTYPES)
-
-
-def inverse_of(index: Sequence[int], size: int) -> list[int]:
-    """Where `index` names position i, for i in 0..size; -1 where it does not."""
-    places = [-1] * size
-    for place, i in enumerate(index):
-        if i >= 0:
-            places[i] = place
-    return places
-
-
-def multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    """out = a b + bias, by the vendor's GEMM, into what may be some columns of a wider matrix."""
-    if bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
 
 
 @functools.lru_cache(maxsize=256)
@@ -134,26 +89,3 @@ def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tens
     host = torch.tensor([n for row in fields for n in row], dtype=torch.int64, pin_memory=True)
     _captured.append(host)
     return host.to(device, non_blocking=True)
-
-
-def planned(build: Callable) -> Callable:
-    """Caches `build(tensors, *sizes)` while the first tensor lives and no tensor is written or replaced.
-
-    What `build` reads from the device is thus read once per structure, not once per step.
-    """
-    plans = WeakIdKeyDictionary()
-
-    @functools.wraps(build)
-    def lookup(tensors: Sequence[Tensor], *sizes: int):
-        # An inference tensor has no version; it cannot be written outside inference mode either.
-        versions = [0 if t.is_inference() else t._version for t in tensors]
-        known = plans.get(tensors[0])
-        if known is not None:
-            refs, seen, plan = known
-            if seen == (versions, sizes) and all(r() is t for r, t in zip(refs, tensors, strict=True)):
-                return plan
-        plan = build(tensors, *sizes)
-        plans[tensors[0]] = [TensorWeakRef(t) for t in tensors], (versions, sizes), plan
-        return plan
-
-    return lookup

@@ -3,13 +3,11 @@
 dim 0: w[i, :] <- factor[i] w[i, :]      dim 1: w[:, j] <- factor[j] w[:, j]
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
-from .launch import DTYPES, ELEMENT, Case, addresses, narrow, provide, register, tiles_of, wide
+from .launch import DTYPES, ELEMENT, Case, addresses, narrow, tiles_of, wide
 
 TILE = (8, 128)
 FIELDS = tl.constexpr(5)
@@ -34,10 +32,8 @@ def _shrink(table, tiles, factors, ELEMENT: tl.constexpr, ACC: tl.constexpr, TIL
     tl.store(weight + i * width + j, narrow(value, ELEMENT), mask=touched)
 
 
-def _prox_shrink(weights: list[Tensor], factors: Tensor, dims: list[int]) -> None:
-    if any(not w.is_contiguous() or w.dtype != weights[0].dtype for w in weights):
-        raise ValueError("prox_shrink: the weights must be contiguous and of one dtype")
-    wide_factors = factors.to(_dispatch.statistics_dtype(weights[0].dtype)).contiguous()
+def prox_shrink(weights: list[Tensor], factors: Tensor, dims: list[int]) -> None:
+    """Scales contiguous weights of one dtype by `factors` in statistics dtype."""
     fields, counts, place = [], [], 0
     for w, dim in zip(weights, dims, strict=True):
         height, width = w.shape if w.dim() == 2 else (1, w.shape[0])
@@ -47,26 +43,13 @@ def _prox_shrink(weights: list[Tensor], factors: Tensor, dims: list[int]) -> Non
     if sum(counts):
         device = factors.device
         _shrink[(sum(counts),)](
-            addresses(tuple(fields), device), tiles_of(tuple(counts), device), wide_factors,
+            addresses(tuple(fields), device), tiles_of(tuple(counts), device), factors,
             ELEMENT=ELEMENT[weights[0].dtype], ACC=wide(weights[0].dtype), TILE=TILE,
         )  # fmt: skip
 
 
-def _fake(weights, factors, dims):
-    return None
-
-
-register(
-    "prox_shrink_triton", "(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()", _prox_shrink, _fake
-)
-provide(
-    "prox_shrink",
-    lambda weights, factors, dims: torch.ops.uvc_kernels.prox_shrink_triton(weights, factors, dims),
-)
-
-
 def cases() -> list[Case]:
-    """Everything the op can launch."""
+    """Everything `prox_shrink` can launch."""
     found = []
     for dtype in DTYPES:
         signature = {"table": "*i64", "tiles": "*i32", "factors": f"*{wide(dtype)}"}

@@ -28,6 +28,26 @@ def _interpret_the_standard_library() -> None:
                 setattr(tl, name, function)
 
 
+def _patch_once_per_launch() -> None:
+    # A kernel's every call of a helper patches triton.language anew, which is most of the interpreter's time.
+    from triton.runtime import interpreter
+
+    launch, patched = interpreter.GridExecutor.__call__, set()
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def _load() -> None:
     # The kernels are decorated for the interpreter or for the compiler when their files are imported.
     before = os.environ.get("TRITON_INTERPRET")
@@ -35,8 +55,9 @@ def _load() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     try:
         _interpret_the_standard_library()
+        _patch_once_per_launch()
         with uvc_kernels.backend("triton"):
-            for op in ("attention", "mlp", "group_scores", "prox_shrink"):
+            for op in ("attention", "mlp", "gather", "group_scores", "prox_shrink"):
                 uvc_kernels.select(op, torch.device(DEVICE), torch.float32)
     finally:
         if before is None:

@@ -6,11 +6,11 @@ import uvc_kernels
 from accuracy import with_gradients
 from on_triton import DEVICE, DTYPES, check, forced, interpreted, random
 
-op = torch.ops.uvc_kernels.attention_triton.default
-backward = torch.ops.uvc_kernels.attention_triton_backward.default
+op = torch.ops.uvc_kernels.attend_triton.default
+backward = torch.ops.uvc_kernels.attend_backward_triton.default
 
 
-def inputs(tokens, heads, dims, batch=1, width=24, out=24, biases=True):
+def inputs(tokens, heads, dims, batch=1, width=24, out=64, biases=True):
     A = heads * dims
     x, qkv, proj = random(batch, tokens, width), random(3 * A, width) * 0.3, random(out, A)
     return [x, qkv, random(3 * A) if biases else None, proj, random(out) if biases else None]
@@ -35,13 +35,13 @@ def attend(kept, scale=0.25):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 50, 63, 64, 65, 197, 198])
 def test_ragged_attention_is_as_exact_as_plain_torch(tokens, dtype):
-    check(attend(ragged(2, 20)), inputs(tokens, 2, 20), dtype)
+    check(attend(ragged(3, 24)), inputs(tokens, 3, 24), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, 3, 6])
 def test_every_head_of_every_image_is_its_own(heads, dtype):
-    check(attend(ragged(heads, 8)), inputs(17, heads, 8, batch=3), dtype)
+    check(attend(ragged(heads, 72 // heads)), inputs(17, heads, 72 // heads, batch=3), dtype)
 
 
 @pytest.mark.parametrize("dims", [1, 8, 16, 17, 33, 64, 65, 128])
@@ -74,7 +74,7 @@ def test_the_other_width_of_the_output_and_missing_biases_are_fine():
 def test_an_empty_batch_gives_empty_output_and_zero_gradients():
     tensors = [t.float() for t in inputs(17, 3, 8, batch=0)]
     out, *grads = with_gradients(forced(attend(ragged(3, 8))), tensors)
-    assert out.shape == (0, 17, 24)
+    assert out.shape == (0, 17, 64)
     assert all(torch.count_nonzero(grad) == 0 for grad in grads)
 
 
@@ -150,7 +150,7 @@ def test_strided_inputs_are_read_as_what_they_show():
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_an_unchanged_structure_is_read_from_the_device_once(monkeypatch):
+def test_nothing_is_read_from_the_device(monkeypatch):
     tensors, kept = [t.float() for t in inputs(9, 2, 8)], ragged(2, 8)
     expected = with_gradients(forced(attend(kept)), tensors)
 
@@ -159,37 +159,27 @@ def test_an_unchanged_structure_is_read_from_the_device_once(monkeypatch):
 
     for name in ("tolist", "item", "cpu", "__bool__", "__index__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    found = [t.detach().requires_grad_() for t in tensors]
-    with uvc_kernels.backend("triton"):
-        out, *saved = op(*tensors, *kept, 0.25)
-        backward(torch.empty_like(out), *tensors[:4], *kept, 0.25, *saved, 31)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = forced(attend(kept))(*leaves)
+    out.backward(torch.ones_like(out))
     monkeypatch.undo()
-    assert torch.equal(out, expected[0]) and len(found) == 5
-
-
-def test_a_structure_that_is_written_in_place_is_seen():
-    tensors = [t.float() for t in inputs(9, 2, 8)]
-    mask = torch.zeros(2, 8, dtype=torch.bool, device=DEVICE)
-    mask[:, :3] = True
-    kept, other = uvc_kernels.kept_heads(mask, mask), uvc_kernels.kept_heads(mask, mask.roll(2, 1))
-    before = forced(attend(kept))(*tensors)
-    kept.v.copy_(other.v)
-    after = forced(attend(kept))(*tensors)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, forced(attend(other))(*tensors))
+    assert torch.equal(out, expected[0]) and all(leaf.grad is not None for leaf in leaves)
 
 
 @interpreted
 @pytest.mark.parametrize("biases", [True, False])
 def test_opcheck_passes(biases):
-    tensors = inputs(5, 3, 4, width=6, out=7, biases=biases)
-    leaves = [None if t is None else t.requires_grad_() for t in tensors]
     kept = ragged(3, 4)
-    torch.library.opcheck(op, (*leaves, *kept, 0.5))
+    S, V = len(kept.rows), len(kept.columns)
+    bias, proj_bias = (random(S), random(7)) if biases else (None, None)
+    tensors = [random(2, 5, 6), random(S, 6), bias, random(7, V), proj_bias]
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    torch.library.opcheck(op, (*leaves, kept.table, *kept[-4:], 0.5))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, *kept, 0.5)
-    for needs in (0b11111, 0b01001):
-        torch.library.opcheck(backward, (torch.ones_like(out), *detached[:4], *kept, 0.5, *saved, needs))
+    out, *saved = op(*detached, kept.table, *kept[-4:], 0.5)
+    for needs in (0b11111, 0b01001) if biases else (0b01011, 0b01001):
+        arguments = (torch.ones_like(out), *detached, kept.table, *kept[-4:], 0.5, *saved, needs)
+        torch.library.opcheck(backward, arguments)
 
 
 @interpreted
@@ -223,11 +213,9 @@ def test_a_second_derivative_is_a_clear_error():
     ("dims", "change", "message"),
     [
         (8, lambda t, kept: ([t[0].half(), *t[1:]], kept), "one dtype"),
-        (8, lambda t, kept: (t, kept._replace(qk=kept.qk + 24)), r"positions in 0\.\.23"),
-        (8, lambda t, kept: (t, kept._replace(v_offsets=kept.v_offsets + 1)), "offsets"),
         (129, lambda t, kept: (t, kept), "more than 128 dims"),
     ],
-    ids=["mixed dtypes", "row out of range", "offsets off", "too wide"],
+    ids=["mixed dtypes", "too wide"],
 )
 def test_what_does_not_fit_is_one_clear_line(dims, change, message):
     tensors, kept = change([t.float() for t in inputs(5, 3, dims)], dense(3, dims))

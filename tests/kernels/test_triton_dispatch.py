@@ -13,9 +13,10 @@ from uvc_kernels import _dispatch, self_check
 CPU = torch.device("cpu")
 
 
+@pytest.mark.filterwarnings("ignore:.*runs on plain PyTorch")
 @pytest.mark.parametrize("op", self_check.EXAMPLES)
 def test_the_interpreter_never_serves_unasked(op):
-    assert uvc_kernels.select(op, CPU, torch.float32) == "cpu"
+    assert uvc_kernels.select(op, CPU, torch.float32) in ("cpu", "reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -38,12 +39,22 @@ def a_faulty_kernel(monkeypatch):
 
 def test_a_kernel_that_fails_its_self_check_is_not_used_and_that_is_said_once(a_faulty_kernel):
     with pytest.warns(RuntimeWarning, match="the cuda kernel fails its self-check on cpu .*times what is"):
-        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cpu"
+        assert not _dispatch._proven("group_scores", "cuda", CPU, torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cpu"
+        assert not _dispatch._proven("group_scores", "cuda", CPU, torch.float32)
     with uvc_kernels.backend("cuda"):
         assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cuda"
+
+
+@pytest.mark.filterwarnings("ignore:.*runs on plain PyTorch")
+@pytest.mark.parametrize("proven", [True, False])
+def test_on_a_gpu_a_kernel_serves_only_when_its_self_check_passed(monkeypatch, proven):
+    made = _dispatch._Implementation(len, "cuda", frozenset({torch.float32}))
+    monkeypatch.setattr(_dispatch, "_implementations", {("group_scores", "triton"): made})
+    monkeypatch.setattr(_dispatch, "_proven", lambda *_: proven)
+    found = uvc_kernels.select("group_scores", torch.device("cuda"), torch.float32)
+    assert found == ("triton" if proven else "reference")
 
 
 def test_a_kernel_that_raises_in_its_self_check_is_not_used(a_faulty_kernel, monkeypatch):
@@ -53,17 +64,17 @@ def test_a_kernel_that_raises_in_its_self_check_is_not_used(a_faulty_kernel, mon
     made = _dispatch._Implementation(broken, "cpu", frozenset({torch.float32}))
     monkeypatch.setitem(_dispatch._implementations, ("group_scores", "cuda"), made)
     with pytest.warns(RuntimeWarning, match="is not used: OSError: no driver$"):
-        assert uvc_kernels.select("group_scores", CPU, torch.float32) == "cpu"
+        assert not _dispatch._proven("group_scores", "cuda", CPU, torch.float32)
 
 
 def test_the_self_check_runs_while_torch_compile_traces(a_faulty_kernel):
-    a = [torch.randn(4, 5)]
-    compiled = torch.compile(
-        lambda t: uvc_kernels.group_scores([t], [t], [0]), fullgraph=True, backend="aot_eager"
-    )
+    def doubled_where_proven(t):
+        return 2 * t if _dispatch._proven("group_scores", "cuda", CPU, torch.float32) else t
+
+    compiled = torch.compile(doubled_where_proven, fullgraph=True, backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="self-check"):
-        found = compiled(a[0])
-    torch.testing.assert_close(found, a[0].square().sum(1))
+        found = compiled(torch.ones(3))
+    assert torch.equal(found, torch.ones(3))
 
 
 WITHOUT = """
