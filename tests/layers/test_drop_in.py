@@ -343,13 +343,12 @@ def test_recomputing_the_first_products_saves_less_and_changes_nothing(backend):
         uvc.layers.set_recompute(model, on)
         model.zero_grad()
         sizes = {}
-        with (
-            uvc_kernels.backend(backend),
-            torch.autograd.graph.saved_tensors_hooks(
-                lambda t, sizes=sizes: sizes.setdefault(t.untyped_storage().data_ptr(), t.numel()) and t,
-                lambda t: t,
-            ),
-        ):
+
+        def note(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.numel()
+            return t
+
+        with uvc_kernels.backend(backend), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             out = model(x)
         out.square().sum().backward()
         results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
