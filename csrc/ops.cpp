@@ -6,21 +6,39 @@
 STABLE_TORCH_LIBRARY(uvc_kernels, m) {
   m.def(
       "attention(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor qk, "
-      "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale) "
+      "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale, bool recompute=False) "
       "-> (Tensor out, Tensor qkv, Tensor heads, Tensor stats)");
   m.def(
       "attention_backward(Tensor grad, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor qk, "
       "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale, Tensor qkv, Tensor heads, Tensor stats, int needs) "
       "-> (Tensor x, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias)");
   m.def(
-      "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor neurons, "
-      "int activation) -> (Tensor out, Tensor hidden)");
+      "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, "
+      "Tensor? gate_bias, Tensor neurons, int activation, bool recompute=False) -> (Tensor out, Tensor hidden)");
   m.def(
-      "mlp_backward(Tensor grad, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor neurons, "
-      "int activation, Tensor hidden, int needs) "
-      "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias)");
+      "mlp_backward(Tensor grad, Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
+      "Tensor? gate_weight, Tensor? gate_bias, Tensor neurons, int activation, Tensor hidden, int needs) "
+      "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor gate_weight, "
+      "Tensor gate_bias)");
+  m.def(
+      "gather(Tensor[] sources, Tensor[] indices, Tensor[] inverses, int[] dims, ScalarType? dtype) -> Tensor[]");
   m.def("group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
   m.def("prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
+
+  // The pieces of the providers cuda (on a GPU) and cuda-host (the same sources on the CPU); see kernels/packed.
+  m.def("cuda_gather(Tensor[] sources, Tensor[] indices, int[] dims, Tensor(a!)[] outs) -> ()");
+  m.def(
+      "cuda_attention_core(Tensor qkv, Tensor table, int[] counts, int tokens, float scale, Tensor(a!) heads, "
+      "Tensor(b!) top, Tensor(c!) inverse) -> ()");
+  m.def(
+      "cuda_attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor top, Tensor inverse, "
+      "Tensor table, int[] counts, int tokens, float scale, Tensor(a!) grad_qkv) -> ()");
+  m.def("cuda_activate(Tensor u, Tensor? gate, int activation, Tensor(a!) a) -> ()");
+  m.def(
+      "cuda_activate_backward(Tensor u, Tensor? gate, Tensor grad_a, int activation, Tensor(a!) a, "
+      "Tensor(b!) grad_u, Tensor(c!)? grad_gate) -> ()");
+  m.def("cuda_group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
+  m.def("cuda_prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
 }
 
 // `import uvc_kernels._C` only has to load this library: its static initialisers register the ops.

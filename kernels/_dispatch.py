@@ -42,12 +42,17 @@ def _load_extension() -> str | None:
 
 
 extension_error = _load_extension()
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and log-sum-exps are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the cpu ops compute in and save: float32 for float16, which CPUs store but hardly multiply."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -146,7 +151,8 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
     return None
 
 
-def _warn_once(key: tuple, message: str) -> None:
+def warn_once(key: tuple, message: str) -> None:
+    """Warn once per process and key."""
     if key not in _warned:
         _warned.add(key)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -169,37 +175,60 @@ def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) ->
 _proven._dynamo_marked_constant = True
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the provider that serves `op` for tensors of this device and dtype.
+def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The providers that can serve `op` here and have proven it, in the order of preference.
 
-    A forced provider that cannot is a RuntimeError; else what no kernel serves goes to `reference`, with one
-    warning.
+    What no kernel serves goes to `reference`, with one warning.
     """
-    name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
-    if name is not None:
-        reason = _why_not(op, _known(name, "UVC_BACKEND"), device, dtype)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} was asked for {op} but cannot run it: {reason}")
-        return name
-    reasons = []
+    found, reasons = [], []
     for provider in reversed(PROVIDERS[1:]):
         # On the CPU Triton is an interpreter and CUDA a host build: for tests, on request.
         if device.type == "cpu" and provider != "cpu":
             continue
         reason = _why_not(op, provider, device, dtype)
         if reason is None and (provider == "cpu" or _proven(op, provider, device, dtype)):
-            return provider
-        if provider == device.type:
+            found.append(provider)
+        elif provider == device.type:
             reasons.append(reason)
-    _warn_once(
-        (op, device.type, dtype),
-        f"uvc_kernels.{op} runs on plain PyTorch for {dtype} on {device.type}: "
-        + (reasons[0] if reasons else f"no kernel serves {device.type} tensors"),
-    )
-    return "reference"
+    if not found:
+        warn_once(
+            (op, device.type, dtype),
+            f"uvc_kernels.{op} runs on plain PyTorch for {dtype} on {device.type}: "
+            + (reasons[0] if reasons else f"no kernel serves {device.type} tensors"),
+        )
+    return found or ["reference"]
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the provider that serves `op` for tensors of this device and dtype.
+
+    A forced provider that cannot is a RuntimeError. Of several the first of the order of preference is
+    named; attention and MLP may be served by a faster one, or by full products, where that was measured.
+    """
+    return forced(op, device, dtype) or able(op, device, dtype)[0]
+
+
+def forced(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The provider that the user asked for; RuntimeError when it cannot serve."""
+    name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
+    if name is None:
+        return None
+    reason = _why_not(op, _known(name, "UVC_BACKEND"), device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for {op} but cannot run it: {reason}")
+    return name
+
+
+def run_of(op: str, provider: str) -> Callable:
+    """What `provider` runs for `op`."""
+    return _references[op] if provider == "reference" else _implementations[op, provider].run
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable:
     """The callable that `select` stands for."""
-    name = select(op, device, dtype)
-    return _references[op] if name == "reference" else _implementations[op, name].run
+    return run_of(op, select(op, device, dtype))
+
+
+def packs_ahead(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention and MLP here take weights that `gather` has packed for many layers at once."""
+    return select("attention", device, dtype) in _ON_DEMAND

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
 from .kept import KeptHeads
 
 
@@ -26,6 +26,7 @@ def attention_reference(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
     A = proj_weight.shape[1]
@@ -57,19 +58,22 @@ def _attention_cpu(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None,
+    recompute: bool,
 ) -> Tensor:
-    weights = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale)[0]
+    weights = qkv_weight, qkv_bias, proj_weight, proj_bias
+    return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale, recompute)[0]
 
 
-def _fake(x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale):
+def _fake(
+    x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale, recompute=False
+):
     B, N, _ = x.shape
-    stats = x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype))
+    dtype = _dispatch.cpu_dtype(x.dtype)
     return (
         x.new_empty(B, N, proj_weight.shape[0]),
-        x.new_empty(2 * qk.shape[0] + v.shape[0], B * N),
-        x.new_empty(v.shape[0], B * N),
-        stats,
+        x.new_empty(0 if recompute else 2 * qk.shape[0] + v.shape[0], B * N, dtype=dtype),
+        x.new_empty(v.shape[0], B * N, dtype=dtype),
+        x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype)),
     )
 
 
@@ -79,20 +83,24 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale = inputs
+    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale, _ = inputs
     ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
     x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 11
     _dispatch.forbid_double_backward("attention")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(
         grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, stats, needs
     )
-    return *_dispatch.asked_for(grads, needs), None, None, None, None, None
+    return *_dispatch.asked_for(grads, needs), None, None, None, None, None, None
 
 
 if _dispatch.extension_error is None:
@@ -100,6 +108,19 @@ if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::attention", _backward, setup_context=_setup_context)
     _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
+
+
+def attention_packing(
+    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order of `attention(packed=)`."""
+    whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
+    return (
+        [qkv_weight, qkv_bias, proj_weight],
+        [kept.rows, kept.rows, kept.columns],
+        [whole_rows, whole_rows, whole_columns],
+        [0, 0, 1],
+    )
 
 
 def attention(
@@ -111,12 +132,14 @@ def attention(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Attention over the kept heads and dims.
 
     x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
     proj_bias [Dout] or None, all of one floating dtype (autocast casts as for a linear layer, but only what
-    is kept). packed: what `pack_ahead` made of the weights, if several layers were packed at once. Returns
+    is kept). packed: what `gather` made of `attention_packing`, where several layers are packed at once.
+    recompute: multiply for q, k and v again in the backward pass instead of keeping them. Returns
     [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
     bias alone. ValueError on shapes that do not fit.
     """
@@ -127,12 +150,15 @@ def attention(
             f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
             f"proj_weight, got {tuple(qkv_weight.shape)}"
         )
-    if kept.whole_columns.shape != proj_weight.shape[1:]:
+    if kept.whole_columns.numel() != proj_weight.shape[1]:
         raise ValueError(
-            f"attention: kept is of {len(kept.whole_columns)} dims, but proj_weight has "
+            f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
             f"{proj_weight.shape[1]}"
         )
     _dispatch.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     x = _dispatch.autocast(x)
-    run = _dispatch.implementation("attention", x.device, x.dtype)
-    return run(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed, recompute)
+    dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
+    return fastest.choose("attention", arguments, *dims, case=(*kept.whole_columns.shape, recompute))(
+        *arguments
+    )

@@ -64,6 +64,12 @@ def differentiate(name: str, op: Callable) -> None:
     torch.library.register_autograd(name, backward, setup_context=setup_context)
 
 
+if _dispatch.extension_error is None:
+    torch.library.register_fake("uvc_kernels::gather", empty_gathered)
+    differentiate("uvc_kernels::gather", torch.ops.uvc_kernels.gather)
+    _dispatch.provide("gather", "cpu", torch.ops.uvc_kernels.gather, "cpu", _dispatch.CPU_DTYPES)
+
+
 def gather(
     sources: Sequence[Tensor | None],
     indices: Sequence[Tensor],

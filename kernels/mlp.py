@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, fastest
 from .kept import KeptNeurons
 
 ACTIVATIONS = {
@@ -38,6 +38,7 @@ def mlp_reference(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
 
@@ -64,39 +65,52 @@ def _mlp_cpu(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     packed: Sequence[Tensor | None] | None,
+    recompute: bool,
 ) -> Tensor:
-    if gate_weight is not None:
-        return mlp_reference(
-            x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias
-        )
-    weights = _dispatch.cast(x.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, _CODES[activation])[0]
+    weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias
+    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, _CODES[activation], recompute)[0]
 
 
-def _fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, neurons, activation):
+def _fake(
+    x,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    gate_weight,
+    gate_bias,
+    neurons,
+    activation,
+    recompute=False,
+):
+    rows = 0 if recompute else neurons.shape[0] * (1 if gate_weight is None else 2)
     out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
-    return out, x.new_empty(neurons.shape[0], x.shape[:-1].numel())
+    return out, x.new_empty(rows, x.shape[:-1].numel(), dtype=_dispatch.cpu_dtype(x.dtype))
 
 
-def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, activation, hidden, needs):
+def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, *rest):
     fc1_bias, fc2_bias = fc1_weight.new_empty(len(fc1_weight)), fc2_weight.new_empty(len(fc2_weight))
-    return _dispatch.empty_gradients((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias), needs)
+    return _dispatch.empty_gradients(
+        (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_weight, fc1_bias), rest[-1]
+    )
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc1_weight, fc1_bias, fc2_weight, _, neurons, ctx.activation = inputs
-    ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, neurons, output[1])
+    x, fc1_weight, fc1_bias, fc2_weight, _, gate_weight, gate_bias, neurons, ctx.activation, _ = inputs
+    ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, neurons, output[1])
     ctx.mark_non_differentiable(output[1])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
-    x, fc1_weight, fc1_bias, fc2_weight, neurons, hidden = ctx.saved_tensors
+    *tensors, hidden = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 10
     _dispatch.forbid_double_backward("mlp")
-    needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
-    grads = torch.ops.uvc_kernels.mlp_backward(
-        grad, x, fc1_weight, fc1_bias, fc2_weight, neurons, ctx.activation, hidden, needs
-    )
-    return *_dispatch.asked_for(grads, needs), None, None
+    needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
+    grads = torch.ops.uvc_kernels.mlp_backward(grad, *tensors, ctx.activation, hidden, needs)
+    return *_dispatch.asked_for(grads, needs), None, None, None
 
 
 if _dispatch.extension_error is None:
@@ -104,6 +118,19 @@ if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::mlp_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::mlp", _backward, setup_context=_setup_context)
     _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dispatch.CPU_DTYPES)
+
+
+def mlp_packing(
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    fc2_weight: Tensor,
+    kept: KeptNeurons,
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
+    """What `gather` is to pack of one layer, in the order of `mlp(packed=)`."""
+    sources = [fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight]
+    return sources, [kept.rows] * 5, [kept.whole] * 5, [0, 0, 0, 0, 1]
 
 
 def mlp(
@@ -117,15 +144,17 @@ def mlp(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """MLP over the kept neurons.
 
     x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, of a
     gated MLP also gate_weight [F, D] and gate_bias [F] or None, all of one floating dtype (autocast casts as
-    for a linear layer, but only what is kept); activation: a key of `ACTIVATIONS`; packed: what `pack_ahead`
-    made of the weights, if several layers were packed at once. Returns [..., Dout] in the dtype of x.
-    Gradients are full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on shapes
-    that do not fit and on an unknown activation.
+    for a linear layer, but only what is kept); activation: a key of `ACTIVATIONS`; packed: what `gather` made
+    of `mlp_packing`, where several layers are packed at once; recompute: multiply for the hidden layer again
+    in the backward pass instead of keeping it. Returns [..., Dout] in the dtype of x. Gradients are
+    full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on shapes that do not fit
+    and on an unknown activation.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
@@ -141,7 +170,9 @@ def mlp(
         )
     _dispatch.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
     x = _dispatch.autocast(x)
-    run = _dispatch.implementation("mlp", x.device, x.dtype)
-    return run(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed
-    )
+    arguments = (
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed,
+        recompute,
+    )  # fmt: skip
+    neurons = kept.neurons.shape[0], kept.whole.shape[0]
+    return fastest.choose("mlp", arguments, *neurons, case=(activation, recompute))(*arguments)

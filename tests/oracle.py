@@ -8,12 +8,14 @@ import copy
 from collections.abc import Callable
 
 import torch
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import uvc
+from uvc.models import T2TVisionTransformer
 from uvc.structure import BlockStructure, Structure
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -34,6 +36,9 @@ def small_vit(cls: type = VisionTransformer, **changes) -> nn.Module:
     return model
 
 
+GATED = dict(mlp_ratio=80 / 24, act_layer="silu")  # GluMlp halves its hidden width
+T2T = dict(img_size=(48, 32), patch_size=16, qkv_bias=False)  # 7 tokens
+
 # What `small_vit` can be: every feature of timm's class that meets a structure.
 MODELS = {
     "vit": lambda: small_vit(),
@@ -45,7 +50,17 @@ MODELS = {
     ),
     "map pool, quick gelu": lambda: small_vit(global_pool="map", class_token=False, act_layer="quick_gelu"),
     "one head": lambda: small_vit(num_heads=1),
+    "swiglu": lambda: small_vit(mlp_layer=SwiGLU, act_layer="silu", proj_bias=False),
+    "packed swiglu": lambda: small_vit(mlp_layer=SwiGLUPacked, **GATED),
+    "glu, gate last": lambda: small_vit(mlp_layer=GluMlp, **GATED),
+    "t2t performer": lambda: small_vit(T2TVisionTransformer, **T2T),
+    "t2t transformer": lambda: small_vit(T2TVisionTransformer, form="transformer", **T2T),
 }
+
+
+def images(model: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random images of the model's own size."""
+    return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=dtype)
 
 
 def distilled_198() -> nn.Module:
@@ -85,7 +100,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         parameters, handles = dict(model.named_parameters()), []
         for i, (block, kept) in enumerate(zip(model.blocks, structure.blocks, strict=True)):
             K, A = block.attn.head_dim, block.attn.num_heads * block.attn.head_dim
-            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc1.out_features)
+            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc2.in_features)
             q[A:] = 1  # the dot product loses a term when its q is zero; k and v rows stay as they are
             for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
                 for d in qk_dims:

@@ -7,14 +7,20 @@ import struct
 import pytest
 import timm
 import torch
-from oracle import MODELS, small_vit, structures
+from oracle import MODELS, images, small_vit, structures
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 
 import uvc
 import uvc.models
-from uvc.checkpoint import CONFIG, WEIGHTS
+from uvc.checkpoint import CONFIG, WEIGHTS, describe, rebuild
 from uvc.structure import Structure
+
+
+def hybrid(name: str, **changes) -> torch.nn.Module:
+    """A model that only timm's own function for its name can rebuild."""
+    return timm.create_model(name, depth=2, num_classes=5, **changes)
+
 
 MORE = {
     "digits": lambda: timm.create_model("uvc_vit_digits", img_size=16, in_chans=3),
@@ -29,6 +35,9 @@ MORE = {
         attn_drop_rate=0.1,
         drop_path_rate=0.3,
     ),
+    "hybrid": lambda: hybrid("vit_tiny_r_s16_p8_224", img_size=128),
+    "hybrid of another stem": lambda: hybrid("vit_base_mci_224", img_size=32),
+    "norm in the stem": lambda: hybrid("aimv2_large_patch14_224", img_size=28),
     "rms norm, odd ratio": lambda: small_vit(
         norm_layer="rmsnorm", mlp_ratio=2.3, fc_norm=True, pos_embed="none"
     ),
@@ -47,7 +56,7 @@ def test_a_loaded_model_is_the_saved_one(name, compacted, tmp_path):
     model = uvc.compact(model) if compacted else model
     uvc.save(model, tmp_path)
     loaded = uvc.load(tmp_path)
-    x = torch.randn(2, 3, 16, 16)
+    x = images(model)
     assert torch.equal(loaded(x), model(x))
     assert uvc.structure_of(loaded) == uvc.structure_of(model)
     assert uvc.cost(loaded) == uvc.cost(model)
@@ -185,10 +194,16 @@ FAULTS = {
     "config of another kind": (lambda f: (f / CONFIG).write_text("[1, 2]"), CONFIG),
     "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), CONFIG),
     "unknown field": (edit(lambda c: c.update(code="import os")), "fields"),
-    "unknown format": (edit(lambda c: c.update(format="uvc-9")), "format must be 'uvc-1', got 'uvc-9'"),
+    "unknown format": (edit(lambda c: c.update(format="uvc-9")), "format must be 'uvc-2', got 'uvc-9'"),
     "unknown class": (edit(lambda c: c.update({"class": "os.system"})), "class must be one of"),
     "a list for a class": (edit(lambda c: c.update({"class": ["x"]})), CONFIG),
     "unknown norm": (edit(lambda c: c["norm"].update(name="eval")), "norm must be one of"),
+    "unknown mlp": (edit(lambda c: c.update(mlp="os.system")), "mlp must be one of"),
+    "an address for an architecture": (
+        edit(lambda c: c.update(architecture="hf-hub:someone/something")),
+        "architecture must be a model of timm, got 'hf-hub:someone/something'",
+    ),
+    "an architecture of another kind": (edit(lambda c: c.update(architecture="resnet18")), CONFIG),
     "unknown activation": (edit(lambda c: c.update(activation="exec")), "activation must be one of"),
     "unknown argument": (
         edit(lambda c: c["arguments"].update(embed_layer="x")),
@@ -225,6 +240,15 @@ def test_a_faulty_folder_is_one_clear_line(fault, tmp_path):
         uvc.load(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_config_of_the_first_format_is_still_read():
+    model = pruned(small_vit())
+    config = describe(model)
+    first = {key: value for key, value in config.items() if key not in ("architecture", "mlp")}
+    structure, rebuilt = rebuild({**first, "format": "uvc-1"})
+    assert structure == uvc.structure_of(model)
+    assert list(rebuilt.state_dict()) == list(model.state_dict())
 
 
 def test_files_of_two_saves_are_not_taken_for_one_model(tmp_path):

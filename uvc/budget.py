@@ -75,11 +75,12 @@ def prices(model: nn.Module, metric: str) -> Prices:
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
         row = s.dim + s.qkv_bias
         # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
-        return Prices(fixed, s.attn_params, s.mlp_params, 2 * row, row + s.dim, 2 * s.dim + s.fc1_bias)
+        return Prices(fixed, s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
     N = model.patch_embed.num_patches + model.num_prefix_tokens
     # A q/k dim: a row of q, one of k, a term of N^2 dot products. A v dim: a row, N^2 products, a column.
     dim = 2 * N * s.dim + N * N
-    return Prices(fixed_macs(model), 0, 0, dim, dim, 2 * N * s.dim)
+    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
+    return Prices(fixed_macs(model), 0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
 
 
 def fixed_macs(model: nn.Module) -> int:

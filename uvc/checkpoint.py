@@ -1,6 +1,7 @@
 """Models on disk: `model.safetensors` and `config.json`, each written whole, read without running code.
 
-The config holds constructor arguments of one of timm's classes, read off the model, and the structure.
+The config holds constructor arguments of one of timm's classes, or of `uvc.models`, read off the model, and
+the structure.
 """
 
 import functools
@@ -15,16 +16,25 @@ import timm.layers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import create_model, is_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from uvc.compact import compacted
-from uvc.layers import convert, hollow, is_compacted
+from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, convert, hollow, is_compacted
+from uvc.models import T2TVisionTransformer
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
-WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-1"
-FIELDS = {"format", "class", "block", "norm", "activation", "arguments", "compacted", "structure"}
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-2"
+# What older formats did not say, because they knew nothing else.
+OLDER = {"uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp"}}
+# fmt: off
+FIELDS = {
+    "format", "class", "architecture", "block", "norm", "mlp", "activation", "arguments", "compacted",
+    "structure",
+}
+# fmt: on
 
 # fmt: off
 ARGUMENTS = {
@@ -36,7 +46,9 @@ ARGUMENTS = {
 }
 # fmt: on
 
-CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, T2TVisionTransformer)}
+# Arguments that only one class takes.
+OWN_ARGUMENTS = {"T2TVisionTransformer": {"form"}}
 BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
 NORMS = {
     "LayerNorm": nn.LayerNorm,
@@ -44,11 +56,18 @@ NORMS = {
     "timm.LayerNormFp32": timm.layers.LayerNormFp32,
     "timm.RmsNorm": timm.layers.RmsNorm,
 }
+MLPS = {
+    "Mlp": UVCMlp,
+    "GluMlp": UVCGluMlp,
+    "GluMlp, gate first": functools.partial(UVCGluMlp, gate_last=False),
+    "SwiGLU": UVCSwiGLU,
+}
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
     "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
     "mish": nn.Mish,
     "timm.gelu": timm.layers.activations.GELU,
     "timm.gelu_tanh": timm.layers.activations.GELUTanh,
@@ -124,21 +143,31 @@ def describe(model: nn.Module) -> dict[str, Any]:
     config = {
         "format": FORMAT,
         "class": type(model).__name__,
+        "architecture": None,
         "block": "ResPostBlock" if block.norm_last else "Block",
         "norm": {"name": name_of(block.norm1, "blocks.0.norm1", NORMS), "eps": block.norm1.eps},
+        "mlp": name_of(block.mlp, "blocks.0.mlp", MLPS),
         "activation": name_of(block.mlp.act, "blocks.0.mlp.act", ACTIVATIONS),
         "arguments": arguments_of(dense),
         "compacted": is_compacted(model),
         "structure": json.loads(structure_of(model).to_json()),
     }
-    compare(dense, rebuild_dense(config, len(dense.blocks)))
+    try:
+        compare(dense, rebuild_dense(config, len(dense.blocks)))
+    except ValueError:
+        # What the class alone does not make (the ResNet stem of a hybrid), timm's function for the model may.
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
+        if not is_model(name):
+            raise
+        config["architecture"] = name
+        compare(dense, rebuild_dense(config, len(dense.blocks)))
     return config
 
 
 def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
     """The constructor arguments that gave `dense`, as far as they travel as JSON, read off its modules."""
     block, stem = dense.blocks[0], dense.patch_embed
-    D, F = dense.embed_dim, block.mlp.fc1.out_features
+    D, F = dense.embed_dim, next(block.mlp.children()).out_features
     # timm rounds width * ratio down, which for some ratios loses a neuron; half a neuron more is safe.
     ratio = F / D if int(D * (F / D)) == F else (F + 0.5) / D
     has_fc_norm = not isinstance(dense.fc_norm, nn.Identity)
@@ -171,11 +200,14 @@ def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
         "drop_path_rate": getattr(dense.blocks[-1].drop_path1, "drop_prob", 0.0),
+        **{name: getattr(stem, name) for name in OWN_ARGUMENTS.get(type(dense).__name__, ())},
     }
 
 
 def rebuild(config: object) -> tuple[Structure, nn.Module]:
     """The structure and the model, on the meta device, that a config describes; an exception if none."""
+    if isinstance(config, dict):
+        config = {**config, **OLDER.get(config.get("format"), {})}
     if not isinstance(config, dict) or set(config) != FIELDS:
         raise ValueError(f"expected an object with the fields {', '.join(sorted(FIELDS))}")
     if config["format"] != FORMAT:
@@ -188,21 +220,29 @@ def rebuild(config: object) -> tuple[Structure, nn.Module]:
 
 def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
     """The converted model without weights, on the meta device, of `depth` blocks."""
-    tables = {"class": CLASSES, "block": BLOCKS, "activation": ACTIVATIONS}
+    tables = {"class": CLASSES, "block": BLOCKS, "mlp": MLPS, "activation": ACTIVATIONS}
     for field, table in tables.items():
         if config[field] not in table:
             raise ValueError(f"{field} must be one of {', '.join(table)}, got {config[field]!r}")
     if config["norm"]["name"] not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
-    for name in sorted(ARGUMENTS ^ arguments.keys()):
-        raise ValueError(f"{'missing' if name in ARGUMENTS else 'unknown'} argument {name}")
+    known = ARGUMENTS | OWN_ARGUMENTS.get(config["class"], set())
+    for name in sorted(known ^ arguments.keys()):
+        raise ValueError(f"{'missing' if name in known else 'unknown'} argument {name}")
+    make, name = CLASSES[config["class"]], config["architecture"]
+    if name is not None:
+        # Only a registered name: timm would take others for addresses of code and weights.
+        if not isinstance(name, str) or not is_model(name):
+            raise ValueError(f"architecture must be a model of timm, got {name!r:.60}")
+        make = functools.partial(create_model, name)
     with torch.device("meta"):
-        model = CLASSES[config["class"]](
+        model = make(
             **arguments,
             depth=depth,
             weight_init="skip",
             norm_layer=functools.partial(NORMS[config["norm"]["name"]], eps=config["norm"]["eps"]),
+            mlp_layer=MLPS[config["mlp"]],
             act_layer=ACTIVATIONS[config["activation"]],
             block_fn=BLOCKS[config["block"]],
         )
@@ -214,7 +254,7 @@ def name_of(module: nn.Module, path: str, table: dict[str, Callable[..., nn.Modu
     for name, make in table.items():
         kind = make.func if isinstance(make, functools.partial) else make
         settings = make.keywords if isinstance(make, functools.partial) else {}
-        default = {"approximate": "none"} if kind is nn.GELU else {}
+        default = {nn.GELU: {"approximate": "none"}, UVCGluMlp: {"gate_last": True}}.get(kind, {})
         if type(module) is kind and all(getattr(module, k) == v for k, v in {**default, **settings}.items()):
             return name
     raise ValueError(f"cannot save: {path} is a {type(module).__name__}; {', '.join(table)} can be saved")
@@ -254,15 +294,17 @@ def check_header(path: Path, model: nn.Module, digest: str) -> None:
             found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    floats = ("a float", ("F64", "F32", "F16", "BF16"))
+    expected = {
+        name: (tuple(tensor.shape), *(floats if tensor.is_floating_point() else ("an I64", ("I64",))))
+        for name, tensor in model.state_dict().items()
+    }
     for name in sorted(expected.keys() | found.keys()):
         if name not in found or name not in expected:
             raise ValueError(f"{path} {'lacks' if name in expected else 'has the unknown tensor'} {name}")
-        shape, dtype = found[name]
-        if shape != expected[name] or dtype not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(
-                f"{path} has {name} as {dtype} {list(shape)}, not a float {list(expected[name])}"
-            )
+        (shape, dtype), (right, kind, dtypes) = found[name], expected[name]
+        if shape != right or dtype not in dtypes:
+            raise ValueError(f"{path} has {name} as {dtype} {list(shape)}, not {kind} {list(right)}")
     if metadata.get("config") != digest:
         raise ValueError(f"{path} was saved with another {CONFIG} than the one beside it")
 

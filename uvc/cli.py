@@ -1,4 +1,4 @@
-"""The command line: `uvc compress`, `uvc eval`, `uvc report`, `uvc doctor`.
+"""The command line: `uvc compress`, `eval`, `export`, `report`, `bench` and `doctor`.
 
 Options that are not given are None: their defaults stand in the recipe, in the functions called, in the data.
 Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 and one line.
@@ -123,6 +123,20 @@ def report(folder: Path) -> None:
 
 
 @cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--format", "format_", required=True, help="safetensors, onnx or torch-export.")
+@click.option(
+    "--to", type=FOLDER, help="The file to write, for safetensors the folder; default: in DIR/export."
+)
+def export(folder: Path, format_: str, to: Path | None) -> None:
+    """Write the model in DIR for other programs, read it back, and compare."""
+    from uvc.export import export
+
+    target, error = export(folder, format_, to)
+    click.echo(f"{target}  (outputs differ by {error:.0e} of the largest)")
+
+
+@cli.command()
 def doctor() -> None:
     """Say what was built, what this machine can run, and what passed its self-check."""
     from rich.console import Console
@@ -130,6 +144,24 @@ def doctor() -> None:
     from uvc.doctor import diagnosis
 
     Console().print(diagnosis())
+
+
+@cli.command()
+@click.option("--model", help="A timm model that uvc.convert serves.")
+@click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1.")
+@click.option("--keep", help="Kept fractions to measure, as in 0.75,0.5,0.25.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per step.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the products.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads for torch.")
+@click.option("--rounds", type=click.IntRange(3), help="Samples of each way.")
+@click.option("--out", type=FOLDER, help="Where table and picture go.")
+@click.option("--against", type=FOLDER, help="Fail when slower than the rows of this CSV.")
+@click.option("--against-ref", help="Fail when slower than this git commit, measured side by side.")
+def bench(**options: Any) -> int:
+    """Say what skipping buys on this machine; exit with 1 when it is slower than it was."""
+    from uvc.bench.quick import bench
+
+    return bench(options, click.echo)
 
 
 def _print_report(out: Path, summary: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from uvc.layers import check, convert, is_compacted
 class Sizes(NamedTuple):
     """How large the blocks of a dense model are.
 
-    `qkv_bias`, `fc1_bias`: 1 with a bias, else 0. `attn_params`, `mlp_params`: the parameters of a running
-    half that stay whatever it keeps (norm, layer scale, output bias).
+    `qkv_bias`: 1 with a bias, else 0. `neuron_rows`: the rows of a neuron, 2 with a gate, else 1;
+    `neuron_params`: the parameters of a neuron. `attn_params`, `mlp_params`: the parameters of a running half
+    that stay whatever it keeps (norm, layer scale, output bias).
     """
 
     blocks: int
@@ -27,7 +28,8 @@ class Sizes(NamedTuple):
     head_dim: int
     neurons: int
     qkv_bias: int
-    fc1_bias: int
+    neuron_rows: int
+    neuron_params: int
     attn_params: int
     mlp_params: int
 
@@ -39,13 +41,17 @@ def sizes_of(model: nn.Module) -> Sizes:
         check(model)
     block = model.blocks[0].origin if compacted else model.blocks[0]
     attn, mlp = block.attn, block.mlp
-    A, D, F = attn.num_heads * attn.head_dim, attn.qkv.in_features, mlp.fc1.out_features
-    qkv_bias, fc1_bias = int(attn.qkv.bias is not None), int(mlp.fc1.bias is not None)
-    halves = {"1": -A * (4 * D + 3 * qkv_bias), "2": -F * (2 * D + fc1_bias)}
+    A, D, F = attn.num_heads * attn.head_dim, attn.qkv.in_features, mlp.fc2.in_features
+    qkv_bias = int(attn.qkv.bias is not None)
+    first = [module for name, module in mlp.named_children() if name.startswith("fc1")]
+    rows = sum(linear.out_features for linear in first) // F
+    neuron_params = rows * (D + int(first[0].bias is not None)) + D
+    halves = {"1": -A * (4 * D + 3 * qkv_bias), "2": -F * neuron_params}
     for name, parameter in block.named_parameters():
         child = name.split(".")[0]
         halves["1" if child == "attn" else "2" if child == "mlp" else child[-1]] += parameter.numel()
-    return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, qkv_bias, fc1_bias, *halves.values())
+    neuron = (qkv_bias, rows, neuron_params)
+    return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, *neuron, *halves.values())
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
         for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
             qk[head, list(qk_dims)] = True
             v[head, list(v_dims)] = True
-        neurons = torch.zeros(block.mlp.fc1.out_features, dtype=torch.bool, device="cpu")
+        neurons = torch.zeros(block.mlp.fc2.in_features, dtype=torch.bool, device="cpu")
         neurons[list(kept.neurons)] = True
         block.attn.set_kept(qk, v)
         block.mlp.set_kept(neurons)

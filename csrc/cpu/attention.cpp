@@ -10,14 +10,13 @@ namespace {
 struct Shape {
   int64_t B, N, D, A, M, Dout, heads;
   Indices qk, v, qk_cut, v_cut;
+  Index rows, columns;  // what is kept of qkv_weight and of proj_weight, in packed order
 
   Shape(const Tensor& x, const Tensor& qkv_weight, const Tensor& proj_weight, const Tensor& qk_list,
         const Tensor& qk_offsets, const Tensor& v_list, const Tensor& v_offsets) {
     check(x.dim() == 3 && qkv_weight.dim() == 2 && proj_weight.dim() == 2, "attention: x is 3-d, weights are 2-d");
     B = x.size(0), N = x.size(1), D = x.size(2), A = proj_weight.size(1), M = B * N, Dout = proj_weight.size(0);
     check(qkv_weight.size(0) == 3 * A && qkv_weight.size(1) == D, "attention: qkv_weight must be [3A, D]");
-    check(x.scalar_type() == qkv_weight.scalar_type() && x.scalar_type() == proj_weight.scalar_type(),
-          "attention: x and the weights must have one dtype");
     qk = indices(qk_list, A, "attention: kept.qk must be int64 positions in 0..A on the CPU");
     v = indices(v_list, A, "attention: kept.v must be int64 positions in 0..A on the CPU");
     qk_cut = indices(qk_offsets, qk.count + 1, "attention: kept.qk_offsets must cut kept.qk");
@@ -28,42 +27,36 @@ struct Shape {
           "attention: kept.qk_offsets and kept.v_offsets must run from 0 to the number of kept dims");
     for (int64_t h = 0; h < heads; ++h)
       check(qk_cut[h] <= qk_cut[h + 1] && v_cut[h] <= v_cut[h + 1], "attention: offsets of kept must not decrease");
+    for (int64_t i = 0; i < qk.count; ++i) rows.push_back(qk[i]);
+    for (int64_t i = 0; i < qk.count; ++i) rows.push_back(A + qk[i]);
+    for (int64_t i = 0; i < v.count; ++i) rows.push_back(2 * A + v[i]);
+    columns = positions(v);
   }
-  int64_t rows() const { return 2 * qk.count + v.count; }
+  int64_t S() const { return rows.size(); }
+  int64_t V() const { return columns.size(); }
 };
 
 template <class T>
 Tensor pack_qkv(const Tensor& weight, const Shape& s) {
-  Tensor packed = empty(weight, {s.rows(), s.D});
-  const T* full = data<T>(weight);
-  T* out = data<T>(packed);
-  pack_rows(out, full, s.qk, 0, s.D);
-  pack_rows(out + s.qk.count * s.D, full, s.qk, s.A, s.D);
-  pack_rows(out + 2 * s.qk.count * s.D, full, s.v, 2 * s.A, s.D);
+  Tensor packed = empty_of<T>(weight, {s.S(), s.D});
+  take_rows(packed, weight, s.rows.data(), s.S(), s.D);
   return packed;
 }
 
+// Turned: [V, Dout], as the products with it run faster that way.
 template <class T>
 Tensor pack_proj(const Tensor& weight, const Shape& s) {
-  Tensor packed = empty(weight, {s.Dout, s.v.count});
-  pack_columns(data<T>(packed), data<T>(weight), s.Dout, s.v, s.A);
+  Tensor packed = empty_of<T>(weight, {s.V(), s.Dout});
+  take_columns(packed, Lies::kTurned, weight, Lies::kPlain, s.columns.data(), s.Dout, s.V(), s.A);
   return packed;
 }
 
+// qkv [S, M] = Wqkv[kept] x^T, without the bias, which is added where a head is loaded
 template <class T>
-std::vector<Accumulator<T>> pack_bias(const MaybeTensor& bias, const Shape& s) {
-  std::vector<Accumulator<T>> packed(s.rows(), 0);
-  if (!bias) return packed;
-  check(bias->numel() == 3 * s.A, "attention: qkv_bias must be [3A]");
-  const Tensor source = as_contiguous(*bias);
-  const T* full = data<T>(source);
-  const int64_t Q = s.qk.count;
-  for (int64_t i = 0; i < Q; ++i) {
-    packed[i] = widen(full[s.qk[i]]);
-    packed[Q + i] = widen(full[s.A + s.qk[i]]);
-  }
-  for (int64_t i = 0; i < s.v.count; ++i) packed[2 * Q + i] = widen(full[2 * s.A + s.v[i]]);
-  return packed;
+Tensor project(const Tensor& x, const Tensor& qkv_weight, const Shape& s) {
+  Tensor qkv = empty(x, {s.S(), s.M});
+  multiply_into(qkv, pack_qkv<T>(qkv_weight, s), matrix(x, s.M, s.D, true));
+  return qkv;
 }
 
 template <class T>
@@ -98,28 +91,32 @@ void for_heads(const Shape& s, F&& work) {
   });
 }
 
+constexpr const char* kTypes =
+    "attention: weights and biases must share one dtype, that of x or float32 beside bfloat16 and float16";
+constexpr const char* kBiasShape = "attention: qkv_bias must be [3A]";
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor x, Tensor qkv_weight, MaybeTensor qkv_bias,
                                                      Tensor proj_weight, MaybeTensor proj_bias, Tensor qk,
-                                                     Tensor qk_offsets, Tensor v, Tensor v_offsets, double scale) {
+                                                     Tensor qk_offsets, Tensor v, Tensor v_offsets, double scale,
+                                                     bool recompute) {
   const Shape s(x, qkv_weight, proj_weight, qk, qk_offsets, v, v_offsets);
-  x = as_contiguous(x), qkv_weight = as_contiguous(qkv_weight), proj_weight = as_contiguous(proj_weight);
+  check_parameters(x, qkv_weight, {qkv_bias, proj_weight, proj_bias}, kTypes);
+  qkv_weight = as_contiguous(qkv_weight), proj_weight = as_contiguous(proj_weight);
+  const ScalarType type = x.scalar_type();
   return for_type(x, "attention", [&]<class T>() {
-    const int64_t S = s.rows(), V = s.v.count;
-    Tensor out = empty(x, {s.B, s.N, s.Dout}), qkv = empty(x, {S, s.M}), heads = empty(x, {V, s.M});
-    Tensor stats = torch::stable::new_empty(
-        x, {s.heads, 2, s.M}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
-    // qkv [S, M] = Wqkv[kept] x^T; its bias is added where a head is loaded
-    multiply_into(qkv, pack_qkv<T>(qkv_weight, s), matrix(x, s.M, s.D, true));
-    const auto bias = pack_bias<T>(qkv_bias, s);
+    x = as<T>(x);
+    Tensor out = empty(x, {s.B, s.N, s.Dout}), heads = empty(x, {s.V(), s.M});
+    Tensor stats = empty_of<Accumulator<T>>(x, {s.heads, 2, s.M});
+    Tensor qkv = project<T>(x, qkv_weight, s);
+    const auto bias = pack_bias<T>(qkv_bias, s.rows, 3 * s.A, kBiasShape);
     for_heads<T>(s, [&](int64_t image, int64_t h, Accumulator<T>* scratch) {
       loops<T>().attention_forward(head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads),
                                            data<Accumulator<T>>(stats)), scratch);
     });
     // out [M, Dout] = heads^T Wproj[:, kept]^T
-    multiply_into(matrix(out, s.M, s.Dout), matrix(heads, V, s.M, true),
-                  matrix(pack_proj<T>(proj_weight, s), s.Dout, V, true));
+    multiply_into(matrix(out, s.M, s.Dout), matrix(heads, s.V(), s.M, true), pack_proj<T>(proj_weight, s));
     add_bias<T>(out, proj_bias, s.M, s.Dout);
-    return std::make_tuple(out, qkv, heads, stats);
+    return std::make_tuple(cast(out, type), recompute ? empty(x, {0, s.M}) : qkv, heads, stats);
   });
 }
 
@@ -127,28 +124,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad, Tensor x, Tensor qkv_weight, MaybeTensor qkv_bias, Tensor proj_weight, Tensor qk, Tensor qk_offsets,
     Tensor v, Tensor v_offsets, double scale, Tensor qkv, Tensor heads, Tensor stats, int64_t needs) {
   const Shape s(x, qkv_weight, proj_weight, qk, qk_offsets, v, v_offsets);
-  x = as_contiguous(x), qkv_weight = as_contiguous(qkv_weight), proj_weight = as_contiguous(proj_weight);
-  grad = as_contiguous(grad);
+  check_parameters(x, qkv_weight, {qkv_bias, proj_weight}, kTypes);
   check(grad.numel() == s.M * s.Dout, "attention_backward: grad must be [B, N, Dout]");
+  qkv_weight = as_contiguous(qkv_weight), proj_weight = as_contiguous(proj_weight);
+  const ScalarType type = x.scalar_type();
   return for_type(x, "attention_backward", [&]<class T>() {
     using A = Accumulator<T>;
-    const int64_t S = s.rows(), Q = s.qk.count, V = s.v.count;
-    Tensor grad_x = empty(x, {0}), grad_qkv_weight = empty(x, {0}), grad_qkv_bias = empty(x, {0});
-    Tensor grad_proj = empty(x, {0});
-    Tensor grad_proj_bias = needs & kNeedBias2 ? column_sums<T>(grad, s.M, s.Dout) : empty(x, {0});
+    x = as<T>(x), grad = as<T>(grad);
+    auto none = [&] { return torch::stable::new_empty(x, {0}, type); };
+    Tensor grad_x = none(), grad_qkv_weight = none(), grad_qkv_bias = none();
+    Tensor grad_proj = none(), grad_proj_bias = none();
+    if (needs & kNeedBias2) grad_proj_bias = column_sums<T>(proj_weight, grad, s.M, s.Dout);
     if (needs & kNeedWeight2) {
-      // dWproj[:, kept] [Dout, V] = grad^T heads^T
-      Tensor packed = empty(x, {s.Dout, V});
-      multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(heads, V, s.M, true));
-      grad_proj = zeros(x, {s.Dout, s.A});
-      unpack_columns(data<T>(grad_proj), data<T>(packed), s.Dout, s.v, s.A);
+      // dWproj[:, kept]^T [V, Dout] = heads grad
+      Tensor packed = empty(x, {s.V(), s.Dout});
+      multiply_into(packed, heads, matrix(grad, s.M, s.Dout));
+      grad_proj = empty(proj_weight, {s.Dout, s.A});
+      const Index where = inverse(s.columns, s.A);
+      take_columns(grad_proj, Lies::kPlain, packed, Lies::kTurned, where.data(), s.Dout, s.A, s.V());
     }
     if (needs & (kNeedX | kNeedWeight1 | kNeedBias1)) {
+      if (qkv.size(0) != s.S()) qkv = project<T>(x, qkv_weight, s);
       // dheads [V, M] = Wproj[:, kept]^T grad^T
-      Tensor grad_heads = empty(x, {V, s.M}), grad_qkv = empty(x, {S, s.M});
-      multiply_into(grad_heads, matrix(pack_proj<T>(proj_weight, s), s.Dout, V, true),
-                    matrix(grad, s.M, s.Dout, true));
-      const auto bias = pack_bias<T>(qkv_bias, s);
+      Tensor grad_heads = empty(x, {s.V(), s.M}), grad_qkv = empty(x, {s.S(), s.M});
+      multiply_into(grad_heads, pack_proj<T>(proj_weight, s), matrix(grad, s.M, s.Dout, true));
+      const auto bias = pack_bias<T>(qkv_bias, s.rows, 3 * s.A, kBiasShape);
       for_heads<T>(s, [&](int64_t image, int64_t h, A* scratch) {
         Head<T> head = head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads), data<A>(stats));
         head.grad_out = data<T>(grad_heads) + (head.out - data<T>(heads));
@@ -159,29 +159,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       });
       if (needs & kNeedX) {
         // dx [M, D] = dqkv^T Wqkv[kept]
-        grad_x = empty(x, {s.B, s.N, s.D});
-        multiply_into(matrix(grad_x, s.M, s.D), matrix(grad_qkv, S, s.M, true), pack_qkv<T>(qkv_weight, s));
+        Tensor wide = empty(x, {s.B, s.N, s.D});
+        multiply_into(matrix(wide, s.M, s.D), matrix(grad_qkv, s.S(), s.M, true), pack_qkv<T>(qkv_weight, s));
+        grad_x = cast(wide, type);
       }
       if (needs & kNeedWeight1) {
         // dWqkv[kept] [S, D] = dqkv x
-        Tensor packed = empty(x, {S, s.D});
+        Tensor packed = empty(x, {s.S(), s.D});
         multiply_into(packed, grad_qkv, matrix(x, s.M, s.D));
-        grad_qkv_weight = zeros(x, {3 * s.A, s.D});
-        T* full = data<T>(grad_qkv_weight);
-        const T* rows = data<T>(packed);
-        unpack_rows(full, rows, s.qk, 0, s.D);
-        unpack_rows(full, rows + Q * s.D, s.qk, s.A, s.D);
-        unpack_rows(full, rows + 2 * Q * s.D, s.v, 2 * s.A, s.D);
+        grad_qkv_weight = empty(qkv_weight, {3 * s.A, s.D});
+        take_rows(grad_qkv_weight, packed, inverse(s.rows, 3 * s.A).data(), 3 * s.A, s.D);
       }
       if (needs & kNeedBias1) {
-        grad_qkv_bias = zeros(x, {3 * s.A});
-        T* full = data<T>(grad_qkv_bias);
-        auto row_sum = [&](int64_t row, T& out) { narrow(loops<T>().sum(data<T>(grad_qkv) + row * s.M, s.M), out); };
-        for (int64_t i = 0; i < Q; ++i) {
-          row_sum(i, full[s.qk[i]]);
-          row_sum(Q + i, full[s.A + s.qk[i]]);
-        }
-        for (int64_t i = 0; i < V; ++i) row_sum(2 * Q + i, full[2 * s.A + s.v[i]]);
+        std::vector<A> sums(s.S());
+        for_rows(s.S(), s.M, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) sums[i] = loops<T>().sum(data<T>(grad_qkv) + i * s.M, s.M);
+        });
+        grad_qkv_bias = unpack_bias(qkv_weight, sums, s.rows, 3 * s.A);
       }
     }
     return std::make_tuple(grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj, grad_proj_bias);

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/loops.h"
@@ -51,9 +52,6 @@ inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : to
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()});
 }
-inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_zeros(like, {shape.begin(), shape.size()});
-}
 
 // The macros that check error codes changed their names after torch 2.10, so the codes are compared here.
 
@@ -68,6 +66,15 @@ inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, bool transp
   return Tensor(handle);
 }
 
+// The contiguous rows that start `offset` entries into t.
+inline Tensor part(const Tensor& t, int64_t offset, std::initializer_list<int64_t> shape) {
+  const int64_t strides[2] = {shape.begin()[1], 1};
+  AtenTensorHandle handle = nullptr;
+  check(aoti_torch__reinterpret_tensor(t.get(), 2, shape.begin(), strides, offset, &handle) == AOTI_TORCH_SUCCESS,
+        "a matrix view could not be made");
+  return Tensor(handle);
+}
+
 // out = a b, by the vendor's matrix product.
 inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
@@ -77,43 +84,148 @@ inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   Tensor same = torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// packed[i, :] = full[rows[i], :]
-template <class T>
-void pack_rows(T* packed, const T* full, Indices rows, int64_t first, int64_t columns) {
-  for (int64_t i = 0; i < rows.count; ++i)
-    std::memcpy(packed + i * columns, full + (first + rows[i]) * columns, columns * sizeof(T));
+// ---- types ----
+
+// Calls work.template operator()<T>() for the element type of `t`.
+template <class F>
+auto for_storage(const Tensor& t, const char* op, F&& work) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return work.template operator()<float>();
+    case ScalarType::Double: return work.template operator()<double>();
+    case ScalarType::BFloat16: return work.template operator()<Bf16>();
+    case ScalarType::Half: return work.template operator()<F16>();
+    default: throw std::runtime_error(std::string(op) + ": the cpu kernel takes float32, float64, bfloat16, float16");
+  }
+}
+// The same for the type that is computed in: float16 is stored, and float32 computes. No vendor has a fast product of
+// float16 matrices on a CPU.
+template <class F>
+auto for_type(const Tensor& t, const char* op, F&& work) {
+  return for_storage(t, op, [&]<class T>() {
+    if constexpr (std::is_same_v<T, F16>) {
+      return work.template operator()<float>();
+    } else {
+      return work.template operator()<T>();
+    }
+  });
 }
 template <class T>
-void unpack_rows(T* full, const T* packed, Indices rows, int64_t first, int64_t columns) {
-  for (int64_t i = 0; i < rows.count; ++i)
-    std::memcpy(full + (first + rows[i]) * columns, packed + i * columns, columns * sizeof(T));
-}
-// packed[r, i] = full[r, columns[i]]
+constexpr ScalarType kType = ScalarType::Float;
+template <>
+constexpr ScalarType kType<double> = ScalarType::Double;
+template <>
+constexpr ScalarType kType<Bf16> = ScalarType::BFloat16;
+
 template <class T>
-void pack_columns(T* packed, const T* full, int64_t rows, Indices columns, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r, packed += columns.count, full += width)
-    for (int64_t i = 0; i < columns.count; ++i) packed[i] = full[columns[i]];
-}
-template <class T>
-void unpack_columns(T* full, const T* packed, int64_t rows, Indices columns, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r, packed += columns.count, full += width)
-    for (int64_t i = 0; i < columns.count; ++i) full[columns[i]] = packed[i];
+Tensor empty_of(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, kType<T>);
 }
 
-inline float widen(Bf16 v) {
-  uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+// All parameters of a layer share one dtype: that of x, or float32 when x comes from autocast.
+inline void check_parameters(const Tensor& x, const Tensor& weight, std::initializer_list<MaybeTensor> others,
+                             const char* message) {
+  const ScalarType type = weight.scalar_type();
+  check(type == x.scalar_type() || (type == ScalarType::Float && x.scalar_type() != ScalarType::Double), message);
+  for (const MaybeTensor& other : others) check(!other || other->scalar_type() == type, message);
 }
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline void narrow(float v, float& out) { out = v; }
-inline void narrow(double v, double& out) { out = v; }
-inline void narrow(float v, Bf16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  out.bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+
+// ---- packing of kept rows and columns, and back ----
+
+using Index = std::vector<int32_t>;
+
+// Where each of `size` positions stands in `list`; -1 where it does not.
+inline Index inverse(const Index& list, int64_t size) {
+  Index where(size, -1);
+  for (size_t i = 0; i < list.size(); ++i) where[list[i]] = static_cast<int32_t>(i);
+  return where;
+}
+inline Index positions(Indices list) { return Index(list.begin, list.begin + list.count); }
+
+// Splits rows of `columns` entries into pieces worth a thread.
+template <class F>
+void for_rows(int64_t rows, int64_t columns, int64_t unit, F&& work) {
+  const int64_t units = (rows + unit - 1) / unit;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns * unit));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    work(begin * unit, std::min(rows, end * unit));
+  });
+}
+
+// out[i, :] = in[index[i], :], zeros where index is -1; rows of `columns` entries.
+inline void take_rows(const Tensor& out, const Tensor& in, const int32_t* index, int64_t rows, int64_t columns) {
+  for_storage(out, "gather", [&]<class Out>() {
+    for_storage(in, "gather", [&]<class In>() {
+      const auto& copy = copies<Out, In>();
+      for_rows(rows, columns, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          Out* to = data<Out>(out) + i * columns;
+          if (index[i] < 0)
+            std::memset(to, 0, columns * sizeof(Out));
+          else
+            copy.row(data<In>(in) + index[i] * columns, to, columns);
+        }
+      });
+    });
+  });
+}
+
+// How a matrix [rows, columns] lies in memory: row by row, or turned, column by column.
+enum class Lies { kPlain, kTurned };
+
+// out[:, j] = in[:, index[j]], zeros where index is -1; `rows` rows, `n` columns of out and `width` of in.
+inline void take_columns(const Tensor& out, Lies out_lies, const Tensor& in, Lies in_lies, const int32_t* index,
+                         int64_t rows, int64_t n, int64_t width) {
+  const bool out_turned = out_lies == Lies::kTurned, in_turned = in_lies == Lies::kTurned;
+  const int64_t out_row = out_turned ? 1 : n, out_step = out_turned ? rows : 1;
+  const int64_t in_row = in_turned ? 1 : width, in_step = in_turned ? rows : 1;
+  for_storage(out, "gather", [&]<class Out>() {
+    for_storage(in, "gather", [&]<class In>() {
+      const auto& copy = copies<Out, In>();
+      for_rows(rows, n, 16, [&](int64_t begin, int64_t end) {
+        copy.columns(data<In>(in) + begin * in_row, in_row, in_step, index, data<Out>(out) + begin * out_row, out_row,
+                     out_step, end - begin, n);
+      });
+    });
+  });
+}
+
+// The numbers of the contiguous tensor `t` in another dtype; `t` itself where it has that dtype.
+inline Tensor cast(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() == type) return t;
+  Tensor out = torch::stable::new_empty(t, t.sizes(), type);
+  for_storage(out, "cast", [&]<class Out>() {
+    for_storage(t, "cast", [&]<class In>() {
+      for_rows(t.numel(), 1, 4096, [&](int64_t begin, int64_t end) {
+        copies<Out, In>().row(data<In>(t) + begin, data<Out>(out) + begin, end - begin);
+      });
+    });
+  });
+  return out;
+}
+// A contiguous tensor of T.
+template <class T>
+Tensor as(const Tensor& t) {
+  return cast(as_contiguous(t), kType<T>);
+}
+
+// ---- biases ----
+
+// entry[i] = bias[list[i]] in the type of sums; zeros without a bias.
+template <class T>
+std::vector<Accumulator<T>> pack_bias(const MaybeTensor& bias, const Index& list, int64_t size, const char* message) {
+  std::vector<Accumulator<T>> packed(list.size(), 0);
+  if (!bias) return packed;
+  check(bias->numel() == size, message);
+  const Tensor wide = as<Accumulator<T>>(*bias);
+  for (size_t i = 0; i < list.size(); ++i) packed[i] = data<Accumulator<T>>(wide)[list[i]];
+  return packed;
+}
+// The gradient of such a bias, in the dtype of the weights: zero where nothing is kept.
+template <class A>
+Tensor unpack_bias(const Tensor& weight, const std::vector<A>& sums, const Index& list, int64_t size) {
+  Tensor wide = torch::stable::new_zeros(weight, {size}, kType<A>);
+  for (size_t i = 0; i < list.size(); ++i) data<A>(wide)[list[i]] = sums[i];
+  return cast(wide, weight.scalar_type());
 }
 
 // out[rows, n] += bias[n]; nothing without a bias.
@@ -121,41 +233,32 @@ template <class T>
 void add_bias(const Tensor& out, const MaybeTensor& bias, int64_t rows, int64_t n) {
   if (!bias) return;
   check(bias->numel() == n, "the output bias must have one value per output");
-  const Tensor source = as_contiguous(*bias);
-  std::vector<Accumulator<T>> wide(n);
-  for (int64_t i = 0; i < n; ++i) wide[i] = widen(data<T>(source)[i]);
-  const auto& loop = loops<T>();
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    loop.add_to_rows(data<T>(out) + begin * n, wide.data(), end - begin, n);
+  const Tensor wide = as<Accumulator<T>>(*bias);
+  for_rows(rows, n, 1, [&](int64_t begin, int64_t end) {
+    loops<T>().add_to_rows(data<T>(out) + begin * n, data<Accumulator<T>>(wide), end - begin, n);
   });
 }
 
-// The sum over the rows of g[rows, n], in a fixed order.
+// The sum over the rows of g[rows, n], in a fixed order and in the dtype of the weights.
 template <class T>
-Tensor column_sums(const Tensor& g, int64_t rows, int64_t n) {
-  Tensor out = empty(g, {n});
-  std::vector<Accumulator<T>> total(n, 0);
-  const auto& loop = loops<T>();
+Tensor column_sums(const Tensor& weight, const Tensor& g, int64_t rows, int64_t n) {
+  Tensor wide = empty_of<Accumulator<T>>(g, {n});
   torch::stable::parallel_for(0, (n + 63) / 64, 1, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * 64, to = end * 64 < n ? end * 64 : n;
-    loop.sum_columns(data<T>(g) + from, rows, n, total.data() + from, to - from);
+    const int64_t from = begin * 64, to = std::min(n, end * 64);
+    loops<T>().sum_columns(data<T>(g) + from, rows, n, data<Accumulator<T>>(wide) + from, to - from);
   });
-  for (int64_t i = 0; i < n; ++i) narrow(total[i], data<T>(out)[i]);
-  return out;
-}
-
-// Calls work.template operator()<T>() for the type of `t`.
-template <class F>
-auto for_type(const Tensor& t, const char* op, F&& work) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return work.template operator()<float>();
-    case ScalarType::Double: return work.template operator()<double>();
-    case ScalarType::BFloat16: return work.template operator()<Bf16>();
-    default: throw std::runtime_error(std::string(op) + ": the cpu kernel takes float32, float64 and bfloat16");
-  }
+  return cast(wide, weight.scalar_type());
 }
 
 // Which gradients a backward op is asked for: one bit per gradient, in the order of its outputs.
-enum Need : int64_t { kNeedX = 1, kNeedWeight1 = 2, kNeedBias1 = 4, kNeedWeight2 = 8, kNeedBias2 = 16 };
+enum Need : int64_t {
+  kNeedX = 1,
+  kNeedWeight1 = 2,
+  kNeedBias1 = 4,
+  kNeedWeight2 = 8,
+  kNeedBias2 = 16,
+  kNeedGateWeight = 32,
+  kNeedGateBias = 64
+};
 
 }  // namespace uvc

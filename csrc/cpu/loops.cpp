@@ -2,6 +2,8 @@
 // that no shared inline function is ever compiled for an instruction set that the machine may lack.
 #include "cpu/loops.h"
 
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -69,20 +71,43 @@ Isa best_isa() {
   return best;
 }
 
+Isa chosen_isa() {
+  static const Isa isa = best_isa();
+  return isa;
+}
+
 }  // namespace
 
 template <class T>
 const Loops<T>& loops() {
-  static const Isa isa = best_isa();
 #if UVC_X86
-  if (isa == Isa::kAvx512) return avx512::table<T>;
-  if (isa == Isa::kAvx2) return avx2::table<T>;
+  if (chosen_isa() == Isa::kAvx512) return avx512::table<T>;
+  if (chosen_isa() == Isa::kAvx2) return avx2::table<T>;
 #endif
   return baseline::table<T>;
+}
+
+template <class Out, class In>
+const Copies<Out, In>& copies() {
+#if UVC_X86
+  if (chosen_isa() == Isa::kAvx512) return avx512::copy_table<Out, In>;
+  if (chosen_isa() == Isa::kAvx2) return avx2::copy_table<Out, In>;
+#endif
+  return baseline::copy_table<Out, In>;
 }
 
 template const Loops<float>& loops<float>();
 template const Loops<double>& loops<double>();
 template const Loops<Bf16>& loops<Bf16>();
+#define UVC_COPIES_FROM(In)                                \
+  template const Copies<float, In>& copies<float, In>();   \
+  template const Copies<double, In>& copies<double, In>(); \
+  template const Copies<Bf16, In>& copies<Bf16, In>();     \
+  template const Copies<F16, In>& copies<F16, In>();
+UVC_COPIES_FROM(float)
+UVC_COPIES_FROM(double)
+UVC_COPIES_FROM(Bf16)
+UVC_COPIES_FROM(F16)
+#undef UVC_COPIES_FROM
 
 }  // namespace uvc

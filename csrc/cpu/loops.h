@@ -10,6 +10,10 @@ namespace uvc {
 struct Bf16 {
   uint16_t bits;
 };
+// IEEE half precision: storage only, the arithmetic on it is float's.
+struct F16 {
+  uint16_t bits;
+};
 
 // Accumulators and statistics: float for float and bfloat16, double for double.
 template <class T>
@@ -49,6 +53,11 @@ struct Loops {
   void (*activate)(Activation act, const T* u, A bias, T* y, int64_t n);
   // y[i] = act(u[i] + bias);  g[i] <- g[i] * act'(u[i] + bias);  returns the sum of the new g
   A (*activate_backward)(Activation act, const T* u, A bias, T* y, T* g, int64_t n);
+  // y[i] = act(gate[i] + gate_bias) * (u[i] + bias)
+  void (*activate_gated)(Activation act, const T* gate, A gate_bias, const T* u, A bias, T* y, int64_t n);
+  // y as above; grad_gate[i] and g[i] <- the gradients of gate and u, from g, that of y; their sums
+  void (*activate_gated_backward)(Activation act, const T* gate, A gate_bias, const T* u, A bias, T* y, T* g,
+                                  T* grad_gate, int64_t n, A* gate_sum, A* sum);
   A (*sum)(const T* p, int64_t n);
   A (*dot)(const T* a, const T* b, int64_t n);
   // total[i] += a[i] * b[i]
@@ -61,9 +70,21 @@ struct Loops {
   void (*multiply_row)(T* p, const A* q, int64_t n);
 };
 
+// Copies that choose and cast. An index of -1 gives zeros.
+template <class Out, class In>
+struct Copies {
+  // out[i] = in[i]
+  void (*row)(const In* in, Out* out, int64_t n);
+  // out[r * out_row + j * out_step] = in[r * in_row + index[j] * in_step] for `rows` rows r and n columns j
+  void (*columns)(const In* in, int64_t in_row, int64_t in_step, const int32_t* index, Out* out, int64_t out_row,
+                  int64_t out_step, int64_t rows, int64_t n);
+};
+
 // The loops for the best instruction set of this machine. UVC_CPU_ISA=avx512|avx2|baseline lowers the choice; it is
 // read once, at the first call.
 template <class T>
 const Loops<T>& loops();
+template <class Out, class In>
+const Copies<Out, In>& copies();
 
 }  // namespace uvc

@@ -1,5 +1,6 @@
-// MLP over kept neurons. M tokens of all images, D width, F' kept neurons; the hidden layer is channel-major [F', M]
-// and saved before bias and activation, which the backward pass recomputes.
+// MLP over kept neurons, with or without a gate. M tokens of all images, D width, F' kept neurons. The hidden layer is
+// channel-major, [F', M] or with a gate [2F', M], the gate's rows last; it is saved before bias and activation, which
+// the backward pass recomputes.
 #include "cpu/host.h"
 
 namespace uvc {
@@ -7,121 +8,166 @@ namespace {
 
 struct Shape {
   int64_t M, D, F, Dout;
-  Indices kept;
+  bool gated;
+  Index kept;
 
-  Shape(const Tensor& x, const Tensor& fc1, const Tensor& fc2, const Tensor& neurons) {
+  Shape(const Tensor& x, const Tensor& fc1, const Tensor& fc2, const MaybeTensor& gate, const Tensor& neurons) {
     check(x.dim() >= 1 && fc1.dim() == 2 && fc2.dim() == 2, "mlp: x needs a last dim, the weights are 2-d");
-    D = fc1.size(1), F = fc1.size(0), Dout = fc2.size(0);
+    D = fc1.size(1), F = fc1.size(0), Dout = fc2.size(0), gated = gate.has_value();
     check(x.size(x.dim() - 1) == D && fc2.size(1) == F, "mlp: fc1_weight must be [F, D] and fc2_weight [Dout, F]");
-    check(x.scalar_type() == fc1.scalar_type() && x.scalar_type() == fc2.scalar_type(),
-          "mlp: x and the weights must have one dtype");
+    check(!gated || (gate->dim() == 2 && gate->size(0) == F && gate->size(1) == D), "mlp: gate_weight must be [F, D]");
     M = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
-    kept = indices(neurons, F, "mlp: neurons must be int64 positions in 0..F on the CPU");
+    kept = positions(indices(neurons, F, "mlp: neurons must be int64 positions in 0..F on the CPU"));
+  }
+  int64_t n() const { return kept.size(); }
+  int64_t hidden_rows() const { return gated ? 2 * n() : n(); }
+};
+
+// The weights, contiguous, with the checks of their dtypes.
+struct Weights {
+  Tensor fc1, fc2;
+  MaybeTensor fc1_bias, gate, gate_bias;
+
+  Weights(const Tensor& x, const Tensor& fc1_weight, const MaybeTensor& bias, const Tensor& fc2_weight,
+          const MaybeTensor& fc2_bias, const MaybeTensor& gate_weight, const MaybeTensor& gate_bias)
+      : fc1(as_contiguous(fc1_weight)), fc2(as_contiguous(fc2_weight)), fc1_bias(bias), gate_bias(gate_bias) {
+    check_parameters(x, fc1, {bias, fc2, fc2_bias, gate_weight, gate_bias},
+                     "mlp: weights and biases must share one dtype, that of x or float32 beside bfloat16 and float16");
+    if (gate_weight) gate = as_contiguous(*gate_weight);
   }
 };
 
+// The kept rows of fc1 and then of the gate: [F' or 2F', D].
 template <class T>
-Tensor pack_fc1(const Tensor& weight, const Shape& s) {
-  Tensor packed = empty(weight, {s.kept.count, s.D});
-  pack_rows(data<T>(packed), data<T>(weight), s.kept, 0, s.D);
+Tensor pack_in(const Weights& w, const Shape& s) {
+  Tensor packed = empty_of<T>(w.fc1, {s.hidden_rows(), s.D});
+  take_rows(packed, w.fc1, s.kept.data(), s.n(), s.D);
+  if (s.gated) take_rows(part(packed, s.n() * s.D, {s.n(), s.D}), *w.gate, s.kept.data(), s.n(), s.D);
+  return packed;
+}
+
+// The kept columns of fc2, turned: [F', Dout], as the products with it run faster that way.
+template <class T>
+Tensor pack_out(const Weights& w, const Shape& s) {
+  Tensor packed = empty_of<T>(w.fc2, {s.n(), s.Dout});
+  take_columns(packed, Lies::kTurned, w.fc2, Lies::kPlain, s.kept.data(), s.Dout, s.n(), s.F);
   return packed;
 }
 
 template <class T>
-Tensor pack_fc2(const Tensor& weight, const Shape& s) {
-  Tensor packed = empty(weight, {s.Dout, s.kept.count});
-  pack_columns(data<T>(packed), data<T>(weight), s.Dout, s.kept, s.F);
-  return packed;
-}
+struct Biases {
+  std::vector<Accumulator<T>> up, gate;
+  Biases(const Weights& w, const Shape& s)
+      : up(pack_bias<T>(w.fc1_bias, s.kept, s.F, "mlp: fc1_bias must be [F]")),
+        gate(pack_bias<T>(w.gate_bias, s.kept, s.F, "mlp: gate_bias must be [F]")) {}
+};
 
+// hidden = (W1[kept], Wgate[kept]) x^T
 template <class T>
-std::vector<Accumulator<T>> pack_bias(const MaybeTensor& bias, const Shape& s) {
-  std::vector<Accumulator<T>> packed(s.kept.count, 0);
-  if (!bias) return packed;
-  check(bias->numel() == s.F, "mlp: fc1_bias must be [F]");
-  const Tensor source = as_contiguous(*bias);
-  for (int64_t i = 0; i < s.kept.count; ++i) packed[i] = widen(data<T>(source)[s.kept[i]]);
-  return packed;
+Tensor project(const Tensor& x, const Weights& w, const Shape& s) {
+  Tensor hidden = empty(x, {s.hidden_rows(), s.M});
+  multiply_into(hidden, pack_in<T>(w, s), matrix(x, s.M, s.D, true));
+  return hidden;
 }
 
 std::tuple<Tensor, Tensor> mlp(Tensor x, Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight,
-                               MaybeTensor fc2_bias, Tensor neurons, int64_t activation) {
-  const Shape s(x, fc1_weight, fc2_weight, neurons);
-  x = as_contiguous(x), fc1_weight = as_contiguous(fc1_weight), fc2_weight = as_contiguous(fc2_weight);
+                               MaybeTensor fc2_bias, MaybeTensor gate_weight, MaybeTensor gate_bias, Tensor neurons,
+                               int64_t activation, bool recompute) {
+  const Shape s(x, fc1_weight, fc2_weight, gate_weight, neurons);
+  const Weights w(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias);
+  const ScalarType type = x.scalar_type();
   return for_type(x, "mlp", [&]<class T>() {
-    const int64_t n = s.kept.count;
+    x = as<T>(x);
     std::vector<int64_t> shape;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
     shape.push_back(s.Dout);
-    Tensor out = torch::stable::new_empty(x, shape), hidden = empty(x, {n, s.M}), active = empty(x, {n, s.M});
-    // hidden [F', M] = W1[kept] x^T
-    multiply_into(hidden, pack_fc1<T>(fc1_weight, s), matrix(x, s.M, s.D, true));
-    const auto bias = pack_bias<T>(fc1_bias, s);
-    torch::stable::parallel_for(0, n, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        loops<T>().activate(static_cast<Activation>(activation), data<T>(hidden) + i * s.M, bias[i],
-                            data<T>(active) + i * s.M, s.M);
+    Tensor out = torch::stable::new_empty(x, shape), active = empty(x, {s.n(), s.M});
+    Tensor hidden = project<T>(x, w, s);
+    const Biases<T> bias(w, s);
+    const Activation act = static_cast<Activation>(activation);
+    for_rows(s.n(), s.M, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T *u = data<T>(hidden) + i * s.M, *gate = u + s.n() * s.M;
+        T* y = data<T>(active) + i * s.M;
+        if (s.gated)
+          loops<T>().activate_gated(act, gate, bias.gate[i], u, bias.up[i], y, s.M);
+        else
+          loops<T>().activate(act, u, bias.up[i], y, s.M);
+      }
     });
     // out [M, Dout] = act^T W2[:, kept]^T
-    multiply_into(matrix(out, s.M, s.Dout), matrix(active, n, s.M, true),
-                  matrix(pack_fc2<T>(fc2_weight, s), s.Dout, n, true));
+    multiply_into(matrix(out, s.M, s.Dout), matrix(active, s.n(), s.M, true), pack_out<T>(w, s));
     add_bias<T>(out, fc2_bias, s.M, s.Dout);
-    return std::make_tuple(out, hidden);
+    return std::make_tuple(cast(out, type), recompute ? empty(x, {0, s.M}) : hidden);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(Tensor grad, Tensor x, Tensor fc1_weight,
-                                                                MaybeTensor fc1_bias, Tensor fc2_weight,
-                                                                Tensor neurons, int64_t activation, Tensor hidden,
-                                                                int64_t needs) {
-  const Shape s(x, fc1_weight, fc2_weight, neurons);
-  x = as_contiguous(x), fc1_weight = as_contiguous(fc1_weight), fc2_weight = as_contiguous(fc2_weight);
-  grad = as_contiguous(grad);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
+    Tensor grad, Tensor x, Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight, MaybeTensor gate_weight,
+    MaybeTensor gate_bias, Tensor neurons, int64_t activation, Tensor hidden, int64_t needs) {
+  const Shape s(x, fc1_weight, fc2_weight, gate_weight, neurons);
+  const Weights w(x, fc1_weight, fc1_bias, fc2_weight, std::nullopt, gate_weight, gate_bias);
   check(grad.numel() == s.M * s.Dout, "mlp_backward: grad must have the shape of the output");
+  const ScalarType type = x.scalar_type();
   return for_type(x, "mlp_backward", [&]<class T>() {
     using A = Accumulator<T>;
-    const int64_t n = s.kept.count;
-    Tensor grad_x = empty(x, {0}), grad_fc1 = empty(x, {0}), grad_fc1_bias = empty(x, {0}), grad_fc2 = empty(x, {0});
-    Tensor grad_fc2_bias = needs & kNeedBias2 ? column_sums<T>(grad, s.M, s.Dout) : empty(x, {0});
-    if (needs & (kNeedX | kNeedWeight1 | kNeedBias1 | kNeedWeight2)) {
-      // dact [F', M] = W2[:, kept]^T grad^T, then times the slope in place
-      Tensor grad_hidden = empty(x, {n, s.M}), active = empty(x, {n, s.M});
-      multiply_into(grad_hidden, matrix(pack_fc2<T>(fc2_weight, s), s.Dout, n, true),
-                    matrix(grad, s.M, s.Dout, true));
-      const auto bias = pack_bias<T>(fc1_bias, s);
-      std::vector<A> sums(n);
-      torch::stable::parallel_for(0, n, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          sums[i] = loops<T>().activate_backward(static_cast<Activation>(activation), data<T>(hidden) + i * s.M,
-                                                 bias[i], data<T>(active) + i * s.M, data<T>(grad_hidden) + i * s.M,
-                                                 s.M);
+    x = as<T>(x), grad = as<T>(grad);
+    const int64_t n = s.n();
+    auto none = [&] { return torch::stable::new_empty(x, {0}, type); };
+    Tensor grad_x = none(), grad_fc1 = none(), grad_fc1_bias = none(), grad_fc2 = none(), grad_fc2_bias = none();
+    Tensor grad_gate = none(), grad_gate_bias = none();
+    if (needs & kNeedBias2) grad_fc2_bias = column_sums<T>(w.fc2, grad, s.M, s.Dout);
+    if (needs & ~kNeedBias2) {
+      if (hidden.size(0) != s.hidden_rows()) hidden = project<T>(x, w, s);
+      // dact [F', M] = W2[:, kept]^T grad^T, then in place the gradient of the hidden layer; the gate's stands below
+      Tensor grad_hidden = empty(x, {s.hidden_rows(), s.M}), active = empty(x, {n, s.M});
+      multiply_into(part(grad_hidden, 0, {n, s.M}), pack_out<T>(w, s), matrix(grad, s.M, s.Dout, true));
+      const Biases<T> bias(w, s);
+      const Activation act = static_cast<Activation>(activation);
+      std::vector<A> sums(n), gate_sums(n);
+      for_rows(n, s.M, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const T *u = data<T>(hidden) + i * s.M, *gate = u + n * s.M;
+          T *y = data<T>(active) + i * s.M, *g = data<T>(grad_hidden) + i * s.M;
+          if (s.gated)
+            loops<T>().activate_gated_backward(act, gate, bias.gate[i], u, bias.up[i], y, g, g + n * s.M, s.M,
+                                               &gate_sums[i], &sums[i]);
+          else
+            sums[i] = loops<T>().activate_backward(act, u, bias.up[i], y, g, s.M);
+        }
       });
-      if (needs & kNeedBias1) {
-        grad_fc1_bias = zeros(x, {s.F});
-        for (int64_t i = 0; i < n; ++i) narrow(sums[i], data<T>(grad_fc1_bias)[s.kept[i]]);
-      }
+      if (needs & kNeedBias1) grad_fc1_bias = unpack_bias(w.fc1, sums, s.kept, s.F);
+      if (s.gated && needs & kNeedGateBias) grad_gate_bias = unpack_bias(w.fc1, gate_sums, s.kept, s.F);
+      const Index where = inverse(s.kept, s.F);
       if (needs & kNeedWeight2) {
-        // dW2[:, kept] [Dout, F'] = grad^T act^T
-        Tensor packed = empty(x, {s.Dout, n});
-        multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(active, n, s.M, true));
-        grad_fc2 = zeros(x, {s.Dout, s.F});
-        unpack_columns(data<T>(grad_fc2), data<T>(packed), s.Dout, s.kept, s.F);
+        // dW2[:, kept]^T [F', Dout] = act grad
+        Tensor packed = empty(x, {n, s.Dout});
+        multiply_into(packed, active, matrix(grad, s.M, s.Dout));
+        grad_fc2 = empty(w.fc2, {s.Dout, s.F});
+        take_columns(grad_fc2, Lies::kPlain, packed, Lies::kTurned, where.data(), s.Dout, s.F, n);
       }
-      if (needs & kNeedWeight1) {
-        // dW1[kept] [F', D] = dhidden x
-        Tensor packed = empty(x, {n, s.D});
+      if (needs & (kNeedWeight1 | kNeedGateWeight)) {
+        // (dW1[kept], dWgate[kept]) [F' or 2F', D] = dhidden x
+        Tensor packed = empty(x, {s.hidden_rows(), s.D});
         multiply_into(packed, grad_hidden, matrix(x, s.M, s.D));
-        grad_fc1 = zeros(x, {s.F, s.D});
-        unpack_rows(data<T>(grad_fc1), data<T>(packed), s.kept, 0, s.D);
+        if (needs & kNeedWeight1) {
+          grad_fc1 = empty(w.fc1, {s.F, s.D});
+          take_rows(grad_fc1, packed, where.data(), s.F, s.D);
+        }
+        if (s.gated && needs & kNeedGateWeight) {
+          grad_gate = empty(w.fc1, {s.F, s.D});
+          take_rows(grad_gate, part(packed, n * s.D, {n, s.D}), where.data(), s.F, s.D);
+        }
       }
       if (needs & kNeedX) {
-        // dx [M, D] = dhidden^T W1[kept]
-        grad_x = torch::stable::empty_like(x);
-        multiply_into(matrix(grad_x, s.M, s.D), matrix(grad_hidden, n, s.M, true), pack_fc1<T>(fc1_weight, s));
+        // dx [M, D] = dhidden^T (W1[kept], Wgate[kept])
+        Tensor wide = torch::stable::empty_like(x);
+        multiply_into(matrix(wide, s.M, s.D), matrix(grad_hidden, s.hidden_rows(), s.M, true), pack_in<T>(w, s));
+        grad_x = cast(wide, type);
       }
     }
-    return std::make_tuple(grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias);
+    return std::make_tuple(grad_x, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias, grad_gate, grad_gate_bias);
   });
 }
 

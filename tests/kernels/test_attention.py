@@ -41,6 +41,11 @@ def test_ragged_attention_is_as_exact_as_plain_torch(tokens, heads, dtype):
     check(attend(ragged(heads, 16)), inputs(tokens, heads, 16), dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 17, 197])
+def test_float16_is_as_exact_as_plain_torch(tokens):
+    check(attend(ragged(3, 16)), inputs(tokens, 3, 16), torch.float16)
+
+
 @pytest.mark.parametrize("tokens", [2, 5, 6, 7, 16, 64, 72, 73, 145, 300])
 def test_every_remainder_of_the_tiles_is_right(tokens):
     check(attend(ragged(2, 7, keep=0.8)), inputs(tokens, 2, 7, batch=1), torch.float32)
@@ -187,16 +192,21 @@ def test_nan_in_the_input_reaches_the_output():
     assert out[1].isnan().all() and not out[0].isnan().any()
 
 
-@pytest.mark.parametrize("biases", [True, False])
-def test_opcheck_passes(biases):
-    x, qkv, qkv_bias, proj, proj_bias = inputs(5, 3, 4, width=6, out=7, biases=biases)
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, qkv, qkv_bias, proj, proj_bias)]
-    kept = ragged(3, 4)
-    torch.library.opcheck(op, (*leaves, *kept[1:5], 0.5))
-    detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, *kept[1:5], 0.5)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtypes", ["float64", "float16", "bfloat16 with float32 weights"])
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_opcheck_passes(biases, dtypes, recompute):
+    kinds = dtypes.split(" with ")
+    dtype, weights = (getattr(torch, kinds[i].split()[0]) for i in (0, -1))
+    tensors = inputs(5, 3, 4, width=6, out=7, biases=biases)
+    tensors = [None if t is None else t.detach().to(weights) for t in tensors]
+    tensors[0] = tensors[0].to(dtype)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    kept = ragged(3, 4)[1:5]
+    torch.library.opcheck(op, (*leaves, *kept, 0.5, recompute))
+    out, *saved = op(*tensors, *kept, 0.5, recompute)
     for needs in (0b11111, 0b01001):
-        torch.library.opcheck(backward, (torch.ones_like(out), *detached[:4], *kept[1:5], 0.5, *saved, needs))
+        torch.library.opcheck(backward, (torch.ones_like(out), *tensors[:4], *kept, 0.5, *saved, needs))
 
 
 @pytest.mark.parametrize("kind", ["ragged", "no heads", "no biases"])
@@ -217,16 +227,33 @@ def test_compiles_as_one_graph():
         assert torch.equal(found, wanted)
 
 
-def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
+def test_autocast_casts_what_is_kept_and_returns_float32_gradients():
     tensors, kept = [t.detach().float() for t in inputs(17, 3, 8)], ragged(3, 8)
+    # Weights that bfloat16 holds exactly leave nothing to round; biases are added unrounded.
+    exact = [t if t.dim() == 1 else t.bfloat16().float() for t in tensors]
 
     def cast(*given):
         with torch.autocast("cpu", torch.bfloat16):
             return attend(kept)(*given)
 
-    out, *grads = with_gradients(cast, tensors)
-    assert out.dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in grads)
-    assert torch.equal(out, attend(kept)(*(t.bfloat16() for t in tensors)))
+    found, wanted = with_gradients(cast, tensors), with_gradients(cast, exact)
+    assert found[0].dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in found[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    truth = with_gradients(attend(kept), [t.double() for t in exact])
+    for a, b in zip(found, truth, strict=True):
+        assert (a.double() - b).norm() < 3e-2 * b.norm()
+
+
+def test_recomputing_the_projections_saves_them_and_changes_no_bit():
+    tensors, kept = [t.detach().float() for t in inputs(17, 3, 16)], ragged(3, 16)
+    results = []
+    for recompute in (False, True):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out, qkv, _, _ = op(*leaves, *kept[1:5], 0.25, recompute)
+        assert qkv.numel() == (0 if recompute else (2 * len(kept.qk) + len(kept.v)) * 34)
+        out.sum().backward()
+        results.append([out, *(t.grad for t in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_second_derivative_is_a_clear_error():

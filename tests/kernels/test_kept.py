@@ -29,8 +29,11 @@ def test_packed_rows_and_whole_rows_are_inverse_to_each_other(heads, dims):
     qk, v = masks(heads, dims)
     kept, A = uvc_kernels.kept_heads(qk, v), heads * dims
     on = torch.cat([(qk & v.any(1, keepdim=True)).flatten()] * 2 + [v.flatten()])
-    assert torch.equal(kept.whole_rows >= 0, on) and torch.equal(kept.whole_columns >= 0, v.flatten())
-    for index, whole in ((kept.rows, kept.whole_rows), (kept.columns, kept.whole_columns)):
+    assert torch.equal(kept.whole_rows.flatten() >= 0, on) and torch.equal(kept.whole_columns >= 0, v)
+    for index, whole in (
+        (kept.rows, kept.whole_rows.flatten()),
+        (kept.columns, kept.whole_columns.flatten()),
+    ):
         places = (index >= 0).nonzero().flatten()
         assert torch.equal(whole[index[places].long()].long(), places)
         assert len(index) % 8 == 0

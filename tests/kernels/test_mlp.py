@@ -21,7 +21,12 @@ def some(count, hidden=100):
 
 
 def run(kept, activation="gelu"):
-    return lambda *tensors: uvc_kernels.mlp(*tensors, kept, activation)
+    """The op on (x, fc1, bias, fc2, bias) and, of a gated MLP, (gate, bias)."""
+    return lambda *tensors: uvc_kernels.mlp(*tensors[:5], kept, activation, *tensors[5:])
+
+
+def gate(hidden=100, width=24, biases=True):
+    return [random(hidden, width) * 0.3, random(hidden) if biases else None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,6 +44,27 @@ def test_every_activation_and_its_slope_are_as_exact_as_plain_torch(activation, 
     x = torch.cat([torch.linspace(-14, 14, 1001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 100, -100])])
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     check(run(some(1, 1), activation), [x.double()[None, :, None], one, zero, one, zero], dtype)
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
+@pytest.mark.parametrize("neurons", [0, 1, 7, 100])
+@pytest.mark.parametrize("tokens", [1, 17, 197])
+def test_a_gated_mlp_is_as_exact_as_plain_torch(tokens, neurons, dtype):
+    check(run(some(neurons), "silu"), inputs(tokens) + gate(), dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_can_gate(activation):
+    check(run(some(41), activation), inputs(17, biases=False) + gate(biases=False), torch.float32)
+    # A gate of width 1 sees every number in reach of the activation, one per token.
+    x = torch.linspace(-14, 14, 1001).double()
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    check(run(some(1, 1), activation), [x[None, :, None], one, zero, one, zero, one, zero], torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 197])
+def test_float16_is_as_exact_as_plain_torch(tokens):
+    check(run(some(41)), inputs(tokens), torch.float16)
 
 
 def test_gelu_keeps_its_relative_accuracy_in_the_negative_tail():
@@ -96,9 +122,16 @@ def test_repeats_are_bit_equal(dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("frozen", range(5), ids=["x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"])
-def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
-    tensors, kept = inputs(17), some(41)
+NAMES = ["x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "gate_weight", "gate_bias"]
+
+
+@pytest.mark.parametrize(
+    ("count", "frozen"),
+    [(count, i) for count in (5, 7) for i in range(count)],
+    ids=[f"{kind}, {name}" for kind, names in (("plain", NAMES[:5]), ("gated", NAMES)) for name in names],
+)
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(count, frozen):
+    tensors, kept = (inputs(17) + gate())[:count], some(41)
     whole = with_gradients(run(kept), tensors)[1:]
     leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
     out = run(kept)(*leaves)
@@ -108,23 +141,46 @@ def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
         assert leaf.grad is None if i == frozen else torch.equal(leaf.grad, grad)
 
 
-@pytest.mark.parametrize("biases", [True, False])
-def test_opcheck_passes(biases):
-    tensors = inputs(5, hidden=9, width=4, out=3, biases=biases)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtypes", ["float64", "float16", "bfloat16 with float32 weights"])
+@pytest.mark.parametrize("kind", ["plain", "gated", "no biases"])
+def test_opcheck_passes(kind, dtypes, recompute):
+    tensors = inputs(5, hidden=9, width=4, out=3, biases=kind != "no biases")
+    tensors += gate(9, 4) if kind == "gated" else [None, None]
+    kinds = dtypes.split(" with ")
+    dtype, weights = (getattr(torch, kinds[i].split()[0]) for i in (0, -1))
+    tensors = [None if t is None else t.detach().to(weights) for t in tensors]
+    tensors[0] = tensors[0].to(dtype)
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    torch.library.opcheck(op, (*leaves, some(4, 9).neurons, 0))
-    detached = [None if t is None else t.detach() for t in leaves]
-    out, hidden = op(*detached, some(9, 9).neurons, 0)
-    for needs in (0b11111, 0b01001):
-        arguments = (torch.ones_like(out), *detached[:4], some(9, 9).neurons, 0, hidden, needs)
-        torch.library.opcheck(backward, arguments)
+    # What is saved must be right even where gradients are not compared to slow ones: opcheck only traces.
+    torch.library.opcheck(op, (*leaves, some(4, 9).neurons, 0, recompute))
+    out, hidden = op(*tensors, some(9, 9).neurons, 0, recompute)
+    given = (*tensors[:4], *tensors[5:], some(9, 9).neurons, 0, hidden)
+    for needs in (0b1111111, 0b0101001) if kind == "gated" else (0b11111, 0b01001):
+        torch.library.opcheck(backward, (torch.ones_like(out), *given, needs))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("count", [0, 5])
-def test_gradcheck_passes(count, activation):
-    leaves = [t.detach().requires_grad_() for t in inputs(3, hidden=9, width=4, out=3)]
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_gradcheck_passes(gated, count, activation):
+    tensors = inputs(3, hidden=9, width=4, out=3) + (gate(9, 4) if gated else [])
+    leaves = [t.detach().requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(run(some(count, 9), activation), leaves)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_recomputing_the_hidden_layer_saves_nothing_and_changes_no_bit(gated):
+    x, *weights = (t.detach().float() for t in inputs(17) + (gate() if gated else []))
+    weights += [] if gated else [None, None]
+    results = []
+    for recompute in (False, True):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *weights)]
+        out, hidden = op(*leaves, some(100).neurons, 0, recompute)
+        assert hidden.numel() == (0 if recompute else 100 * 34 * (1 + gated))
+        out.sum().backward()
+        results.append([out, *(t.grad for t in leaves if t is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_compiles_as_one_graph():
@@ -136,23 +192,29 @@ def test_compiles_as_one_graph():
         assert torch.equal(found, wanted)
 
 
-def test_autocast_computes_in_bfloat16_and_returns_float32_gradients():
-    tensors, kept = [t.detach().float() for t in inputs(17)], some(41)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_autocast_casts_what_is_kept_and_returns_float32_gradients(gated):
+    tensors, kept = [t.detach().float() for t in inputs(17) + (gate() if gated else [])], some(41)
+    # Weights that bfloat16 holds exactly leave nothing to round; biases are added unrounded.
+    exact = [t if t.dim() == 1 else t.bfloat16().float() for t in tensors]
 
     def cast(*given):
         with torch.autocast("cpu", torch.bfloat16):
             return run(kept)(*given)
 
-    out, *grads = with_gradients(cast, tensors)
-    assert out.dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in grads)
-    assert torch.equal(out, run(kept)(*(t.bfloat16() for t in tensors)))
+    found, wanted = with_gradients(cast, tensors), with_gradients(cast, exact)
+    assert found[0].dtype == torch.bfloat16 and all(grad.dtype == torch.float32 for grad in found[1:])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    truth = with_gradients(run(kept), [t.double() for t in exact])
+    for a, b in zip(found, truth, strict=True):
+        assert (a.double() - b).norm() < 2e-2 * b.norm()
 
 
 def test_the_raw_op_under_autocast_still_computes_in_the_dtype_of_its_inputs():
     tensors, kept = [t.detach().float() for t in inputs(17)], some(41)
-    expected = op(*tensors, kept.neurons, 0)
+    expected = op(*tensors, None, None, kept.neurons, 0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = op(*tensors, kept.neurons, 0)
+        found = op(*tensors, None, None, kept.neurons, 0)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -27,7 +27,14 @@ UNSUPPORTED = {
     r"blocks\.0\.attn\.q_norm is a LayerNorm": lambda: small_vit(qk_norm=True),
     r"blocks\.0\.attn\.norm is a LayerNorm": lambda: small_vit(scale_attn_norm=True),
     r"blocks\.0\.mlp\.norm is a LayerNorm": lambda: small_vit(scale_mlp_norm=True),
-    r"blocks\.2\.mlp is a GluMlp": lambda: with_child("blocks.2.mlp", timm.layers.GluMlp(24, 40)),
+    r"blocks\.2\.mlp is a GatedMlp": lambda: with_child("blocks.2.mlp", timm.layers.GatedMlp(24, 40)),
+    r"blocks\.0\.mlp is a GlobalResponseNormMlp": lambda: with_child(
+        "blocks.0.mlp", timm.layers.GlobalResponseNormMlp(24, 40)
+    ),
+    r"blocks\.2 differs in size": lambda: with_child("blocks.2.mlp", timm.layers.GluMlp(24, 40)),
+    r"blocks\.0\.mlp\.norm is a LayerNorm, whose": lambda: small_vit(
+        mlp_layer=timm.layers.SwiGLU, scale_mlp_norm=True
+    ),
     r"blocks\.1\.attn is a OwnAttention": lambda: with_child("blocks.1.attn", OwnAttention(24, 4)),
     r"blocks\.1\.attn\.gate": lambda: with_child("blocks.1.attn.gate", nn.Linear(24, 24)),
     r"blocks\.0\.mlp\.fc1 is a Conv2d": lambda: with_child(
@@ -37,10 +44,12 @@ UNSUPPORTED = {
         "blocks.0.attn.qkv", nn.modules.linear.NonDynamicallyQuantizableLinear(24, 72)
     ),
     r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
-    r"the model is a ResNet without transformer blocks": lambda: timm.create_model("resnet18"),
+    r"the model is a ResNet without one list of transformer blocks": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a EvaBlock": lambda: timm.create_model("eva02_tiny_patch14_224"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
-    r"the model is a Sequential without transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
+    r"the model is a Sequential without one list of transformer blocks": lambda: nn.Sequential(
+        nn.Linear(2, 2)
+    ),
 }
 
 

@@ -7,13 +7,14 @@ import warnings
 import pytest
 import timm
 import torch
-from oracle import TOLERANCE, absent, error, gradients, small_vit, structures
-from timm.layers import Attention, Mlp
+import uvc_kernels
+from oracle import MODELS, TOLERANCE, absent, error, gradients, small_vit, structures
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock
 
 import uvc
-from uvc.layers import UVCBlock
+from uvc.layers import UVCBlock, UVCGluMlp, UVCSwiGLU
 from uvc.structure import Structure
 
 X = (2, 3, 16, 16)
@@ -23,7 +24,10 @@ def ragged(model: torch.nn.Module) -> Structure:
     return structures(model)["random at keep 0.5"]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(uvc.UVCAttention, Attention), (uvc.UVCMlp, Mlp)])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(uvc.UVCAttention, Attention), (uvc.UVCMlp, Mlp), (UVCGluMlp, GluMlp), (UVCSwiGLU, SwiGLU)],
+)
 def test_constructor_and_forward_take_timms_arguments(ours, theirs):
     assert inspect.signature(ours) == inspect.signature(theirs)
     assert list(inspect.signature(ours.forward).parameters) == list(
@@ -48,8 +52,11 @@ def test_a_timm_checkpoint_loads_strictly_into_a_drop_in_model(name):
         lambda: small_vit(block_fn=ResPostBlock, init_values=0.1, drop_path_rate=0.3),
         lambda: small_vit(VisionTransformerDistilled),
         lambda: small_vit(attn_layer=uvc.UVCAttention, mlp_layer=uvc.UVCMlp),
+        MODELS["swiglu"],
+        MODELS["packed swiglu"],
+        MODELS["glu, gate last"],
     ],
-    ids=["pre-norm", "post-norm", "distilled", "created as drop-in"],
+    ids=["pre-norm", "post-norm", "distilled", "created as drop-in", "swiglu", "packed", "gate last"],
 )
 def test_converting_changes_no_key_no_parameter_and_no_bit_of_the_output(make, mode):
     model = getattr(make(), mode)()
@@ -167,6 +174,56 @@ def test_every_fast_activation_equals_dense_with_contributions_absent(activation
     assert error(found, truth) < TOLERANCE[dtype]
 
 
+GATED = ["swiglu", "packed swiglu", "glu, gate last"]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gated_mlp_takes_the_fast_op(name):
+    model = MODELS[name]().double()
+    x = torch.randn(X, dtype=torch.float64)
+    truth = absent(model, ragged(model))(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = uvc.apply_structure(model, ragged(model))(x)
+    assert error(found, truth) < 1e-10
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_a_gated_mlp_with_another_activation_runs_in_plain_torch(name):
+    model = MODELS[name]().double()
+    for block in model.blocks:
+        block.mlp.act = torch.nn.Sigmoid()
+    x = torch.randn(X, dtype=torch.float64)
+    truth = absent(model, ragged(model))(x)
+    assert error(uvc.apply_structure(model, ragged(model))(x), truth) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["vit", *GATED])
+def test_a_neuron_at_zero_in_all_its_rows_and_its_column_is_dead_and_skipped_without_loss(name):
+    model = uvc.convert(MODELS[name]()).double()
+    dead = torch.arange(model.blocks[0].mlp.fc2.in_features) % 3 == 0
+    x = torch.randn(X, dtype=torch.float64)
+    for block in model.blocks:
+        with torch.no_grad():
+            block.mlp.fc2.weight[:, dead] = 0
+            for rows, start in block.mlp.neuron_rows():
+                rows[start : start + len(dead)][dead] = 0
+    full = model(x)
+    dense = gradients(model, full)
+    for i, block in enumerate(model.blocks):
+        assert not dense[f"blocks.{i}.mlp.fc2.weight"][:, dead].any()
+        names = {id(p): name for name, p in block.mlp.named_parameters()}
+        rows = [(names[id(p)], start) for p, start in block.mlp.neuron_rows()]
+        assert not any(dense[f"blocks.{i}.mlp.{n}"][s : s + len(dead)][dead].any() for n, s in rows)
+        # Every parameter of the first layers is covered, and nothing twice.
+        first = sum(p.numel() for n, p in block.mlp.named_parameters() if n.startswith("fc1"))
+        assert first == sum(p[s : s + len(dead)].numel() for p, s in block.mlp.neuron_rows())
+        assert len(set(rows)) == len(rows)
+        block.mlp.set_kept(~dead)
+    assert error(model(x), full) < 1e-12
+
+
 def test_another_activation_runs_in_plain_torch_and_says_so_once(monkeypatch):
     monkeypatch.setattr("uvc.layers._common.said", set())
     model = small_vit(act_layer="mish").double()
@@ -275,3 +332,26 @@ def test_torch_compile_gives_the_same_outputs_and_gradients(kind):
     assert error(out, expected) < 1e-5
     truth, found = gradients(model, expected), gradients(model, torch.compile(model, backend="aot_eager")(x))
     assert all(error(found[name], truth[name], 1e-3) < 1e-4 for name in truth)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
+def test_recomputing_the_first_products_saves_less_and_changes_nothing(backend):
+    model, x = small_vit(), torch.randn(X)
+    uvc.apply_structure(model, Structure.random(model, 0.7, seed=3))
+    results, saved = [], []
+    for on in (False, True):
+        uvc.layers.set_recompute(model, on)
+        model.zero_grad()
+        sizes = {}
+
+        def note(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.numel()
+            return t
+
+        with uvc_kernels.backend(backend), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = model(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+        saved.append(sum(sizes.values()))
+    assert saved[1] < 0.9 * saved[0]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

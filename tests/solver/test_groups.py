@@ -136,6 +136,6 @@ def test_shrink_multiplies_norms_by_the_square_of_the_factor():
 
 def test_blocks_of_different_sizes_are_refused_by_name():
     model = small_vit()
-    model.blocks[1].mlp.fc1 = torch.nn.Linear(12, 7)
+    model.blocks[1].mlp.fc2 = torch.nn.Linear(7, 12)
     with pytest.raises(ValueError, match="blocks differ"):
         Groups(model)

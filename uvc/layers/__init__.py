@@ -1,10 +1,22 @@
-"""The layers: timm's attention, MLP and block, with parts that can be left out."""
+"""The layers: timm's attention, MLPs and block, with parts that can be left out."""
 
 from uvc.layers._common import hollow
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
-from uvc.layers.convert import check, convert, is_compacted
-from uvc.layers.mlp import UVCMlp
+from uvc.layers.convert import check, convert, is_compacted, set_recompute
+from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 
-__all__ = ["CompactBlock", "UVCAttention", "UVCBlock", "UVCMlp", "check", "convert", "hollow", "is_compacted"]
+__all__ = [
+    "CompactBlock",
+    "UVCAttention",
+    "UVCBlock",
+    "UVCGluMlp",
+    "UVCMlp",
+    "UVCSwiGLU",
+    "check",
+    "convert",
+    "hollow",
+    "is_compacted",
+    "set_recompute",
+]

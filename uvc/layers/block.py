@@ -3,13 +3,13 @@
 B batch, N tokens, D width.
 """
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from uvc.layers._common import take_over
 from uvc.layers.attention import UVCAttention
-from uvc.layers.mlp import UVCMlp
+from uvc.layers.mlp import MLPS
 
 
 class UVCBlock(nn.Module):
@@ -25,8 +25,8 @@ class UVCBlock(nn.Module):
         new = take_over(cls, block)
         if type(new.attn) is Attention:
             new.attn = UVCAttention.take_over(new.attn)
-        if type(new.mlp) is Mlp:
-            new.mlp = UVCMlp.take_over(new.mlp)
+        if type(new.mlp) in MLPS:
+            new.mlp = MLPS[type(new.mlp)].take_over(new.mlp)
         new.norm_last = norm_last(block)
         new._skip = (False, False)
         new._gates = (None, None)

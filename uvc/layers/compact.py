@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
 from uvc.layers._common import hollow
 from uvc.layers.attention import UVCAttention, heads_of_mask
 from uvc.layers.block import UVCBlock, norm_last
-from uvc.layers.mlp import UVCMlp
 
 
 class HeadGroup(NamedTuple):
@@ -94,19 +94,57 @@ def attend(
 class CompactMlp(nn.Module):
     """The two linear layers over the kept neurons only."""
 
-    def __init__(self, dense: UVCMlp, neurons: tuple):
+    def __init__(self, dense: nn.Module, neurons: tuple[int, ...]):
         super().__init__()
-        self.fc1 = smaller(dense.fc1, rows=list(neurons))
+        self._keep_rows(dense, list(neurons))
         self.act = copy.deepcopy(dense.act)
         self.drop1 = nn.Dropout(dense.drop1.p)
         self.fc2 = smaller(dense.fc2, columns=list(neurons))
         self.drop2 = nn.Dropout(dense.drop2.p)
 
+    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
+        self.fc1 = smaller(dense.fc1, rows=neurons)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> the kept neurons [B, N, F']."""
+        return self.act(self.fc1(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
         if self.fc2.in_features == 0:
             return self.drop2(bias_alone(self.fc2, x))
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        return self.drop2(self.fc2(self.drop1(self.hidden(x))))
+
+
+class CompactGluMlp(CompactMlp):
+    """A gated MLP whose fc1 holds value and gate, one behind the other."""
+
+    def _keep_rows(self, dense: GluMlp, neurons: list[int]) -> None:
+        self.gate_last = dense.gate_last
+        self.fc1 = smaller(dense.fc1, rows=neurons + [dense.fc2.in_features + i for i in neurons])
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> the kept neurons [B, N, F']."""
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return a * self.act(b) if self.gate_last else self.act(a) * b
+
+
+class CompactSwiGLU(CompactMlp):
+    """A gated MLP of two first layers, fc1_g the gate and fc1_x the value."""
+
+    def _keep_rows(self, dense: SwiGLU, neurons: list[int]) -> None:
+        self.fc1_g, self.fc1_x = smaller(dense.fc1_g, rows=neurons), smaller(dense.fc1_x, rows=neurons)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> the kept neurons [B, N, F']."""
+        return self.act(self.fc1_g(x)) * self.fc1_x(x)
+
+
+def compact_mlp(dense: nn.Module, neurons: tuple[int, ...]) -> CompactMlp:
+    """The compact form of timm's or UVC's MLP `dense` over the kept neurons."""
+    kinds = {GluMlp: CompactGluMlp, SwiGLU: CompactSwiGLU}
+    kind = next((kind for of, kind in kinds.items() if isinstance(dense, of)), CompactMlp)
+    return kind(dense, neurons)
 
 
 class CompactBlock(nn.Module):
@@ -120,7 +158,7 @@ class CompactBlock(nn.Module):
         if record.attn:
             self._keep_half(dense, "1", "attn", CompactAttention(dense.attn, record))
         if record.mlp:
-            self._keep_half(dense, "2", "mlp", CompactMlp(dense.mlp, record.neurons))
+            self._keep_half(dense, "2", "mlp", compact_mlp(dense.mlp, record.neurons))
         self.train(dense.training)
 
     def _keep_half(self, dense: UVCBlock, digit: str, name: str, small: nn.Module) -> None:

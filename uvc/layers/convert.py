@@ -1,15 +1,41 @@
 """Which timm models the layers can serve, and the swap in place."""
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from uvc.layers.attention import UVCAttention, attention_fault
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
-from uvc.layers.mlp import UVCMlp, mlp_fault
+from uvc.layers.mlp import MLPS, mlp_fault
+from uvc.layers.pack import pack_ahead
 
-SUPPORTED = "supported are timm VisionTransformers built of Block or ResPostBlock with Attention and Mlp"
+SUPPORTED = (
+    "supported are VisionTransformers built of vision_transformer's Block or ResPostBlock with Attention and "
+    "Mlp, GluMlp or SwiGLU"
+)
+# Why timm's other blocks and layers are not served, by their class or else by the file they come from.
+WHY = {
+    "DiffAttention": "it subtracts two attention maps of one head",
+    "ParallelScalingBlock": "its attention and MLP are one layer",
+    "DiffParallelScalingBlock": "its attention and MLP are one layer",
+    "ParallelThingsBlock": "it adds several attentions and MLPs",
+    "beit": "its attention adds relative position biases",
+    "cait": "its attention mixes all heads",
+    "convit": "its attention adds gated positions",
+    "crossvit": "it has branches of several widths",
+    "deepseek_vit": "rotary positions tie its q/k dims in pairs",
+    "eva": "rotary positions tie its q/k dims in pairs",
+    "gemma4_vit": "rotary positions tie its q/k dims in pairs",
+    "hiera": "its width grows from block to block",
+    "hieradet_sam2": "its width grows from block to block",
+    "mlp_mixer": "it mixes tokens without attention",
+    "naflexvit": "it takes images of any size, so that it has no one cost",
+    "tnt": "it holds a transformer for each patch",
+    "vision_transformer_relpos": "its attention adds relative position biases",
+    "vision_transformer_sam": "its attention adds relative position biases in windows",
+    "xcit": "it attends between channels, not tokens",
+}
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -22,6 +48,7 @@ def convert(model: nn.Module) -> nn.Module:
     for index, block in enumerate(model.blocks):
         if type(block) is not UVCBlock:
             model.blocks[index] = UVCBlock.take_over(block)
+    pack_ahead(model.blocks)
     return model
 
 
@@ -34,7 +61,9 @@ def check(model: nn.Module) -> None:
     """ValueError, naming the layer, unless `convert` can serve `model`."""
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or len(blocks) == 0:
-        raise ValueError(f"the model is a {type(model).__name__} without transformer blocks; {SUPPORTED}")
+        raise ValueError(
+            f"the model is a {type(model).__name__} without one list of transformer blocks; {SUPPORTED}"
+        )
     if is_compacted(model):
         raise ValueError(
             "blocks.0 is a CompactBlock: the model is compacted, so its structure can no longer change"
@@ -43,11 +72,11 @@ def check(model: nn.Module) -> None:
     for index, block in enumerate(blocks):
         name = f"blocks.{index}"
         if type(block) not in (Block, ResPostBlock, UVCBlock):
-            raise ValueError(f"{name} is a {type(block).__name__}; {SUPPORTED}")
+            raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
         if type(block.attn) not in (Attention, UVCAttention):
-            raise ValueError(f"{name}.attn is a {type(block.attn).__name__}; {SUPPORTED}")
-        if type(block.mlp) not in (Mlp, UVCMlp):
-            raise ValueError(f"{name}.mlp is a {type(block.mlp).__name__}; {SUPPORTED}")
+            raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
+        if type(block.mlp) not in (*MLPS, *MLPS.values()):
+            raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
         if fault := attention_fault(block.attn):
             raise ValueError(f"{name}.attn.{fault}")
         if fault := mlp_fault(block.mlp):
@@ -56,4 +85,22 @@ def check(model: nn.Module) -> None:
         if shapes.setdefault("first", shape) != shape:
             raise ValueError(f"{name} differs in size from blocks.0; all blocks must have one size")
     if not isinstance(model, VisionTransformer):
-        raise ValueError(f"the model is a {type(model).__name__}; {SUPPORTED}")
+        raise ValueError(f"the model is {described(model)}; {SUPPORTED}")
+
+
+def described(module: nn.Module) -> str:
+    """A module's class, where it comes from, and, if known, why it is not served."""
+    kind, file = type(module).__name__, type(module).__module__.rpartition(".")[2]
+    why = WHY.get(kind) or WHY.get(file)
+    return f"a {kind} of {file}" + (f", and {why}" if why else "")
+
+
+def set_recompute(model: nn.Module, on: bool = True) -> nn.Module:
+    """Trade time for memory in the pruned halves of a converted model: see `UVCAttention.set_recompute`.
+
+    Whole blocks are recomputed by timm's own `model.set_grad_checkpointing()`.
+    """
+    for block in convert(model).blocks:
+        block.attn.set_recompute(on)
+        block.mlp.set_recompute(on)
+    return model

@@ -1,7 +1,8 @@
 """Ties groups to weights. A = H * K; all layers go through one ``group_scores`` or ``prox_shrink`` call.
 
-What a group is, so that skipping it at exact zero is lossless: neuron = fc1 row and bias, fc2 column; v dim =
-v row and bias, projection column; q/k dim = q row, k row and both biases; head = all its v dims.
+What a group is, so that skipping it at exact zero is lossless: neuron = fc1 row and bias (of value and gate),
+fc2 column; v dim = v row and bias, projection column; q/k dim = q row, k row and both biases; head = all its
+v dims.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Groups:
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = list(model.blocks)
-        sizes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc1.out_features) for b in self.blocks}
+        sizes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc2.in_features) for b in self.blocks}
         if len(sizes) != 1:
             raise ValueError(
                 f"model: blocks differ in (heads, head dim, neurons): {sorted(sizes)}; they must be equal"
@@ -107,7 +108,7 @@ class Groups:
 
 def _parts(layer: int, block: nn.Module) -> list[_Part]:
     attn, mlp = block.attn, block.mlp
-    dims, hidden = attn.num_heads * attn.head_dim, mlp.fc1.out_features
+    dims, hidden = attn.num_heads * attn.head_dim, mlp.fc2.in_features
     parts = [
         _Part(attn.proj.weight, 0, dims, 1, "v", layer),
         _Part(mlp.fc2.weight, 0, hidden, 1, "neuron", layer),
@@ -117,7 +118,4 @@ def _parts(layer: int, block: nn.Module) -> list[_Part]:
             parts += [
                 _Part(parameter, i * dims, dims, 0, name, layer) for i, name in enumerate(("qk", "qk", "v"))
             ]
-    for parameter in (mlp.fc1.weight, mlp.fc1.bias):
-        if parameter is not None:
-            parts.append(_Part(parameter, 0, hidden, 0, "neuron", layer))
-    return parts
+    return parts + [_Part(rows, start, hidden, 0, "neuron", layer) for rows, start in mlp.neuron_rows()]

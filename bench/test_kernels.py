@@ -1,0 +1,52 @@
+"""Attention and MLP layers, forward and backward, by backend: skipping against what else one could do."""
+
+import pytest
+
+from uvc.bench import layer_ways
+from uvc.bench.rows import Group
+
+KEEPS = (1.0, 0.75, 0.5, 0.25)
+# Images per call: about equal work on the CPU; on a GPU what people train with.
+BATCH = {"cpu": {"deit_tiny": 8, "deit_small": 4, "deit_base": 1, "t2t_vit_14": 4}}
+BATCH["cuda"] = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128, "t2t_vit_14": 256}
+CACHE = 240e6  # bytes: four times the last-level cache of a large GPU
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("op", ["attention", "mlp"])
+@pytest.mark.parametrize("model", layer_ways.SHAPES)
+def test_layer(benchmark, session, model, op, direction, keep):
+    if session.quick and (model != "deit_tiny" or keep not in (1.0, 0.5)):
+        pytest.skip("not in --quick")
+    batch = BATCH[session.device.type][model]
+    if session.quick:
+        batch = min(batch, 32)
+    shape = layer_ways.SHAPES[model]
+    ways = [way for way in layer_ways.WAYS if way != "compiled" or not session.options.no_compile]
+    x_bytes = batch * shape.tokens * shape.dim * session.dtype.itemsize
+    inputs = max(2, round(CACHE / x_bytes)) if session.on_gpu else 1
+    made = layer_ways.layer(
+        op, shape, keep, batch, session.device, session.dtype, direction == "backward", min(inputs, 8), ways
+    )
+    for way, reason in made.left:
+        session.leave_out(way, reason)
+    rounds = 15 if session.on_gpu else 9
+    timings = session.time(benchmark, made.calls, min(inputs, 8), rounds, replay=True)
+    session.add(
+        benchmark,
+        Group(
+            suite="kernels",
+            model=model,
+            what=f"{op} {direction}",
+            dtype=session.dtype,
+            batch=batch,
+            keep=keep,
+            device=session.device,
+            timings=timings,
+            works=made.works,
+            backends=made.backends,
+            error=made.error,
+            images=False,
+        ),
+    )

@@ -1,0 +1,54 @@
+"""Whole models: inference and training steps, skipping against everything else one could do."""
+
+import pytest
+
+from uvc.bench.models import models
+from uvc.bench.rows import Group
+from uvc.bench.steps import peak_mib
+from uvc.bench.ways import WAYS
+
+TINY, SMALL, BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
+# Every peer stands beside keep 0.5; at other fractions only what depends on them, and dense.
+FEW = ("dense", "on_the_fly", "compacted", "masked")
+CASES = [(TINY, 0.5), (TINY, 1.0), (TINY, 0.75), (TINY, 0.25), (SMALL, 0.5), (BASE, 0.5)]
+MORE_ON_GPU = [(model, keep) for model in (SMALL, BASE) for keep in (0.75, 0.25)]
+BATCH = {"cpu": {TINY: 8, SMALL: 4, BASE: 1}, "cuda": {TINY: 256, SMALL: 256, BASE: 128}}
+
+
+@pytest.mark.parametrize(("model", "keep"), [*CASES, *MORE_ON_GPU])
+@pytest.mark.parametrize("phase", ["training", "inference"])
+def test_model(benchmark, session, phase, model, keep):
+    if (model, keep) in MORE_ON_GPU and not session.on_gpu:
+        pytest.skip("on a GPU only")
+    if session.quick and (model, keep) != (TINY, 0.5):
+        pytest.skip("not in --quick")
+    batch = BATCH[session.device.type][model]
+    ways = list(WAYS if keep == 0.5 else FEW)
+    if keep == 1.0:
+        ways = ["dense", "converted", "on_the_fly"]
+    if "compiled" in ways and (session.options.no_compile or (model != TINY and not session.on_gpu)):
+        ways.remove("compiled")
+    made = models(
+        model, phase, keep, batch, session.device, session.dtype, ways, solver=model == TINY and keep == 0.5
+    )
+    for way, reason in made.left:
+        session.leave_out(way, reason)
+    timings = session.time(benchmark, made.steps, rounds=9 if phase == "training" else 11)
+    peaks = {way: peak_mib(step, session.device) for way, step in made.steps.items()}
+    session.add(
+        benchmark,
+        Group(
+            suite="models",
+            model=model,
+            what=phase,
+            dtype=session.dtype,
+            batch=batch,
+            keep=keep,
+            device=session.device,
+            timings=timings,
+            works=made.works,
+            backends=made.backends,
+            peaks=peaks,
+            error=made.error,
+        ),
+    )

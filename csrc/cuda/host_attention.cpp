@@ -1,0 +1,2 @@
+// The host build of the attention core, forward.
+#include "cuda/attention.cu"

@@ -1,0 +1,123 @@
+// The host side of the kernels in this folder: checks, the type of the elements, and the launch itself, which is one of
+// CUDA on the current stream or, in the host build, a parallel loop over the blocks.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/device.h"
+
+#ifdef __CUDACC__
+#include <dlfcn.h>
+#endif
+
+namespace uvc::UVC_BUILD {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(bool condition, const std::string& message) {
+  if (!condition) throw std::runtime_error(message);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+constexpr ScalarType scalar_type = std::is_same_v<T, float>    ? ScalarType::Float
+                                   : std::is_same_v<T, double> ? ScalarType::Double
+                                   : std::is_same_v<T, Bf16>   ? ScalarType::BFloat16
+                                                               : ScalarType::Half;
+
+// Calls work.template operator()<T>() for the element type of `t`.
+template <class F>
+auto for_type(const Tensor& t, const char* op, F&& work) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return work.template operator()<float>();
+    case ScalarType::BFloat16: return work.template operator()<Bf16>();
+    case ScalarType::Half: return work.template operator()<Fp16>();
+#ifndef __CUDACC__
+    case ScalarType::Double: return work.template operator()<double>();
+#endif
+    default:
+      throw std::runtime_error(std::string(op) + ": the kernel takes float32, bfloat16 and float16, on the host float64");
+  }
+}
+
+#ifdef __CUDACC__
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Its functions for CUDA stand in a library that a CPU build of torch lacks; so they are looked up where it is loaded.
+inline cudaStream_t current_stream(int32_t device) {
+  using Ask = int32_t (*)(int32_t, void**);
+  static const Ask ask = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Ask>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  check(ask != nullptr, "uvc_kernels: this torch has no CUDA streams; install its CUDA build");
+  void* stream = nullptr;
+  check(ask(device, &stream) == 0, "uvc_kernels: torch does not name its current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The device of the tensors of an op, current while this lives.
+class Device {
+ public:
+  explicit Device(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  // Bytes of shared memory that one block may ask for.
+  int64_t shared_memory() const {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), "uvc_kernels");
+    return bytes;
+  }
+  template <class... P, class... A>
+  void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
+    if (blocks == 0) return;
+    check(blocks <= INT32_MAX, std::string(op) + ": " + std::to_string(blocks) + " blocks are too many for one launch");
+    if (shared > 48 * 1024)
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared, current_stream(index_)>>>(arguments...);
+    check_cuda(cudaGetLastError(), op);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+#else
+
+class Device {
+ public:
+  explicit Device(const Tensor&) {}
+  // As on a GPU of compute capability 9.0.
+  int64_t shared_memory() const { return 227 * 1024; }
+  template <class... P, class... A>
+  void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      Machine machine;
+      Machine* const before = std::exchange(running, &machine);
+      for (int64_t block = begin; block < end; ++block)
+        machine.run(static_cast<unsigned>(block), static_cast<unsigned>(blocks), threads, shared,
+                    [&] { kernel(arguments...); });
+      running = before;
+    });
+  }
+};
+
+#endif
+
+}  // namespace uvc::UVC_BUILD

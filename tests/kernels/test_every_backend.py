@@ -1,0 +1,199 @@
+"""One suite for every op on every backend: error, gradients, dtypes, shapes, repeats.
+
+triton runs in its interpreter and cuda as its host build where there is no GPU. `-m slow` adds the rest of
+the product of shapes.
+"""
+
+import accuracy
+import pytest
+import torch
+import uvc_kernels
+
+try:
+    import on_triton
+except pytest.skip.Exception:
+    on_triton = None
+
+GPU = torch.cuda.is_available()
+BACKENDS = {
+    "reference": "cpu",
+    "cpu": "cpu",
+    "cuda-host": "cpu",
+    "triton": "cuda" if GPU else "cpu",
+    "cuda": "cuda",
+}
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "reference": (torch.float32,)}
+TOKENS, HEADS, NEURONS = (1, 17, 50, 63, 196, 197, 198, 577), (1, 3, 6, 12, 16), (0, 1, 7, 100, 1536)
+
+
+def case(backend, dtype, *size, slow=False):
+    """One test's parameters, skipped with its reason where it cannot run."""
+    marks = [pytest.mark.slow] if slow else []
+    if BACKENDS[backend] == "cuda" and not GPU:
+        marks.append(pytest.mark.skip(reason="no GPU"))
+    if backend == "triton" and on_triton is None:
+        marks.append(pytest.mark.skip(reason="Triton is not installed"))
+    words = (backend, str(dtype).removeprefix("torch."), *map(str, size))
+    return pytest.param(backend, dtype, *([size] if size else ()), id="-".join(words), marks=marks)
+
+
+def on_every_backend(quick=None, interpreted=None, all_of=None):
+    """Parametrizes (backend, dtype) and, with sizes, size: the `quick` ones, `interpreted` in Triton's slow
+    interpreter; the others of `all_of` are marked slow.
+    """
+    pairs = [(b, d) for b in BACKENDS for d in DTYPES.get(b, (torch.float32, *HALF))]
+    if quick is None:
+        return pytest.mark.parametrize(("backend", "dtype"), [case(*pair) for pair in pairs])
+    cases = []
+    for backend, dtype in pairs:
+        chosen = interpreted if backend == "triton" and not GPU else quick
+        cases += [case(backend, dtype, *size, slow=size not in chosen) for size in all_of]
+    return pytest.mark.parametrize(("backend", "dtype", "size"), cases)
+
+
+def numbers(*shapes, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
+
+
+def ragged(heads, dims=64):
+    """Kept dims from none to all: some heads vanish, one kept head has no q/k dim."""
+    generator = torch.Generator().manual_seed(heads)
+    share = torch.rand(2, heads, 1, generator=generator) * 1.4 - 0.2
+    qk, v = torch.rand(2, heads, dims, generator=generator) < share
+    v[0, :5], qk[0] = True, False
+    return qk, v
+
+
+def attention_case(tokens, heads, device, width=40, dims=64):
+    A = heads * dims
+    x, qkv, bias, proj, proj_bias = numbers(
+        (1, tokens, width), (3 * A, width), 3 * A, (width, A), width, device=device
+    )
+    return [x, qkv * 0.2, bias, proj * 0.2, proj_bias], uvc_kernels.kept_heads(*ragged(heads, dims), device)
+
+
+quick_attention = [(t, 3) for t in TOKENS if t < 577] + [(17, h) for h in HEADS]
+
+
+@on_every_backend(quick_attention, [(1, 1), (17, 3), (197, 1)], [(t, h) for t in TOKENS for h in HEADS])
+def test_attention_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size):
+    tensors, kept = attention_case(*size, BACKENDS[backend])
+    accuracy.check(lambda *t: uvc_kernels.attention(*t, kept, 0.125), tensors, dtype, backend)
+
+
+def mlp_case(neurons, tokens, gated, device, width=40):
+    F = max(100, neurons)
+    shapes = [(1, tokens, width), (F, width), F, (width, F), width] + [(F, width), F] * gated
+    order = torch.randperm(F, generator=torch.Generator().manual_seed(1))
+    kept = uvc_kernels.kept_neurons(order < neurons, device)
+    activation = "silu" if gated else "gelu"
+    return numbers(*shapes, device=device), lambda *t: uvc_kernels.mlp(*t[:5], kept, activation, *t[5:])
+
+
+quick_mlp = [(n, 17) for n in NEURONS] + [(100, t) for t in (1, 63, 197)]
+
+
+@on_every_backend(quick_mlp, quick_mlp, [(n, t) for n in NEURONS for t in TOKENS])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_mlp_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size, gated):
+    tensors, mlp = mlp_case(*size, gated, BACKENDS[backend])
+    accuracy.check(mlp, tensors, dtype, backend)
+
+
+@on_every_backend()
+@pytest.mark.parametrize("to", [None, torch.bfloat16, torch.float32], ids=["same", "bfloat16", "float32"])
+def test_gather_and_its_gradient_are_exact(backend, dtype, to):
+    device = BACKENDS[backend]
+    kept = uvc_kernels.kept_neurons(torch.arange(41) % 3 == 1, device)
+    sources = [t.to(dtype).requires_grad_() for t in numbers((41, 24), 41, (7, 41), (41, 0), device=device)]
+    places = [kept.rows] * 4, [kept.whole] * 4, [0, 0, 1, 0]
+    results = []
+    for name in ("reference", backend):
+        with uvc_kernels.backend(name):
+            packed = uvc_kernels.gather(sources, *places, to)
+            grads = torch.autograd.grad(packed, sources, [p.detach() * 0.5 for p in packed])
+        results.append([*packed, *grads])
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@on_every_backend()
+def test_gather_spreads_to_what_is_asked_for_only(backend, dtype):
+    device = BACKENDS[backend]
+    kept = uvc_kernels.kept_neurons(torch.arange(20) < 9, device)
+    frozen, trained = (t.to(dtype) for t in numbers((20, 8), (8, 20), device=device))
+    trained.requires_grad_()
+    with uvc_kernels.backend(backend):
+        first, missing, second = uvc_kernels.gather(
+            [frozen, None, trained], [kept.rows] * 3, [kept.whole] * 3, [0, 0, 1]
+        )
+        (first.sum() + second.sum()).backward()
+    assert missing is None and torch.equal(trained.grad, (kept.whole >= 0).to(dtype).expand(8, 20))
+
+
+SOLVER_SHAPES = [
+    ((12, 20), 0),
+    ((12, 20), 1),
+    ((197,), 0),
+    ((1, 64), 1),
+    ((65, 3), 0),
+    ((0, 5), 0),
+    ((5, 0), 1),
+]
+
+
+@on_every_backend()
+def test_scores_of_all_layers_are_exact_sums(backend, dtype):
+    device = BACKENDS[backend]
+    shapes, dims = [s for s, _ in SOLVER_SHAPES], [d for _, d in SOLVER_SHAPES]
+    a, b = ([t.to(dtype) for t in numbers(*shapes, device=device)] for _ in range(2))
+    with uvc_kernels.backend("reference"):
+        exact = uvc_kernels.group_scores([t.double() for t in a], [t.double() for t in b], dims)
+    with uvc_kernels.backend(backend):
+        found = uvc_kernels.group_scores(a, b, dims)
+    assert found.dtype == torch.float32
+    assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@on_every_backend()
+def test_shrinking_all_layers_multiplies_snaps_and_leaves_alone(backend, dtype):
+    device = BACKENDS[backend]
+    shapes, dims = [s for s, _ in SOLVER_SHAPES], [d for _, d in SOLVER_SHAPES]
+    total = sum(s[d] for s, d in SOLVER_SHAPES)
+    factors = (torch.arange(total, device=device) % 5) / 4
+    results = []
+    for name in ("reference", backend):
+        weights = [t.to(dtype) for t in numbers(*shapes, device=device)]
+        weights[0][0, 0] = float("inf")  # a factor of zero writes zero whatever stood there
+        with uvc_kernels.backend(name):
+            uvc_kernels.prox_shrink(weights, factors, dims)
+        results.append(weights)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-7 if dtype in HALF else 1e-6, atol=0)
+        assert torch.equal(found == 0, expected == 0)
+
+
+@on_every_backend([(200,)], [(10,)], [(10,), (200,)])
+def test_repeats_are_bit_equal(backend, dtype, size):
+    device, (repeats,) = BACKENDS[backend], size
+    tensors, kept = attention_case(17, 2, device, width=16, dims=16)
+    neurons, mlp = mlp_case(7, 17, True, device, width=16)
+    tensors, neurons = ([t.to(dtype) for t in given] for given in (tensors, neurons))
+    first = None
+    with uvc_kernels.backend(backend):
+        for _ in range(repeats):
+            results = accuracy.with_gradients(lambda *t: uvc_kernels.attention(*t, kept, 0.25), tensors)
+            results += accuracy.with_gradients(mlp, neurons)
+            first = first or results
+            assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+
+
+def test_every_op_of_every_backend_here_was_registered():
+    for backend, device in BACKENDS.items():
+        if (device == "cuda" and not GPU) or (backend == "triton" and on_triton is None):
+            continue
+        with uvc_kernels.backend(backend):
+            for op in ("attention", "mlp", "gather", "group_scores", "prox_shrink"):
+                assert uvc_kernels.select(op, torch.device(device), torch.float32) == backend

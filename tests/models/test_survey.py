@@ -1,0 +1,146 @@
+"""timm's vision transformers: each works from end to end, or is refused with the layer and the reason."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from oracle import MODELS, error, images
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import uvc
+import uvc.models
+from uvc.config import Config
+from uvc.structure import Structure
+
+NARROW = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
+# One name for each kind of stem, tokens, pooling, normalisation and MLP.
+SERVED = {
+    "deit_tiny_patch16_224": dict(img_size=32),
+    "deit_base_distilled_patch16_224": dict(img_size=32),
+    "deit3_small_patch16_224": dict(img_size=32),
+    "vit_tiny_patch16_224": dict(img_size=32),
+    "vit_small_patch32_384": dict(img_size=64),
+    "vit_base_patch16_clip_quickgelu_224": dict(img_size=32),
+    "vit_base_patch16_siglip_224": dict(img_size=32),
+    "vit_base_patch16_siglip_gap_224": dict(img_size=32),
+    "vit_base_patch16_rpn_224": dict(img_size=32),
+    "vit_betwixt_patch16_reg4_gap_256": dict(img_size=32),
+    "vit_mediumd_patch16_reg4_gap_256": dict(img_size=32),
+    "vit_small_patch14_reg4_dinov2": dict(img_size=28),
+    "vit_giant_patch14_dinov2": dict(img_size=28),
+    "vit_giant_patch14_reg4_dinov2": dict(img_size=28),
+    "vit_base_patch16_224_miil": dict(img_size=32),
+    "vit_so150m_patch16_reg4_map_256": dict(img_size=32),
+    "vit_tiny_r_s16_p8_224": dict(img_size=128),
+    "vit_base_mci_224": dict(img_size=32, embed_dim=768, num_heads=12),
+    "aimv2_large_patch14_224": dict(img_size=28),
+    "test_vit": dict(img_size=32),
+    "t2t_vit_14": dict(img_size=32),
+    "t2t_vit_t_24": dict(img_size=48),
+    "uvc_vit_digits": dict(img_size=8),
+}
+REFUSED = {
+    "beit_base_patch16_224": r"blocks\.0 is a Block of beit, and its attention adds relative position biases",
+    "beit3_base_patch16_224": r"blocks\.0\.attn\.norm is a LayerNorm, whose statistics change when dims are",
+    "cait_xxs24_224": r"blocks\.0 is a LayerScaleBlock of cait, and its attention mixes all heads",
+    "convit_tiny": r"blocks\.0 is a Block of convit, and its attention adds gated positions",
+    "crossvit_9_240": r"blocks\.0 is a MultiScaleBlock of crossvit, and it has branches of several widths",
+    "eva02_tiny_patch14_224": r"blocks\.0 is a EvaBlock of eva, and rotary positions tie its q/k dims",
+    "hiera_tiny_224": r"blocks\.0 is a HieraBlock of hiera, and its width grows",
+    "mixer_s16_224": r"blocks\.0 is a MixerBlock of mlp_mixer, and it mixes tokens without attention",
+    "naflexvit_base_patch16_gap": r"the model is a NaFlexVit of naflexvit, and it takes images of any size",
+    "pit_ti_224": r"the model is a PoolingVisionTransformer without one list of transformer blocks",
+    "samvit_base_patch16": r"blocks\.0 is a Block of vision_transformer_sam, and its attention adds",
+    "swin_tiny_patch4_window7_224": r"the model is a SwinTransformer without one list of transformer blocks",
+    "swinv2_tiny_window8_256": r"the model is a SwinTransformerV2 without one list of transformer blocks",
+    "tnt_s_patch16_224": r"blocks\.0 is a Block of tnt, and it holds a transformer for each patch",
+    "vit_base_patch16_18x2_224": r"blocks\.0 is a ParallelThingsBlock of vision_transformer, and it adds",
+    "vit_base_patch16_xp_224": r"blocks\.0 is a ParallelScalingBlock of .*, and its attention and MLP are",
+    "vit_dwee_patch16_reg1_gap_256": r"blocks\.0\.attn is a DiffAttention of .*, and it subtracts two",
+    "vit_relpos_small_patch16_224": r"blocks\.0 is a RelPosBlock of .*, and its attention adds relative",
+    "vitamin_small_224": r"blocks\.0\.mlp is a GeGluMlp of vitamin; supported are",
+    "volo_d1_224": r"the model is a VOLO without one list of transformer blocks",
+    "xcit_nano_12_p16_224": r"blocks\.0 is a XCABlock of xcit, and it attends between channels, not tokens",
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_served_model_works_from_end_to_end(name, tmp_path):
+    model = timm.create_model(name, **{**NARROW, **SERVED[name]}).eval().requires_grad_(False)
+    x, keys = images(model), list(model.state_dict())
+    with torch.no_grad():
+        # Some start with layer scales or heads of zero, behind which nothing shows.
+        for block in model.blocks:
+            for parameter in block.parameters():
+                parameter.normal_(std=0.3)
+        model.head.weight.normal_()
+        before = model(x)
+        assert torch.equal(uvc.convert(model)(x), before)
+        assert list(model.state_dict()) == keys
+        uvc.apply_structure(model, Structure.random(model, 0.5, seed=1))
+        out = model(x)
+        small = uvc.compact(model)
+        assert error(out, before) > 1e-3
+        assert error(small(x), out) < 1e-5
+        uvc.save(small, tmp_path)
+        loaded = uvc.load(tmp_path)
+        assert torch.equal(loaded(x), small(x))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            small(x[:1])
+    cost = uvc.cost(model)
+    assert counter.get_total_flops() == 2 * cost.macs
+    assert cost.params == sum(p.numel() for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused_with_the_layer_and_the_reason(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=REFUSED[name]) as caught:
+        uvc.convert(model)
+    assert "\n" not in str(caught.value)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["vision_transformer", "vision_transformer_hybrid", "deit"])
+def test_no_plain_vision_transformer_of_timm_is_left_out_unnamed(file):
+    kinds = "ParallelThingsBlock|ParallelScalingBlock|DiffParallelScalingBlock|DiffAttention|LayerNorm, whose"
+    names = timm.list_models(module=file)
+    assert names
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        try:
+            uvc.convert(model)
+        except ValueError as refusal:
+            assert any(f"is a {kind}" in str(refusal) for kind in kinds.split("|")), name
+        else:
+            uvc.checkpoint.describe(model)
+            assert uvc.cost(model).params == sum(p.numel() for p in model.parameters())
+
+
+# Deep enough for the stem, which stays, to be less than the budget.
+T2T = dict(img_size=32, depth=8, embed_dim=192, num_heads=3, num_classes=5)
+COMPRESSED = {
+    **{name: MODELS[name] for name in ("deit distilled", "swiglu", "packed swiglu", "glu, gate last")},
+    "t2t performer": lambda: timm.create_model("t2t_vit_14", **T2T),
+    "t2t transformer": lambda: timm.create_model("t2t_vit_t_14", **T2T),
+}
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_compressing_ends_below_the_budget_with_a_model_that_can_be_loaded(name, tmp_path):
+    model = COMPRESSED[name]()
+    data = TensorDataset(images(model, 16), torch.randint(5, (16,)))
+    loader = DataLoader(data, batch_size=8)
+    config = replace(Config(), warmup_epochs=1, search_epochs=4, post_epochs=1)
+    result = uvc.compress(model, loader, loader, budget=0.6, config=config, out=tmp_path)
+    assert 0.5 < result.cost.macs / result.dense_cost.macs <= 0.6
+    loaded, x = uvc.load(tmp_path), images(model)
+    assert error(loaded(x), result.model(x)) < 1e-5
+    assert uvc.cost(loaded) == result.cost

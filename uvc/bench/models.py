@@ -1,0 +1,105 @@
+"""One group of whole models: built, found to agree, their steps and the least work of each."""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import uvc_kernels
+from torch import Tensor, nn
+
+from uvc.bench.layer_ways import backends
+from uvc.bench.steps import Step, images_and_labels, inference, precision, searching, training
+from uvc.bench.ways import PRUNED, Built, Left, build, gate
+from uvc.bench.work import Work, model_work
+
+PHASES = ("inference", "training")
+
+
+class Models(NamedTuple):
+    """The steps of one group, by way. `error`: the worst difference among the pruned ways."""
+
+    steps: dict[str, Step]
+    works: dict[str, Work]
+    backends: dict[str, str]
+    left: list[Left]
+    error: float
+
+
+def models(
+    name: str,
+    phase: str,
+    keep: float,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    ways: Sequence[str],
+    solver: bool = False,
+) -> Models:
+    """Everything to time one phase of timm's model `name`. RuntimeError when the pruned ways do not agree.
+
+    `solver`: also a training step with the solver beside it. "on_the_fly" runs with the backend that the
+    library chooses ("auto"), and on a GPU with each that can serve.
+    """
+    training_phase = phase == "training"
+    built, left = build(name, keep, batch, device, ways)
+    x, y = images_and_labels(built["dense"].model, batch, device)
+    error = agree({way: b.model for way, b in built.items() if way in PRUNED}, x, y, dtype)
+    chosen: dict[str, str] = {}
+    if "on_the_fly" in built:
+        fly = built.pop("on_the_fly")
+        able, without = backends("attention", device, dtype)
+        left += without
+        forced_ones = [name for name in able if name != "reference"] if device.type == "cuda" else []
+        names = [f"on_the_fly/{backend}" for backend in ["auto", *forced_ones]]
+        if solver and training_phase:
+            names.append("with_solver/auto")
+        for way in names:
+            chosen[way] = way.partition("/")[2]
+            built[way] = fly._replace(model=copy.deepcopy(fly.model))
+    steps = {}
+    for way, b in built.items():
+        if not training_phase:
+            step = inference(b.model, x, dtype)
+        elif way.startswith("with_solver"):
+            step = searching(b.model, x, y, dtype)
+        else:
+            step = training(b.model, x, y, dtype)
+        steps[way] = forced(step, chosen[way]) if way in chosen else step
+    works = {way: work(b, dtype, training_phase) for way, b in built.items()}
+    return Models(steps, works, chosen, left, error)
+
+
+def forced(step: Step, backend: str) -> Step:
+    """`step` with every op of uvc_kernels on `backend`; "auto" leaves the choice to the library."""
+    if backend == "auto":
+        return step
+
+    def run(i: int) -> object:
+        with uvc_kernels.backend(backend):
+            return step(i)
+
+    return run
+
+
+def work(built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
+    """The least work of a model's step; AdamW goes over all the parameters that the way has."""
+    params = sum(p.numel() for p in built.model.parameters())
+    return model_work(built.shape, built.kept, dtype.itemsize, training_phase, params, built.full)
+
+
+def agree(pruned: dict[str, nn.Module], x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
+    """The worst relative difference of the pruned ways in logits and in the gradient of the first norm."""
+    if len(pruned) < 2:
+        return float("nan")
+    # Some images say as much as all of them.
+    x, y = x[:8], y[:8]
+    logits, gradients = {}, {}
+    for way, model in pruned.items():
+        weight = model.blocks[0].norm1.weight
+        with precision(x, dtype):
+            out = model.eval()(x).float()
+        (gradients[way],) = torch.autograd.grad(F.cross_entropy(out, y), [weight])
+        logits[way] = out.detach()
+    return max(gate(logits, dtype, "logits"), gate(gradients, dtype, "the gradient of the first norm"))

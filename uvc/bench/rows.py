@@ -1,0 +1,202 @@
+"""One measured row and its CSV: append-only, one file per suite in a folder per device."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from uvc.bench import machine
+from uvc.bench.ceilings import Ceilings
+from uvc.bench.measure import Timing, ratio
+from uvc.bench.work import Work
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of one group. What every field means and its unit stand in bench/README.md."""
+
+    date: str
+    suite: str
+    model: str
+    what: str
+    way: str
+    backend: str
+    dtype: str
+    threads: int
+    batch: int
+    keep: float
+    ms: float
+    p20: float
+    p80: float
+    rounds: int
+    timer: str
+    speedup: float
+    noise: float
+    speedup_best: float
+    cap: float
+    cap_fraction: float
+    gflop: float
+    mbyte: float
+    gflop_per_s: float
+    gbyte_per_s: float
+    peak_gflop_per_s: float
+    peak_gbyte_per_s: float
+    roofline: float
+    images_per_s: float
+    peak_mib: float
+    error: float
+    device: str
+    commit: str
+    versions: str
+
+    @property
+    def key(self) -> tuple:
+        """What must be equal for two rows to measure the same thing."""
+        return (
+            self.suite, self.model, self.what, self.way, self.backend, self.dtype, self.threads, self.batch,
+            self.keep,
+        )  # fmt: skip
+
+
+TYPES = {column.name: column.type for column in fields(Row)}
+MISSING = math.nan
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of ways, as measured; `rows` follow once the ceilings are known.
+
+    works, backends, peaks: of each way in `timings`. A way of the name "on_the_fly/triton" is the way before
+    the slash, by that backend. `error`: the worst difference that the correctness gate saw. `images`: whether
+    a call serves `batch` images.
+    """
+
+    suite: str
+    model: str
+    what: str
+    dtype: torch.dtype
+    batch: int
+    keep: float
+    device: torch.device
+    timings: Mapping[str, Timing]
+    works: Mapping[str, Work]
+    backends: Mapping[str, str]
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    error: float = MISSING
+    images: bool = True
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
+    """A row per way; the speed-ups refer to `dense`, `speedup_best` to the faster of it and `compiled`."""
+    timings, works = group.timings, group.works
+    base = timings["dense"]
+    floor = works["dense"].floor_ms(ceilings)
+    best = min((timings[way] for way in ("dense", "compiled") if way in timings), key=lambda t: t.ms)
+    rows = []
+    for name, timing in timings.items():
+        work = works[name]
+        speedup, noise = ratio(base, timing)
+        speedup_best = speedup if best is base else ratio(best, timing)[0]
+        cap = floor / work.floor_ms(ceilings)
+        rows.append(
+            Row(
+                date=date.today().isoformat(),
+                suite=group.suite,
+                model=group.model,
+                what=group.what,
+                way=name.partition("/")[0],
+                backend=group.backends.get(name, "torch"),
+                dtype=str(group.dtype).removeprefix("torch."),
+                threads=group.threads if group.device.type == "cpu" else 0,
+                batch=group.batch,
+                keep=group.keep,
+                ms=timing.ms,
+                p20=timing.percentile(0.2),
+                p80=timing.percentile(0.8),
+                rounds=len(timing.samples),
+                timer=timing.timer,
+                speedup=speedup,
+                noise=noise,
+                speedup_best=speedup_best,
+                cap=cap,
+                cap_fraction=speedup_best / cap,
+                gflop=work.flops / 1e9,
+                mbyte=work.bytes / 1e6,
+                gflop_per_s=work.flops / (1e6 * timing.ms),
+                gbyte_per_s=work.bytes / (1e6 * timing.ms),
+                peak_gflop_per_s=ceilings.gflop_per_s,
+                peak_gbyte_per_s=ceilings.gbyte_per_s,
+                roofline=work.floor_ms(ceilings) / timing.ms,
+                images_per_s=1e3 * group.batch / timing.ms if group.images else MISSING,
+                peak_mib=group.peaks.get(name, MISSING),
+                error=group.error,
+                device=machine.device_name(group.device),
+                commit=machine.commit(),
+                versions=machine.versions(),
+            )
+        )
+    return rows
+
+
+def append(folder: Path, rows: Iterable[Row]) -> list[Path]:
+    """Adds each row to `folder`/<device>/<suite>.csv, with a header where the file is new."""
+    touched: dict[Path, None] = {}
+    for row in rows:
+        path = folder / machine.slug(row.device) / f"{row.suite}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(TYPES)
+            writer.writerow(_text(getattr(row, name)) for name in TYPES)
+        touched[path] = None
+    return list(touched)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.5g}"
+    return str(value)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV; ValueError, in one line that names the file, for anything else."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if set(TYPES) - set(reader.fieldnames or ()):
+                lacking = ", ".join(sorted(set(TYPES) - set(reader.fieldnames or ())))
+                raise ValueError(f"{path} is not a CSV of benchmark rows: it lacks the columns {lacking:.80}")
+            return [_row(path, reader.line_num, record) for record in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def _row(path: Path, line: int, record: Mapping[str, str]) -> Row:
+    try:
+        values = {
+            name: (float(record[name] or "nan") if kind is float else kind(record[name]))
+            for name, kind in TYPES.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"line {line} of {path} is not a benchmark row: {error}") from None
+    return Row(**values)
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each key, in the order in which the keys first appeared."""
+    last: dict[tuple, Row] = {}
+    for row in rows:
+        last[row.key] = row
+    return list(last.values())
+
+
+def labelled(row: Row) -> str:
+    """The way, with its backend where that is not torch."""
+    return row.way if row.backend == "torch" else f"{row.way}/{row.backend}"

@@ -1,0 +1,139 @@
+"""What is timed of a whole model: inference, training, search with the solver; and memory peaks."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import uvc
+from uvc.config import SolverConfig
+from uvc.solver import Search
+
+Step = Callable[[int], object]
+
+
+def images_and_labels(model: nn.Module, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images of the model's own input size and random labels."""
+    shape = (batch, model.in_chans, *model.patch_embed.img_size)
+    return torch.randn(shape, device=device), torch.randint(model.num_classes, (batch,), device=device)
+
+
+def precision(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype`; nothing for float32."""
+    return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def inference(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Step:
+    """The logits of `x` in evaluation mode."""
+    model.eval()
+
+    def step(_: int) -> Tensor:
+        with torch.no_grad(), precision(x, dtype):
+            return model(x)
+
+    return step
+
+
+def training(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
+    """Forward, backward and AdamW."""
+    model.train()
+    optimizer = _optimizer(model)
+
+    def step(_: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with precision(x, dtype):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
+    """`training` with the whole solver beside it, on a model whose structure it is made to have found.
+
+    Skips are off, as they would change from step to step which halves run; the search is long enough that the
+    structure stays while it is timed.
+    """
+    structure = uvc.structure_of(model)
+    search = Search(model, 0.5, "macs", steps=10**6, config=replace(SolverConfig(), skip="none"))
+    search.count = round(0.06 * search.steps)  # past the start of the annealing: every part is at work
+    adopt(search, structure)
+    optimizer = _optimizer(model)
+    search.bury(optimizer)
+    if uvc.structure_of(model) != structure:
+        raise RuntimeError("the solver did not keep the structure that it was given")
+    model.train()
+
+    def step(_: int) -> None:
+        search.before()
+        with precision(x, dtype):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        search.observe()
+        optimizer.step()
+        search.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def adopt(search: Search, structure: uvc.Structure) -> None:
+    """Makes everything that `structure` removes dead in the solver's state."""
+    families, geometry = search.state.families, search.state.geometry
+    dead = {name: torch.ones_like(family.dead, device="cpu") for name, family in families.items()}
+    for layer, block in enumerate(structure.blocks):
+        dead["neuron"][layer, list(block.neurons)] = False
+        for head, qk, v in zip(block.heads, block.qk_dims, block.v_dims, strict=True):
+            dead["head"][layer, head] = False
+            dead["qk"][layer * geometry.heads + head, list(qk)] = False
+            dead["v"][layer * geometry.heads + head, list(v)] = False
+    for name, family in families.items():
+        family.dead.copy_(dead[name])
+        family.s.copy_(family.dead.float().mean(1))
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No native message on stderr: the profiler prints some that say nothing. Errors still raise."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def peak_mib(step: Step, device: torch.device) -> float:
+    """MiB that one more `step` allocates at its highest point, above what stands without its gradients."""
+    step(0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        standing = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(0)
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - standing) / 2**20
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step(0)
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = lowest = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        # The gradients of the step before are freed first: count from the lowest point before the highest.
+        lowest = min(lowest, level)
+        highest = max(highest, level - lowest)
+    return highest / 2**20
