@@ -87,7 +87,7 @@ def against_ref(
     ValueError when this is no git checkout or has no such commit; RuntimeError when the sources there cannot
     be built or run.
     """
-    root = Path(uvc.__file__).parents[1]
+    root = Path(uvc.__file__).resolve().parents[1]
     whole = timm.create_model(model)
     settings = {
         "model": model,
