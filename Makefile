@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.in
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test lint gate install clean
+.PHONY: demo test lint gate bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
@@ -26,6 +26,14 @@ lint: install
 # Compiles every Triton kernel for GPUs that are not here: registers, spills, shared memory, tensor cores.
 gate: install
 	$(BIN)/python -m uvc_kernels.compile_gate
+
+# Adds rows to bench/results and prints a table of speed-ups.
+bench: install
+	$(BIN)/python -m pytest bench --benchmark-disable-gc
+
+# For a bare GPU machine without a network: the Python that is there, nothing installed. OUT names the folder.
+bench-gpu:
+	$(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")
 
 install: $(STAMP)
 

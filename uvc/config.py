@@ -21,6 +21,8 @@ class DistillConfig:
 class SolverConfig:
     """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1]."""
 
+    # "uvc", or "published": what the paper's code does, as an ablation; it ignores all other settings here
+    method: str = "uvc"
     every: int = 2  # training steps per solver step
     primal_rate: float = 0.5  # of s and r
     prox_rate: float = 0.1  # eta in the prox w <- w / (1 + 2 eta y)
@@ -36,6 +38,8 @@ class SolverConfig:
         0.05,
         0.5,
     )  # the budget goes from 1 to its value between these fractions of the search
+    # what may be removed beside skips: whole heads, q/k dims, v dims, neurons
+    families: tuple[str, ...] = ("head", "qk", "v", "neuron")
     skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
     gate_every: int = 4  # training steps per gate update; only there all branches run
     gate_rate: float = 0.1

@@ -22,7 +22,7 @@ from uvc.config import Config
 from uvc.layers import convert
 from uvc.report import RunLog
 from uvc.run_state import load_optimizer_tensors, load_run, optimizer_tensors, save_run
-from uvc.solver import Search
+from uvc.solver import METHODS, Search
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.task import Classification, Distillation
 
@@ -274,6 +274,9 @@ def compress(
     config = config or Config()
     check_budget(model, budget, metric)
     check_loader(train_loader)
+    if config.solver.method not in METHODS:
+        known = " and ".join(repr(name) for name in METHODS)
+        raise ValueError(f"solver method: {config.solver.method!r}; known are {known}")
     own_log = log is None
     log = log or RunLog(Path(out) if out else None)
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
@@ -297,7 +300,8 @@ def compress(
     optimizer = trainer.optimizer(config.search_learning_rate)
     if not trainer.finished("search"):
         trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
-        search = Search(model, budget, metric, searching * len(train_loader), config.solver, config.seed)
+        make = METHODS[config.solver.method]
+        search = make(model, budget, metric, searching * len(train_loader), config.solver, config.seed)
         trainer.phase("search", searching, task, optimizer, search, schedule=(warmup, warmup + searching))
         search.harden()
         before_post = evaluate(model, val_loader)

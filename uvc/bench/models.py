@@ -90,16 +90,16 @@ def work(built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
 
 
 def agree(pruned: dict[str, nn.Module], x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
-    """The worst relative difference of the pruned ways in logits and in the gradient of the first layer."""
+    """The worst relative difference of the pruned ways in logits and in the gradient of the first norm."""
     if len(pruned) < 2:
         return float("nan")
     # Some images say as much as all of them.
     x, y = x[:8], y[:8]
     logits, gradients = {}, {}
     for way, model in pruned.items():
-        weight = model.patch_embed.proj.weight
+        weight = model.blocks[0].norm1.weight
         with precision(x, dtype):
             out = model.eval()(x).float()
         (gradients[way],) = torch.autograd.grad(F.cross_entropy(out, y), [weight])
         logits[way] = out.detach()
-    return max(gate(logits, dtype, "logits"), gate(gradients, dtype, "the gradient of the first layer"))
+    return max(gate(logits, dtype, "logits"), gate(gradients, dtype, "the gradient of the first norm"))

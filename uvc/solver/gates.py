@@ -52,7 +52,12 @@ def freeze(state: State, prices: Prices, budget_cost: float) -> None:
         state.theta.view(-1)[i] *= -1.0
         if hard_cost(state, prices) < budget_cost:
             state.theta.view(-1)[i] *= -1.0
-    attn, mlp = (state.theta < 0).unbind(1)
+    empty(state, state.theta < 0)
+
+
+def empty(state: State, skipped: Tensor) -> None:
+    """Marks all groups of the ``skipped`` halves, bool [L, 2], dead."""
+    attn, mlp = skipped.unbind(1)
     heads = state.geometry.heads
     state.families["neuron"].dead |= mlp[:, None]
     state.families["head"].dead |= attn[:, None]

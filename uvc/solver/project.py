@@ -7,32 +7,41 @@ more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from uvc.budget import Prices
 from uvc.solver.objective import head_cost, masks_cost
-from uvc.solver.state import State
+from uvc.solver.state import FAMILIES, State
 
 # q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
 Masks = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def project_to_budget(state: State, prices: Prices, budget_cost: float) -> Masks:
-    """Masks of the kept units, of cost at most ``budget_cost``.
+def project_to_budget(
+    state: State, prices: Prices, budget_cost: float, families: Sequence[str] = FAMILIES
+) -> Masks:
+    """Masks of the kept units, of cost at most ``budget_cost``; units of other families than the given ones
+    stay.
 
     ValueError when even a model without any unit costs more.
     """
     masks = tuple(mask.clone() for mask in state.alive())
-    cost = _walk_down(state, masks, prices, budget_cost)
+    cost = _walk_down(state, masks, prices, budget_cost, families)
     _walk_up(state, masks, prices, budget_cost - cost)
     return masks
 
 
-def _walk_down(state: State, masks: Masks, prices: Prices, budget_cost: float) -> float:
+def _walk_down(
+    state: State, masks: Masks, prices: Prices, budget_cost: float, families: Sequence[str]
+) -> float:
     """Removes units, least importance per cost first, until the budget holds; returns the cost."""
     qk, v, neuron, running = masks
     cost = masks_cost(*masks, prices)
     for _, name, index in _candidates(state, masks, prices):
+        if name not in families:
+            continue
         if cost <= budget_cost:
             return cost
         layer = index[0]

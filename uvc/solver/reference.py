@@ -104,7 +104,7 @@ def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
     """One subgradient step of every s and r."""
     scores = quantiles(state, prices)
     removed_heads = [state.removed("head", layer) for layer in range(state.layers)]
-    for family in FAMILIES:
+    for family in config.families:
         for segment, row in enumerate(scores[family]):
             if family in ("qk", "v") and segment % state.heads in removed_heads[segment // state.heads]:
                 move = 0.0

@@ -43,10 +43,11 @@ class Search:
         self.groups = Groups(model)
         device = next(model.parameters()).device
         self.state = State.new(self.groups.geometry, config.gate_init, device)
+        self.dense_cost = hard_cost(self.state, self.prices)
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True
-        self.dense_cost = hard_cost(self.state, self.prices)
+        self._continue()
         self.budget = budget
         self.budget_cost = int(budget * self.dense_cost)
         self.generator = torch.Generator().manual_seed(seed)
@@ -55,6 +56,22 @@ class Search:
         self.count = 0
         self._gates: tuple[Tensor, Tensor] | None = None
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
+
+    def _continue(self) -> None:
+        """What the model leaves out already stays out: a search can follow another one."""
+        state, blocks = self.state, self.groups.blocks
+        v = torch.stack([block.attn.kept_v for block in blocks]).to(state.theta.device)
+        qk = torch.stack([block.attn.kept_qk for block in blocks]).to(v.device)
+        state.families["v"].dead.copy_(~v.flatten(0, 1))
+        state.families["qk"].dead.copy_(~(qk & v.any(-1, keepdim=True)).flatten(0, 1))
+        state.families["head"].dead.copy_(~v.any(-1))
+        for layer, block in enumerate(blocks):
+            state.families["neuron"].dead[layer] = ~block.mlp.kept_neurons.to(v.device)
+        skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device=state.theta.device)
+        state.theta[skipped] = -6.0
+        gates.empty(state, skipped)
+        for family in state.families.values():
+            family.s.copy_(family.dead.to(family.s.dtype).mean(1))
 
     @property
     def progress(self) -> float:
@@ -143,7 +160,7 @@ class Search:
         """
         if not self.state.hard:
             gates.freeze(self.state, self.prices, self.budget_cost)
-        self._apply(project_to_budget(self.state, self.prices, self.budget_cost))
+        self._apply(project_to_budget(self.state, self.prices, self.budget_cost, self.config.families))
 
     def _apply(self, alive: Masks) -> None:
         """Gives the model its structure; the skips too, once gates are hard."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from uvc.budget import Prices
 from uvc.config import SolverConfig
 from uvc.solver.objective import hard_cost, quantiles, soft_cost
-from uvc.solver.state import FAMILIES, State
+from uvc.solver.state import State
 
 
 class Factors(NamedTuple):
@@ -50,7 +50,7 @@ def primal(state: State, prices: Prices, config: SolverConfig) -> None:
     """
     scores = quantiles(state, prices)
     surviving = ~state.families["head"].removed()
-    for name in FAMILIES:
+    for name in config.families:
         family = state.families[name]
         groups = family.dead.shape[1]
         q = torch.nn.functional.pad(scores[name].sort(dim=1).values, (1, 1))
@@ -104,7 +104,8 @@ def project(
         if ready.any():
             changed |= _bury(state, name, ready, norms[name], prices, budget_cost)
     unit = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
-    cheapest = min((price for name, price in unit.items() if not state.families[name].dead.all()), default=0)
+    open_ = [name for name in unit if name in config.families and not state.families[name].dead.all()]
+    cheapest = min((unit[name] for name in open_), default=0)
     state.settled = hard_cost(state, prices) - cheapest < budget_cost
     for family in state.families.values():
         dead = family.dead.to(family.s.dtype).mean(1)

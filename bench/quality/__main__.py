@@ -1,0 +1,52 @@
+"""`python -m bench.quality` runs what is missing in results.csv; `report` prints it; `accept` checks the
+tasks.
+
+Run from the repository root.
+"""
+
+import os
+
+# Spinning OpenMP threads distort timings on shared machines; this must stand before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import argparse
+from pathlib import Path
+
+from bench.quality import harness, report
+from bench.quality.arms import ARMS, MAIN
+from bench.quality.context import accept, write_acceptance
+from bench.quality.tasks import TASKS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["run", "report", "accept"], default="run")
+    parser.add_argument("--arms", nargs="+", default=list(MAIN), choices=[*ARMS, "all"], metavar="ARM")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.33, 0.15, 0.08])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument(
+        "--mode", choices=["epochs", "compute"], default="epochs", help="what all arms have in common"
+    )
+    parser.add_argument("--minutes", type=float, default=300.0, help="no row begins after this")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    options = parser.parse_args()
+    if options.command == "accept":
+        rows = [accept(TASKS[name], seed) for name in options.tasks for seed in options.seeds]
+        write_acceptance(rows, options.results.with_name("tasks.json"))
+        for row in rows:
+            print(row)
+    elif options.command == "report":
+        print(report.render(harness.read(options.results), options.mode))
+    else:
+        arms = list(ARMS) if "all" in options.arms else options.arms
+        wanted = harness.jobs(arms, options.budgets, options.seeds, options.tasks, options.mode)
+        left = harness.run(wanted, options.minutes, options.workers, options.results)
+        print(f"{len(wanted) - left} of {len(wanted)} rows are done")
+
+
+if __name__ == "__main__":
+    main()

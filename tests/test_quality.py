@@ -1,0 +1,139 @@
+"""The rival bench: its tasks, its CSV, its order of running, and every arm on a tiny net."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from bench.quality import arms, context, harness, report
+from bench.quality.tasks import TASKS, Batches, Split, Task
+from uvc.config import Config
+
+
+def tiny():
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count):
+        labels = torch.arange(count) % 10
+        images = 0.3 * torch.randn(count, 1, 4, 4, generator=generator)
+        return Split(images + labels[:, None, None, None] / 5, labels)
+
+    return split(128), split(32), split(40)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Seconds instead of hours: a 4x4 task, few epochs of two batches."""
+    monkeypatch.setitem(harness.TASKS, "tiny", Task("tiny", 4, 2, tiny))
+    monkeypatch.setattr("bench.quality.tasks.EPOCH_IMAGES", 128)
+    monkeypatch.setattr(context, "CACHE", tmp_path / "cache")
+    config = Config(
+        teacher_epochs=2, warmup_epochs=0, search_epochs=4, post_epochs=2, batch_size=32, learning_rate=2e-3
+    )
+    monkeypatch.setattr(context, "CONFIG", config)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def job(arm, budget=0.3, mode="epochs", seed=0):
+    return harness.Job(seed, budget, "tiny", arm, mode)
+
+
+@pytest.mark.parametrize("arm", [name for name in arms.ARMS if not name.startswith("tp_")])
+def test_every_arm_ends_within_the_budget_with_a_whole_row(arm):
+    budgeted = arms.ARMS[arm].budgeted
+    row = harness.run_job(job(arm, 0.3 if budgeted else 1.0))
+    assert list(row) == harness.FIELDS
+    assert row["macs_ratio"] <= 0.3 or not budgeted
+    assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+    assert row["search_epochs"] + row["post_epochs"] == (8 if arms.ARMS[arm].scratch else 6)
+
+
+@pytest.mark.parametrize("arm", ["tp_magnitude", "tp_taylor", "tp_isomorphic"])
+def test_torch_pruning_ends_within_the_budget(arm):
+    pytest.importorskip("torch_pruning")
+    assert 0.1 < harness.run_job(job(arm, 0.4))["macs_ratio"] <= 0.4
+
+
+def test_off_points_and_what_is_left_make_the_whole():
+    row = harness.run_job(job("uvc"))
+    off = sum(row[f"off_{name}"] for name in ("blocks", "heads", "dims", "neurons"))
+    assert off / 100 + row["macs_ratio"] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_equal_compute_gives_every_arm_the_same_bill():
+    bills = [
+        harness.run_job(job(arm, 0.5, "compute"))["train_compute"]
+        for arm in ("uvc", "global_taylor", "drop_last_k")
+    ]
+    assert max(bills) - min(bills) < 0.6  # one epoch at half the cost, and rounding
+
+
+def test_a_family_that_is_left_out_stays_whole():
+    budget = context.Context(harness.TASKS["tiny"], 0, 0.6)
+    structure = context.structure_of(arms.without("neuron")(budget))
+    assert all(len(block.neurons) in (0, 192) for block in structure.blocks if block.mlp)
+
+
+def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
+    file, ran = tmp_path / "results.csv", []
+
+    def row(job):
+        ran.append(job)
+        return {name: 0 for name in harness.FIELDS} | job._asdict() | {"version": harness.VERSION}
+
+    monkeypatch.setattr(harness, "run_job", row)
+    wanted = harness.jobs(["uvc", "dense_extra"], [0.3, 0.1], [0, 1], ["tiny"], "epochs")
+    assert harness.run(wanted[:2], 1.0, 1, file) == 0
+    assert harness.run(wanted, 1.0, 1, file) == 0
+    assert len(ran) == len(set(ran)) == len(wanted) == 6
+    assert harness.run(wanted, 1.0, 1, file) == 0 and len(ran) == 6
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) == 6 and set(rows[0]) == set(harness.FIELDS)
+
+
+def test_no_row_begins_when_the_time_is_up(tmp_path):
+    wanted = harness.jobs(["uvc"], [0.3], [0], ["tiny"], "epochs")
+    assert harness.run(wanted, 0.0, 1, tmp_path / "results.csv") == 1
+
+
+def test_an_early_stop_leaves_pairs():
+    wanted = harness.jobs(["uvc", "drop_last_k"], [0.5, 0.08], [1, 0], list(TASKS)[:2], "epochs")
+    assert [(j.seed, j.budget) for j in wanted[::4]] == [(0, 0.08), (0, 0.5), (1, 0.08), (1, 0.5)]
+    assert [j.arm for j in wanted[:4]] == ["uvc", "drop_last_k"] * 2
+
+
+def test_the_interval_is_that_of_students_t():
+    mean, half = report.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+
+
+def test_differences_are_paired_by_seed():
+    rows = [
+        dict(arm=a, seed=s, x=x)
+        for a, s, x in (("uvc", 0, 3), ("uvc", 1, 5), ("other", 1, 1), ("other", 2, 9))
+    ]
+    assert report.paired(rows, "uvc", "other", "x") == [4.0]
+
+
+def test_training_images_are_the_same_every_time_and_disjoint_in_an_epoch():
+    one, two = (Batches(tiny()[0], 32, seed=3) for _ in range(2))
+    rows = torch.cat([one.rows for _ in one])
+    assert sorted(rows.tolist()) == list(range(128))
+    assert torch.equal(rows, torch.cat([two.rows for _ in two]))
+
+
+def test_the_teacher_answers_from_memory_for_training_batches_only():
+    it = context.Context(harness.TASKS["tiny"], 0, 0.5)
+    for images, _ in it.batches:
+        remembered = it.teacher(images)
+        assert torch.allclose(remembered, it.dense(images), atol=1e-5)
+    assert torch.allclose(it.teacher(images + 1), it.dense(images + 1), atol=1e-6)
+
+
+def test_the_rule_for_tasks_compares_with_a_small_net():
+    found = context.accept(harness.TASKS["tiny"])
+    assert found["small_macs_ratio"] <= 0.15
+    assert found["accepted"] == (found["dense_top1"] >= max(85, found["small_top1"] + 5))

@@ -1,0 +1,180 @@
+"""What the paper's published code does, kept as one named ablation (``SolverConfig.method = "published"``).
+
+Per step, as the code was read (VITA-Group/UVC): soft Gumbel gates of temperature 0.5 on whole blocks; the
+prox w / (1 + 2 lr y) on the ceil(s) smallest heads and neurons and the ceil(r) smallest dims; s and r in
+counts, by SGD 0.02 on y * next norm + z dR/ds, clipped to an infinity norm of 1; gates by their mean
+gradient over 50 steps, SGD 0.1 with momentum 0.9; y, p += 1e-4 times the norm left, never unwinding; z += R
+- budget. Norms are those of the columns of the output projection and of fc2 alone, so q and k are never
+chosen. The gradient of the cost vanishes while R is further than ``CLIP`` from the budget, as a constraint
+clipped by value does.
+
+Two departures, both so that its result can be compared: a gate multiplies both branches of a block rather
+than their sum, and where the search ends above the budget, as it usually does, the greedy projection ends
+it, by its own norms. Symbols as in ``uvc.solver``, with s, r in counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from uvc.budget import prices as prices_of
+from uvc.config import SolverConfig
+from uvc.layers import convert
+from uvc.solver.groups import Groups
+from uvc.solver.objective import hard_cost
+from uvc.solver.project import project_to_budget
+from uvc.solver.state import State, smallest
+from uvc.solver.step import Factors
+
+TEMPERATURE, COUNT_RATE, DUAL_RATE, BUDGET_RATE = 0.5, 0.02, 1e-4, 1.0
+GATE_RATE, GATE_MOMENTUM, GATE_COST, GATE_EVERY = 0.1, 0.9, 5e-4, 50
+CLIP = 0.5
+CHOSEN = ("head", "v", "neuron")
+
+
+class PublishedSearch:
+    """Stands in for ``Search``: same arguments, same calls."""
+
+    def __init__(
+        self, model: nn.Module, budget: float, metric: str, steps: int, config: SolverConfig, seed: int = 0
+    ) -> None:
+        self.model, self.groups = convert(model), Groups(model)
+        self.prices, self.budget = prices_of(model, metric), budget
+        device = next(model.parameters()).device
+        self.state = State.new(self.groups.geometry, 6.0, device)
+        self.state.hard = True
+        for family in self.state.families.values():
+            family.y.zero_()  # here s holds counts, and y starts at 0
+        self.dense_cost = hard_cost(self.state, self.prices)
+        layers = self.groups.geometry.layers
+        self.gate = torch.tensor([0.0, 3.0], device=device).repeat(
+            layers, 1
+        )  # logits of skipping and running
+        self.gate_mean, self.velocity = torch.zeros_like(self.gate), torch.zeros_like(self.gate)
+        self.generator, self.count = torch.Generator().manual_seed(seed), 0
+        self._sample: Tensor | None = None
+
+    def before(self) -> None:
+        """Draws soft gates, for every block and step anew."""
+        noise = -torch.rand(self.gate.shape, generator=self.generator).clamp_min(1e-9).log()
+        logits = self.gate.detach().clone().requires_grad_(True)
+        self._logits = logits
+        self._sample = ((logits - noise.log().to(logits)) / TEMPERATURE).softmax(-1)
+        for block, gate in zip(self.groups.blocks, self._sample[:, 1].unbind(), strict=True):
+            block.set_gates(gate, gate)
+
+    def observe(self, scale: float = 1.0) -> None:
+        """Adds the task's gradient of the gates and the cost's, whose gates are the same noisy ones."""
+        gradient = self._logits.grad / scale
+        logits = self.gate.detach().clone().requires_grad_(True)
+        cost = self._cost(logits.softmax(-1)[:, 1])
+        gradient = gradient + float(self.state.z) * GATE_COST * torch.autograd.grad(cost, logits)[0]
+        self.gate_mean += gradient / GATE_EVERY
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prox, counts, gates, duals, in the order of the code."""
+        self.count += 1
+        for block in self.groups.blocks:
+            block.set_gates(None, None)
+        families, rate = self.state.families, optimizer.param_groups[0]["lr"]
+        norms = self._norms()
+        self.groups.shrink(self._factors(norms, rate))
+        cost_gradients = self._count_gradients()
+        for name in CHOSEN:
+            family = families[name]
+            order = norms[name].sort(dim=1).values
+            following = order.gather(1, family.s.ceil().long()[:, None].clamp(max=order.shape[1] - 1))[:, 0]
+            gradient = family.y * following + self.state.z * cost_gradients[name]
+            gradient = gradient / gradient.abs().max().clamp_min(1.0)
+            family.s.sub_(COUNT_RATE * gradient).clamp_(0, order.shape[1] - 1)
+        if self.count % GATE_EVERY == 0:
+            self.velocity.mul_(GATE_MOMENTUM).add_(self.gate_mean)
+            self.gate -= GATE_RATE * self.velocity
+            self.gate_mean.zero_()
+        norms = self._norms()
+        for name in CHOSEN:
+            family = families[name]
+            family.y += DUAL_RATE * (norms[name] * smallest(norms[name], family.s.ceil())).sum(1)
+        ratio = float(self._cost(self.gate.softmax(-1)[:, 1])) / self.dense_cost
+        self.state.z.add_(BUDGET_RATE * (ratio - self.budget)).clamp_(min=0.0)
+
+    def harden(self) -> None:
+        """Hard gates and masks; then the projection, where they cost more than the budget."""
+        norms, state = self._norms(), self.state
+        for name in CHOSEN:
+            family = state.families[name]
+            family.importance.copy_(norms[name])
+            family.dead.copy_(smallest(norms[name], family.s.ceil()))
+        state.families["qk"].importance.fill_(torch.inf)  # never chosen by its score
+        heads = state.families["head"].dead.view(-1, 1)
+        for name in ("v", "qk"):
+            state.families[name].dead |= heads
+        state.theta.copy_(torch.where(self.gate[:, 1] > self.gate[:, 0], 6.0, -6.0)[:, None].expand(-1, 2))
+        masks = project_to_budget(state, self.prices, int(self.budget * self.dense_cost), CHOSEN)
+        self.groups.apply(masks)
+        for block, running in zip(self.groups.blocks, masks[3].tolist(), strict=True):
+            block.set_skip(*(not r for r in running))
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for the log."""
+        out = {"z": float(self.state.z), "gates": float(self.gate.softmax(-1)[:, 1].mean())}
+        out["soft_cost"] = float(self._cost(self.gate.softmax(-1)[:, 1])) / self.dense_cost
+        for name in CHOSEN:
+            family = self.state.families[name]
+            out[f"removed_{name}"] = float(family.s.mean()) / family.dead.shape[1]
+            out[f"y_{name}"] = float(family.y.mean())
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State for a checkpoint."""
+        own = {"gate": self.gate, "gate_mean": self.gate_mean, "velocity": self.velocity}
+        return {
+            **self.state.tensors(),
+            **own,
+            "count": torch.tensor(self.count),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_tensors(self, flat: dict[str, Tensor]) -> None:
+        """Inverse of ``tensors``."""
+        self.state.load_tensors(flat)
+        for name in ("gate", "gate_mean", "velocity"):
+            getattr(self, name).copy_(flat[name])
+        self.count = int(flat["count"])
+        self.generator.set_state(flat["generator"])
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Squared norms of columns of the output projection and of fc2, [S, G] per family."""
+        geo, blocks = self.groups.geometry, self.groups.blocks
+        v = torch.stack([block.attn.proj.weight.detach().square().sum(0) for block in blocks])
+        neuron = torch.stack([block.mlp.fc2.weight.detach().square().sum(0) for block in blocks])
+        v = v.view(geo.layers * geo.heads, geo.head_dim)
+        return {"v": v, "head": v.sum(1).view(geo.layers, geo.heads), "neuron": neuron}
+
+    def _factors(self, norms: dict[str, Tensor], rate: float) -> Factors:
+        """Prox factors of the chosen groups; a head shrinks through its v dims, one after the other."""
+        geo, factor = self.groups.geometry, {}
+        for name in CHOSEN:
+            family = self.state.families[name]
+            shrink = 1.0 / (1.0 + 2.0 * rate * family.y)
+            factor[name] = torch.where(smallest(norms[name], family.s.ceil()), shrink[:, None], 1.0)
+        shape = (geo.layers, geo.heads, geo.head_dim)
+        v = factor["v"].view(shape) * factor["head"][:, :, None]
+        return Factors(torch.ones(shape, device=v.device), v, factor["neuron"])
+
+    def _cost(self, gates: Tensor, s: dict[str, Tensor] | None = None) -> Tensor:
+        """R in the unit of the prices, with counts as they are; a removed head takes its q/k dims along."""
+        geo, price = self.groups.geometry, self.prices
+        s = s or {name: self.state.families[name].s for name in CHOSEN}
+        heads = geo.heads - s["head"]
+        dims = (geo.head_dim - s["v"]).view(geo.layers, geo.heads).mean(1)
+        attn = price.attn + heads * (price.qk * geo.head_dim + price.v * dims)
+        return price.fixed + (gates * (attn + price.mlp + price.neuron * (geo.hidden - s["neuron"]))).sum()
+
+    def _count_gradients(self) -> dict[str, Tensor]:
+        """dR/ds, R a fraction of the dense cost; zero while the constraint is clipped."""
+        s = {name: self.state.families[name].s.clone().requires_grad_(True) for name in CHOSEN}
+        ratio = self._cost(self.gate.softmax(-1)[:, 1], s) / self.dense_cost
+        constraint = (ratio - self.budget).clamp(-CLIP, CLIP)
+        return dict(zip(CHOSEN, torch.autograd.grad(constraint, list(s.values())), strict=True))
