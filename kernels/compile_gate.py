@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("gather", "attention_core", "activation", "group_scores", "prox_shrink")
+MODULES = ("gather", "attention_core", "activation", "fused_matmul", "group_scores", "prox_shrink")
 
 
 class Target(NamedTuple):
