@@ -3,8 +3,8 @@
     python bench/gpu.py [--out bench/results/gpu-NAME] [--dry-run] [--only STAGE ...]
 
 Stages run one after another, each with a time limit, all within nine minutes. One that fails is named and the
-others go on; the exit code is 1 then. What came out lies in one folder: stages.csv, log.txt (all that was printed),
-the CSV files of the benchmarks and of the profiler.
+others go on; the exit code is 1 then. What came out lies in one folder: stages.csv, log.txt with all that was
+printed, the CSV files of the benchmarks and of the profiler.
 """
 
 import argparse

@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
     }
     for (int half = 0; half < 2; ++half) my.top[r][half] = A(-1e30), my.total[r][half] = 0;
   }
-  // the greatest score has the greatest exponent once the sign of the scale is that of q
-  const A size = call.exponent < 0 ? -call.exponent : call.exponent;
+  // the greatest score has the greatest exponent once the sign of the scale is that of q; not 0, as 0 * inf is NaN
+  const A size = fmax(call.exponent < 0 ? -call.exponent : call.exponent, A(1e-30));
   const auto meet_keys = [&](auto qk_steps, auto v_steps) {
     for (int part = 0; part < parts; ++part) {
       copies_arrived(ahead - 1);
@@ -161,7 +161,7 @@ void attention_core(Tensor qkv, Tensor table, std::vector<int64_t> counts, int64
   const Device device(qkv);
   for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, [&]<class T, int W>(Call<T> call, int64_t pairs) {
     const int64_t units = (tokens + 16 * kTiles<T, W> - 1) / (16 * kTiles<T, W>), groups = (units + kWarps - 1) / kWarps;
-    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T), 96 * 1024);
+    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T));
     device.launch(op, &forward_kernel<T, W>, pairs * groups, static_cast<int>((units + groups - 1) / groups) * WARP,
                   ring.bytes, call, static_cast<int>(groups), ring.slots, ring.room);
   });

@@ -66,6 +66,9 @@ __device__ inline void with_steps(const Head<T>& head, F&& work) {
 // Tokens in a slot of the ring in shared memory, which holds two matrices: 16 KB for heads of 64 dims of 16 bits.
 template <class T>
 constexpr int kSlotTokens = 128 / sizeof(T);
+// What the ring may take: every GPU from compute capability 8.0 on has it for a block.
+constexpr int64_t kRingBytes = 96 * 1024;
+static_assert(2 * 128 * 2 * (128 + 8) <= kRingBytes, "two slots of the widest heads, with statistics, fit");
 
 // Brings tokens first.. of one matrix, zeros behind token N and behind its width, into a tile of a slot.
 template <class T, int W>
@@ -180,14 +183,14 @@ __device__ inline void gather_statistics(Statistics<Wide<T>>* to, const Head<T>&
   }
 }
 
-// The ring: up to four slots of so many tokens, as many as `limit` bytes hold; `room` is in tokens. Where it holds all
+// The ring: up to four slots of so many tokens, as many as it may have bytes for; `room` is in tokens. Where it holds all
 // tokens its last slot is as short as they are.
 struct Ring {
   int slots, room;
   int64_t bytes;
 
-  Ring(int64_t tokens, int64_t slot_tokens, int64_t token_bytes, int64_t limit) {
-    const int64_t needed = (tokens + slot_tokens - 1) / slot_tokens, fit = limit / (slot_tokens * token_bytes);
+  Ring(int64_t tokens, int64_t slot_tokens, int64_t token_bytes) {
+    const int64_t needed = (tokens + slot_tokens - 1) / slot_tokens, fit = kRingBytes / (slot_tokens * token_bytes);
     slots = static_cast<int>(std::min(needed, std::clamp<int64_t>(fit, 2, 4)));
     room = static_cast<int>(needed == slots ? (tokens + 15) / 16 * 16 : slots * slot_tokens);
     bytes = room * token_bytes;

@@ -270,7 +270,7 @@ void attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor
       }
     }
     const int64_t groups = (tiles + kStreamWarps - 1) / kStreamWarps;
-    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T) + sizeof(Statistics<Wide<T>>), 96 * 1024);
+    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T) + sizeof(Statistics<Wide<T>>));
     device.launch(op, &stream_kernel<T, W>, pairs * kKinds<W> * groups, static_cast<int>((tiles + groups - 1) / groups) * WARP,
                   ring.bytes, call, static_cast<int>(groups), ring.slots, ring.room);
   });

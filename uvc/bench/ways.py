@@ -58,8 +58,8 @@ def build(
     """The models of `ways` on `device`, and what was left out; `dense` replaces timm's model of that name."""
     torch.manual_seed(seed)
     dense = (timm.create_model(name) if dense is None else dense).to(device)
-    shape = shape_of(dense, batch)
     structure = uvc.Structure.random(dense, keep, seed)
+    shape = shape_of(dense, batch)
     kept = tuple(kept_of(block) for block in structure.blocks)
     whole = (everything(shape),) * len(kept)
     fly = uvc.apply_structure(copy.deepcopy(dense), structure)
