@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu')
 
 # OpenMP threads that spin at barriers make a busy machine several times slower.
 export OMP_WAIT_POLICY := PASSIVE

@@ -167,19 +167,18 @@ def limits() -> list[str]:
     return [
         "## Limits on one NVIDIA H200: computed, not measured",
         "No implementation is faster than this on a GPU that multiplies bf16 at "
-        f"{LIMIT.gflop_per_s / 1e3:.0f} TFLOP/s and copies at {LIMIT.gbyte_per_s / 1e3:.1f} TB/s: every pass of `uvc/bench/work.py` at its "
-        "ceiling. Real steps take longer; how much, rows of a GPU in bench/results say once there are any. "
+        f"{LIMIT.gflop_per_s / 1e3:.0f} TFLOP/s and copies at {LIMIT.gbyte_per_s / 1e3:.1f} TB/s: every pass "
+        "of `uvc/bench/work.py` at its ceiling. Real steps take longer; how much, rows of a GPU in "
+        "bench/results say once there are any. "
         "Hours: dense / UVC / UVC without a teacher.",
         "\n".join(table),
     ]
 
 
 def hours(s: Seconds, devices: int) -> str:
-    """Both figures on so many devices."""
-    return " / ".join(
-        f"{value / devices:,.3g}" if value / devices < 1e4 else f"{value / devices:,.0f}"
-        for value in s.hours()
-    )
+    """Dense, UVC, and UVC without a teacher, on so many devices."""
+    each = (value / devices for value in s.hours())
+    return " / ".join(f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in each)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

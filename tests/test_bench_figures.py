@@ -93,7 +93,8 @@ def test_the_scale_page_follows_its_formula(results):
     spent = (5 * d + 25 * s + 120 * k) / 150
     hours = [1_281_167 * 300 / 3600 * each for each in (d, spent + t, spent)]
     expected = " / ".join(f"{value:,.0f}" for value in hours)
-    assert f"| DeiT-T | 16 | 32 | {expected} |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| DeiT-T | 16 |"))
+    assert line.startswith(f"| DeiT-T | 16 | 32 | {expected} |")
     assert "computed, not measured" in text
 
 
