@@ -105,10 +105,11 @@ def test_scores_of_any_size_neither_overflow_nor_vanish():
     with uvc_kernels.backend("reference"):
         exact = with_gradients(attend(kept, 1.0), tensors)
     found = with_gradients(forced(attend(kept, 1.0)), [t.float() for t in tensors])
-    # The backward pass computes P again, which rounds at the size of the scores: here up to 1e5 of them.
+    # dS = P (dP - do.o): the two are nearly equal where a score of 1e5 leaves the others no weight, are added
+    # up in different orders, and what is left of them is multiplied by keys of the size of hundreds.
     assert x.abs().max() * 30 * qkv.abs().max() * 3 > 100
     for a, b in zip(found, exact, strict=True):
-        assert (a.double() - b).abs().max() <= 0.05 * b.abs().max()
+        assert (a.double() - b).abs().max() <= 0.02 * b.abs().max()
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
