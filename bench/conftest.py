@@ -99,7 +99,9 @@ def session(request):
     if session.on_gpu and not torch.cuda.is_available():
         pytest.exit("--device cuda: torch sees no GPU here; leave the option out to measure the CPU", 2)
     before = torch.get_num_threads()
-    if not session.on_gpu:
+    if session.on_gpu:
+        torch.cuda.set_stream(torch.cuda.Stream(session.device))
+    else:
         torch.set_num_threads(options.threads)
     yield session
     torch.set_num_threads(before)
