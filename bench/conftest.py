@@ -72,7 +72,7 @@ class Session:
         """Named in the end."""
         self.left.setdefault(what, why)
 
-    def time(self, benchmark, calls, inputs=1, rounds=9, replay=False):
+    def time(self, benchmark, calls, inputs=1, rounds=7, replay=False):
         """The timings of `calls`, interleaved; pytest-benchmark times the rounds."""
         rounds = self.options.rounds or (3 if self.quick else rounds)
         times = Round(calls, self.device, inputs, self.clock, replay)
