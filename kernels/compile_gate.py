@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel in every configuration that a launcher can choose, without a GPU.
+"""Compiles every Triton kernel in every configuration a launcher can choose, and csrc/cuda, without a GPU.
 
     python -m uvc_kernels.compile_gate [--target sm_90 ...] [--match TEXT ...]
 
@@ -9,6 +9,7 @@ code 1 when a kernel does not compile, spills, wants more shared memory than the
 
 import argparse
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -141,15 +142,25 @@ def _resources(ptx: str) -> tuple[int | None, int | None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; 0 when every row passes, 1 when one does not, 2 when Triton cannot compile here."""
+    from . import cuda_gate
+
     parser = argparse.ArgumentParser(prog="python -m uvc_kernels.compile_gate")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    choices = list(dict.fromkeys((*TARGETS, *cuda_gate.TARGETS)))
+    parser.add_argument("--target", action="append", choices=choices, help="default: all")
     parser.add_argument("--match", action="append", default=[], help="only what contains it; may be repeated")
     chosen = parser.parse_args(arguments)
     line = "{:24} {:30} {:8} {:>9} {:>7} {:>7} {:9} {}".format
     print(line("kernel", "configuration", "target", "registers", "spilled", "shared", "tensor", "fault"))
     count = faulty = 0
     try:
-        for row in rows(chosen.target or tuple(TARGETS), chosen.match):
+        targets = chosen.target or choices
+        found = rows([name for name in targets if name in TARGETS], chosen.match)
+        if (reason := cuda_gate.missing()) is None:
+            units = cuda_gate.rows([name for name in targets if name in cuda_gate.TARGETS], chosen.match)
+            found = itertools.chain(found, units)
+        else:
+            print(f"csrc/cuda is left out: {reason}", file=sys.stderr)
+        for row in found:
             print(line(*("?" if value is None else value for value in row)), flush=True)
             count, faulty = count + 1, faulty + bool(row.fault)
     except (ImportError, RuntimeError) as error:

@@ -37,9 +37,7 @@ def core(qkv, grad, kept, tokens, scale, device):
     grad_qkv = poisoned(*qkv.shape, dtype=qkv.dtype, device=device)
     counts = counts_of(kept)
     ops.cuda_attention_core(qkv, table, counts, tokens, scale, heads, top, inverse)
-    ops.cuda_attention_core_backward(
-        qkv, heads, grad, top, inverse, table, counts, tokens, scale, grad_qkv
-    )
+    ops.cuda_attention_core_backward(qkv, heads, grad, top, inverse, table, counts, tokens, scale, grad_qkv)
     return [t.cpu() for t in (heads, top, inverse, grad_qkv)]
 
 
@@ -201,7 +199,7 @@ def test_gradcheck_and_opcheck_pass():
         leaves[3].detach().new_empty(2, len(kept.columns)).normal_(),
     )
     op = ops.attend_cuda_host.default
-    torch.library.opcheck(op, (leaves[0], *packs, leaves[4], kept.table, *kept[-4:], 0.5))
+    torch.library.opcheck(op, (leaves[0], *packs, leaves[4], kept.table, *kept[-4:], 0.5, False))
 
 
 @pytest.mark.parametrize(

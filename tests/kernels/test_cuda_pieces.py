@@ -113,7 +113,19 @@ def test_the_whole_mlp_is_as_exact_as_plain_torch(neurons):
 @on_every_type
 def test_scores_of_many_matrices_are_exact(provider, dtype):
     device = PROVIDERS[provider]
-    shapes = [(7, 5), (7, 5), (40, 64), (40, 64), (197, 1030), (300, 33), (100,), (1, 1), (9, 0), (0, 9), (6, 0)]
+    shapes = [
+        (7, 5),
+        (7, 5),
+        (40, 64),
+        (40, 64),
+        (197, 1030),
+        (300, 33),
+        (100,),
+        (1, 1),
+        (9, 0),
+        (0, 9),
+        (6, 0),
+    ]
     dims = [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1]
     a, b = ([torch.randn(s).to(device, dtype) for s in shapes] for _ in range(2))
     found = ops.cuda_group_scores(a, b, dims)
