@@ -37,7 +37,7 @@ def store(base, value, first, stride, width, N, ROWS: tl.constexpr, E: tl.conste
 
 @triton.jit
 def scores(q, k, MODE: tl.constexpr):
-    # Without the size of the scale, which `power` applies: rounding it here would cost digits of large scores.
+    # Without the size of the scale, which `power` applies: rounding it here costs large scores digits.
     s = dot(q, tl.trans(k), MODE[2], MODE[3])
     return -s if MODE[1] < 0 else s
 

@@ -89,8 +89,8 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
               first_head, KEYS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
-    # All keys at once and STEP queries at a time; tiles of P and dS are [KEYS, STEP]. dq is summed transposed,
-    # [E, STEP]: a product of 64 rows, as tensor cores want.
+    # All keys at once, STEP queries at a time; tiles of P and dS are [KEYS, STEP]. dq is made transposed,
+    # [E, STEP]: a product of 64 rows, as tensor cores want it.
     head, q_place, k_place, v_place = head_of(
         qkv, heads, grad_heads, top, inverse, table, tl.program_id(0), n_heads, first_head, N, M, qkv_stride,
         heads_stride,

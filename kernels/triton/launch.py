@@ -43,9 +43,9 @@ _captured: list[Tensor] = []
 
 @triton.jit
 def dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers. And its sums depend on
-    # the shapes of tiles, where a GPU adds up each number in the order of k: the backward pass relies on
-    # computing the very scores of the forward pass again. Summed in float64, they are the same.
+    # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers. And its sums depend
+    # on the shapes of tiles, where a GPU adds up each number in the order of k: the backward pass wants to
+    # compute the very scores of the forward pass again. Summed in float64, they are the same.
     if INTERPRETED:
         return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(ACC)
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
