@@ -72,7 +72,7 @@ class Session:
         """Named in the end."""
         self.left.setdefault(what, why)
 
-    def time(self, benchmark, calls, inputs=1, rounds=9, replay=False):
+    def time(self, benchmark, calls, inputs=1, rounds=7, replay=False):
         """The timings of `calls`, interleaved; pytest-benchmark times the rounds."""
         rounds = self.options.rounds or (3 if self.quick else rounds)
         times = Round(calls, self.device, inputs, self.clock, replay)
@@ -99,7 +99,9 @@ def session(request):
     if session.on_gpu and not torch.cuda.is_available():
         pytest.exit("--device cuda: torch sees no GPU here; leave the option out to measure the CPU", 2)
     before = torch.get_num_threads()
-    if not session.on_gpu:
+    if session.on_gpu:
+        torch.cuda.set_stream(torch.cuda.Stream(session.device))
+    else:
         torch.set_num_threads(options.threads)
     yield session
     torch.set_num_threads(before)

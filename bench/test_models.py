@@ -33,7 +33,7 @@ def test_model(benchmark, session, phase, model, keep):
     )
     for way, reason in made.left:
         session.leave_out(way, reason)
-    timings = session.time(benchmark, made.steps, rounds=9 if phase == "training" else 11)
+    timings = session.time(benchmark, made.steps, rounds=5 if model == BASE and not session.on_gpu else 9)
     peaks = {way: peak_mib(step, session.device) for way, step in made.steps.items()}
     session.add(
         benchmark,
