@@ -83,11 +83,8 @@ void gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vecto
           at + ": out must have the shape of source with one row or column per int32 index");
     for (int64_t d = 0; d < source.dim(); ++d)
       check(source.size(d) <= INT32_MAX && out.size(d) <= INT32_MAX, at + " has more than 2^31 rows or columns");
-    const ScalarType s = source.scalar_type(), d = out.scalar_type();
-    const bool halves = (s == ScalarType::BFloat16 && d == ScalarType::Half) ||
-                        (s == ScalarType::Half && d == ScalarType::BFloat16);
-    const bool double_and_other = (s == ScalarType::Double) != (d == ScalarType::Double);
-    check(!halves && !double_and_other, at + ": casts are from or to float32");
+    const bool from_wide = source.scalar_type() == ScalarType::Double, to_wide = out.scalar_type() == ScalarType::Double;
+    check(from_wide == to_wide, at + ": float64 is not cast");
   }
   run<float, float>(device, sources, indices, dims, outs);
   run<float, Bf16>(device, sources, indices, dims, outs);
@@ -96,6 +93,8 @@ void gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vecto
   run<Fp16, float>(device, sources, indices, dims, outs);
   run<Bf16, Bf16>(device, sources, indices, dims, outs);
   run<Fp16, Fp16>(device, sources, indices, dims, outs);
+  run<Bf16, Fp16>(device, sources, indices, dims, outs);
+  run<Fp16, Bf16>(device, sources, indices, dims, outs);
   run<double, double>(device, sources, indices, dims, outs);
 }
 
