@@ -18,7 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("gather", "attention_core", "activation", "fused_matmul", "group_scores", "prox_shrink")
+MODULES = (
+    "gather",
+    "attention_core",
+    "attention_whole",
+    "activation",
+    "fused_matmul",
+    "group_scores",
+    "prox_shrink",
+)
 
 
 class Target(NamedTuple):
@@ -45,8 +53,8 @@ INSTRUCTIONS = {
 }
 
 
-# Bytes: at 80 registers ptxas sometimes spills four of them rather than run fewer blocks.
-TOLERATED = 16
+# Bytes: ptxas sometimes spills a few addresses that loops need rarely rather than run fewer blocks.
+TOLERATED = 24
 
 
 class Row(NamedTuple):
@@ -75,7 +83,8 @@ def rows(targets: Sequence[str] = tuple(TARGETS), match: Sequence[str] = ()) -> 
             kernel = f"{module.__name__.rpartition('.')[2]}.{case.kernel.__name__.strip('_')}"
             if not match or any(text in f"{kernel} {case.label}" for text in match):
                 for name in targets:
-                    yield _row(kernel, case, name)
+                    if not case.targets or name in case.targets:
+                        yield _row(kernel, case, name)
 
 
 def _row(kernel: str, case, name: str) -> Row:
@@ -97,7 +106,7 @@ def _row(kernel: str, case, name: str) -> Row:
         (spilled or 0) > TOLERATED and f"spills {spilled} bytes",
         compiled.metadata.shared > target.shared and f"wants {compiled.metadata.shared} bytes shared",
         case.tensor_cores and found != target.instruction and f"no {target.instruction}",
-        case.tensor_cores and "ld.global.b16" in text and "loads 2 bytes at a time",
+        case.tensor_cores and not case.scattered and "ld.global.b16" in text and "loads 2 bytes at a time",
     ]
     fault = ", ".join(fault for fault in faults if fault)
     return Row(kernel, case.label, name, registers, spilled, compiled.metadata.shared, found, fault)

@@ -69,7 +69,7 @@ class EnvelopeHeads(NamedTuple):
         table[: len(kept.table)] = kept.table
         counts = [kept.rows.new_tensor([len(index)]) for index in (kept.rows, kept.columns)]
         index = [kept.rows, kept.columns, kept.whole_rows, kept.whole_columns]
-        _copy(self, [*counts, *index, table.flatten()])
+        _copy(self, [*counts, *index, table])
 
 
 def envelope_neurons(mask: Tensor, device: torch.device | str | None = None) -> EnvelopeNeurons:
@@ -101,7 +101,7 @@ def _copy(envelope: EnvelopeHeads | EnvelopeNeurons, values: list[Tensor]) -> No
     host = torch.full(envelope.flat.shape, -1, dtype=torch.int32, device="cpu")
     start = 0
     for view, value in zip(envelope[1:], values, strict=True):
-        host[start : start + len(value)] = value
+        host[start : start + value.numel()] = value.flatten()
         start += view.numel()
     # From pinned memory the copy does not make the host wait.
     host = host.pin_memory() if envelope.flat.device.type == "cuda" else host

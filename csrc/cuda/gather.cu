@@ -18,22 +18,22 @@ __global__ void __launch_bounds__(kTileThreads) gather_kernel(const __grid_const
     Vector<D, 8> values;
     if (piece.dim == 0) {
       const int64_t from = index[row];
-      const S* place = source + from * piece.stride + column;
+      const int64_t place = from * piece.stride + column;
       if (from >= 0 && read_eights && count == 8) {
-        const Vector<S, 8> read = load<Vector<S, 8>>(place);
+        const Vector<S, 8> read = load<Vector<S, 8>>(source + place);
 #pragma unroll
         for (int i = 0; i < 8; ++i) values.at[i] = narrow<D>(static_cast<Wide<D>>(widen(read.at[i])));
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          values.at[i] = narrow<D>(from >= 0 && i < count ? static_cast<Wide<D>>(widen(place[i])) : 0);
+          values.at[i] = narrow<D>(from >= 0 && i < count ? static_cast<Wide<D>>(widen(source[place + i])) : 0);
       }
     } else {
-      const S* place = source + row * piece.stride;
+      const int64_t place = row * piece.stride;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int32_t from = i < count ? index[column + i] : -1;
-        values.at[i] = narrow<D>(from >= 0 ? static_cast<Wide<D>>(widen(place[from])) : 0);
+        values.at[i] = narrow<D>(from >= 0 ? static_cast<Wide<D>>(widen(source[place + from])) : 0);
       }
     }
     D* place = out + static_cast<int64_t>(row) * piece.columns + column;

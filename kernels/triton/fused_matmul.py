@@ -328,7 +328,9 @@ def cases() -> list[Case]:
             signature = {n: "i32" if n in sizes else f"*{types.get(n, element)}" for n in names}
             label = f"{element} {label}".strip()
             half = cores and dtype.itemsize == 2
-            return Case(kernel, label, signature, constants, options if cores else None, half)
+            # A bias is read by the same indices as the rows.
+            chosen = options if cores else None
+            return Case(kernel, label, signature, constants, chosen, half, scattered=kernel is _onto)
 
         for kind in KINDS:
             for activation in ("relu",) if kind in ("bare", "plain") else ACTIVATIONS:

@@ -43,9 +43,11 @@ _captured: list[Tensor] = []
 
 @triton.jit
 def dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers.
+    # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers. And its sums depend
+    # on the shapes of tiles, where a GPU adds up each number in the order of k: the backward pass wants to
+    # compute the very scores of the forward pass again. Summed in float64, they are the same.
     if INTERPRETED:
-        a, b = a.to(ACC), b.to(ACC)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(ACC)
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
 
 
@@ -58,6 +60,8 @@ class Case(NamedTuple):
     constants: dict[str, object]
     options: dict[bool, dict[str, int]] | None = None  # of NVIDIA (False) and of AMD (True)
     tensor_cores: bool = False  # whether it multiplies 16-bit tiles
+    targets: tuple[str, ...] = ()  # where it is chosen at all; everywhere when empty
+    scattered: bool = False  # whether it reads single 16-bit numbers on purpose
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:

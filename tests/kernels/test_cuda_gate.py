@@ -1,4 +1,4 @@
-"""The compile gate of csrc/cuda: kernels compile for GPUs that are not here, on tensor cores, without spills."""
+"""The compile gate of csrc/cuda: it compiles for GPUs that are not here, on tensor cores, without spills."""
 
 import pytest
 from uvc_kernels import cuda_gate

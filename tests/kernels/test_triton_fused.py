@@ -15,6 +15,10 @@ KERNELS = (
 )
 
 
+def slow(*parameters):
+    return pytest.param(*parameters, marks=pytest.mark.slow)
+
+
 def mlp_inputs(hidden, shape=(2, 17), width=24, out=64, biases=True, gated=False):
     x, weight, bias = random(*shape, width), random(hidden, width) * 0.3, random(hidden)
     gate = [random(hidden, width) * 0.3, random(hidden) if biases else None] if gated else []
@@ -48,15 +52,22 @@ def attend(envelope, scale=0.25):
     return lambda *tensors: fused.attention_fused(*tensors, envelope, scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 7, 100])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(0, torch.float32), (7, torch.bfloat16), (100, torch.float16)]
+    + [slow(count, dtype) for count in (0, 1, 7, 100) for dtype in DTYPES],
+    ids=str,
+)
 def test_any_number_of_neurons_is_as_exact_as_plain_torch(count, dtype):
     envelope = fused.envelope_neurons(some(count, 110), DEVICE)
     check(run_mlp(envelope), mlp_inputs(110), dtype)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "gated"),
+    [("gelu", False), ("silu", True)]
+    + [slow(activation, gated) for activation in ACTIVATIONS for gated in (False, True)],
+)
 def test_every_activation_is_as_exact_as_plain_torch(activation, gated):
     envelope = fused.envelope_neurons(some(70, 90), DEVICE)
     check(run_mlp(envelope, activation), mlp_inputs(90, (3, 50), gated=gated), torch.float32)
@@ -69,14 +80,18 @@ def test_a_gated_mlp_in_half_precision_is_as_exact_as_plain_torch(dtype):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype"), [(1, torch.float32), *((17, dtype) for dtype in DTYPES)], ids=str
+    ("tokens", "dtype"),
+    [*((17, dtype) for dtype in DTYPES), *(slow(n, dtype) for n in (1, 50, 197, 577) for dtype in DTYPES)],
+    ids=str,
 )
 def test_ragged_attention_is_as_exact_as_plain_torch(tokens, dtype):
     envelope = fused.envelope_heads(*masks(4, 24, 0.6), DEVICE)
     check(attend(envelope), attention_inputs(tokens, 4, 24, batch=4), dtype)
 
 
-@pytest.mark.parametrize(("heads", "dims"), [(1, 64), (12, 12), (2, 128)])
+@pytest.mark.parametrize(
+    ("heads", "dims"), [(12, 12), *(slow(*sizes) for sizes in ((1, 64), (2, 128), (3, 20), (16, 8)))]
+)
 def test_any_number_of_heads_and_dims_is_as_exact_as_plain_torch(heads, dims):
     envelope = fused.envelope_heads(*masks(heads, dims, 0.8), DEVICE)
     check(attend(envelope), attention_inputs(17, heads, dims, batch=2), torch.float32)
@@ -255,7 +270,7 @@ def test_compiles_as_one_graph_that_also_survives():
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["plain", "gated", "no biases"])
+@pytest.mark.parametrize("kind", [slow("plain"), "gated", "no biases"])
 def test_opcheck_passes(kind):
     x, fc1, bias1, fc2, bias2, *gate = mlp_inputs(9, (2, 3), 8, 16, kind != "no biases", kind == "gated")
     envelope = fused.envelope_neurons(torch.ones(9, dtype=torch.bool))
@@ -290,7 +305,7 @@ def test_opcheck_of_attention_passes(biases):
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["mlp", "gated", "attention"])
+@pytest.mark.parametrize("kind", [slow("mlp"), "gated", "attention"])
 def test_gradcheck_passes(kind):
     if kind == "attention":
         function = attend(fused.envelope_heads(*masks(2, 3)))
@@ -302,7 +317,7 @@ def test_gradcheck_passes(kind):
     assert torch.autograd.gradcheck(forced(function), leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("frozen", range(7))
+@pytest.mark.parametrize("frozen", [0, 1, 2, slow(3), slow(4), slow(5), slow(6)])
 def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
     for function, tensors, _, _ in layers():
         whole = with_gradients(forced(function), tensors)[1:]
