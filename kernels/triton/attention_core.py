@@ -29,8 +29,8 @@ HIP = torch.version.hip is not None
 @triton.jit
 def _join(acc, top, total, q, head, start, N, COLS: tl.constexpr, MODE: tl.constexpr, WHOLE: tl.constexpr):
     # One block of keys joins the running softmax of some queries.
-    k = load(head[1], start, head[7], head[9], N, COLS, MODE[0], WHOLE)
-    v = load(head[2], start, head[7], head[10], N, COLS, MODE[0], WHOLE)
+    k = load(head[1], start, head[7], head[9], N, COLS, MODE[2], WHOLE)
+    v = load(head[2], start, head[7], head[10], N, COLS, MODE[2], WHOLE)
     s = scores(q, k, MODE)  # [ROWS, COLS]
     if not WHOLE:
         s = tl.where((start + tl.arange(0, COLS) < N)[None, :], s, float("-inf"))
@@ -38,7 +38,7 @@ def _join(acc, top, total, q, head, start, N, COLS: tl.constexpr, MODE: tl.const
     p = power(s, new_top, 1, MODE)
     fade = tl.exp2((top - new_top) * by_of(MODE))
     return (
-        acc * fade[:, None] + dot(narrow(p, v.dtype), v, MODE[2], MODE[3]),
+        acc * fade[:, None] + dot(narrow(p, v.dtype), v, MODE),
         new_top,
         total * fade + tl.sum(p, 1),
     )
@@ -47,14 +47,14 @@ def _join(acc, top, total, q, head, start, N, COLS: tl.constexpr, MODE: tl.const
 @triton.jit
 def _attend(head, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):
     # The output of one tile of queries.
-    q = load(head[0], first, head[7], head[9], N, ROWS, MODE[0], False)
-    acc = tl.full((ROWS, MODE[0]), 0.0, MODE[2])
-    top, total = tl.full((ROWS,), float("-inf"), MODE[2]), tl.full((ROWS,), 0.0, MODE[2])
+    q = load(head[0], first, head[7], head[9], N, ROWS, MODE[2], False)
+    acc = tl.full((ROWS, MODE[2]), 0.0, MODE[0])
+    top, total = tl.full((ROWS,), float("-inf"), MODE[0]), tl.full((ROWS,), 0.0, MODE[0])
     last = (N - 1) // BLOCK * BLOCK
     for start in range(0, last, BLOCK):
         acc, top, total = _join(acc, top, total, q, head, start, N, BLOCK, MODE, True)
     acc, top, total = _join(acc, top, total, q, head, last, N, TAIL, MODE, False)
-    store(head[3], acc / total[:, None], first, head[8], head[10], N, ROWS, MODE[0])
+    store(head[3], acc / total[:, None], first, head[8], head[10], N, ROWS, MODE[2])
     row = first + tl.arange(0, ROWS)
     tl.store(head[5] + row, top, mask=row < N)
     tl.store(head[6] + row, 1.0 / total, mask=row < N)
@@ -79,13 +79,13 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
 @triton.jit
 def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr):
     # What the backward pass reads of some queries; those behind the last token weigh nothing.
-    q = load(head[0], start, head[7], head[9], N, ROWS, MODE[0], False)
-    o = load(head[3], start, head[8], head[10], N, ROWS, MODE[0], False)
-    grad = load(head[4], start, head[8], head[10], N, ROWS, MODE[0], False)
+    q = load(head[0], start, head[7], head[9], N, ROWS, MODE[2], False)
+    o = load(head[3], start, head[8], head[10], N, ROWS, MODE[2], False)
+    grad = load(head[4], start, head[8], head[10], N, ROWS, MODE[2], False)
     row = start + tl.arange(0, ROWS)
     top = tl.load(head[5] + row, mask=row < N, other=0.0)
     inverse = tl.load(head[6] + row, mask=row < N, other=0.0)
-    return q, grad, top, inverse, tl.sum(o.to(MODE[2]) * grad.to(MODE[2]), 1)
+    return q, grad, top, inverse, tl.sum(o.to(MODE[0]) * grad.to(MODE[0]), 1)
 
 
 @triton.jit
@@ -93,32 +93,32 @@ def _backward_keys(head, grad_k_out, grad_v_out, first, N, COLS: tl.constexpr, S
                    MODE: tl.constexpr):  # fmt: skip
     # dk and dv of one tile of keys; the tiles of P and dS are [keys, queries]. Keys behind the last token are
     # zero rows whose results nobody stores.
-    k = load(head[1], first, head[7], head[9], N, COLS, MODE[0], False)
-    v = load(head[2], first, head[7], head[10], N, COLS, MODE[0], False)
-    grad_k, grad_v = tl.full((COLS, MODE[0]), 0.0, MODE[2]), tl.full((COLS, MODE[0]), 0.0, MODE[2])
+    k = load(head[1], first, head[7], head[9], N, COLS, MODE[2], False)
+    v = load(head[2], first, head[7], head[10], N, COLS, MODE[2], False)
+    grad_k, grad_v = tl.full((COLS, MODE[2]), 0.0, MODE[0]), tl.full((COLS, MODE[2]), 0.0, MODE[0])
     for start in range(0, N, STEP):
         q, grad, top, inverse, delta = _rows_of(head, start, N, STEP, MODE)
         p = power(scores(k, q, MODE), top, 0, MODE) * inverse[None, :]  # [COLS, STEP]
-        grad_v += dot(narrow(p, v.dtype), grad, MODE[2], MODE[3])
-        grad_s = p * (dot(v, tl.trans(grad), MODE[2], MODE[3]) - delta[None, :])
-        grad_k += dot(narrow(grad_s, k.dtype), q, MODE[2], MODE[3])
-    store(grad_k_out, grad_k * MODE[1], first, head[7], head[9], N, COLS, MODE[0])
-    store(grad_v_out, grad_v, first, head[7], head[10], N, COLS, MODE[0])
+        grad_v += dot(narrow(p, v.dtype), grad, MODE)
+        grad_s = p * (dot(v, tl.trans(grad), MODE) - delta[None, :])
+        grad_k += dot(narrow(grad_s, k.dtype), q, MODE)
+    store(grad_k_out, grad_k * MODE[3], first, head[7], head[9], N, COLS, MODE[2])
+    store(grad_v_out, grad_v, first, head[7], head[10], N, COLS, MODE[2])
 
 
 @triton.jit
 def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr):
     # dq of one tile of queries.
     q, grad, top, inverse, delta = _rows_of(head, first, N, ROWS, MODE)
-    grad_q = tl.full((ROWS, MODE[0]), 0.0, MODE[2])
+    grad_q = tl.full((ROWS, MODE[2]), 0.0, MODE[0])
     for start in range(0, N, STEP):
-        k = load(head[1], start, head[7], head[9], N, STEP, MODE[0], False)
-        v = load(head[2], start, head[7], head[10], N, STEP, MODE[0], False)
+        k = load(head[1], start, head[7], head[9], N, STEP, MODE[2], False)
+        v = load(head[2], start, head[7], head[10], N, STEP, MODE[2], False)
         s = tl.where((start + tl.arange(0, STEP) < N)[None, :], scores(q, k, MODE), float("-inf"))
         p = power(s, top, 1, MODE) * inverse[:, None]  # [ROWS, STEP]
-        grad_s = p * (dot(grad, tl.trans(v), MODE[2], MODE[3]) - delta[:, None])
-        grad_q += dot(narrow(grad_s, k.dtype), k, MODE[2], MODE[3])
-    store(grad_q_out, grad_q * MODE[1], first, head[7], head[9], N, ROWS, MODE[0])
+        grad_s = p * (dot(grad, tl.trans(v), MODE) - delta[:, None])
+        grad_q += dot(narrow(grad_s, k.dtype), k, MODE)
+    store(grad_q_out, grad_q * MODE[3], first, head[7], head[9], N, ROWS, MODE[2])
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -161,12 +161,12 @@ def _options(width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
 
 
 def _mode(width: int, scale: float, dtype: torch.dtype) -> tuple:
-    return width, scale, wide(dtype), dot_precision(dtype)
+    return wide(dtype), dot_precision(dtype), width, scale
 
 
 def _shape(tokens: int, mode: tuple, dtype: torch.dtype) -> dict[str, object]:
     """The compile-time arguments for so many tokens."""
-    block = _block(dtype, mode[0])
+    block = _block(dtype, mode[2])
     return {"BLOCK": block, "TAIL": SMALL if (tokens - 1) % block < SMALL else block, "MODE": mode}
 
 

@@ -3,7 +3,7 @@
 Two bundles travel through them:
     head = pointers to the first token's q, k, v, o, do, top, inverse; strides of a token in qkv and in heads;
            widths of q/k and of v
-    MODE = tile width E, scale, accumulator type, precision of float32 products
+    MODE = accumulator type, precision of float32 products, tile width E, scale
 """
 
 import triton
@@ -38,14 +38,14 @@ def store(base, value, first, stride, width, N, ROWS: tl.constexpr, E: tl.conste
 @triton.jit
 def scores(q, k, MODE: tl.constexpr):
     # Without the size of the scale, which `power` applies: rounding it here costs large scores digits.
-    s = dot(q, tl.trans(k), MODE[2], MODE[3])
-    return -s if MODE[1] < 0 else s
+    s = dot(q, tl.trans(k), MODE)
+    return -s if MODE[3] < 0 else s
 
 
 @triton.jit
 def by_of(MODE: tl.constexpr):
     # Factor of a score in the exponent of 2.
-    return (MODE[1] if MODE[1] > 0 else -MODE[1]) * LOG2E
+    return (MODE[3] if MODE[3] > 0 else -MODE[3]) * LOG2E
 
 
 @triton.jit

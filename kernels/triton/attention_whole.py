@@ -22,8 +22,8 @@ ROWS = tl.constexpr(64)  # queries in a tile of the forward pass
 
 @triton.jit
 def _keys(head, first, N, COLS: tl.constexpr, MODE: tl.constexpr):
-    k = load(head[1], first, head[7], head[9], N, COLS, MODE[0], False)
-    return k, load(head[2], first, head[7], head[10], N, COLS, MODE[0], False)
+    k = load(head[1], first, head[7], head[9], N, COLS, MODE[2], False)
+    return k, load(head[2], first, head[7], head[10], N, COLS, MODE[2], False)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _row(q, k, first, N, COLS: tl.constexpr, WHOLE: tl.constexpr, MODE: tl.const
 def _attend(head, keys, first, N, ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
             MODE: tl.constexpr):  # fmt: skip
     # The output of one tile of queries; keys = (k, v) of each tile of keys.
-    q = load(head[0], first, head[7], head[9], N, ROWS, MODE[0], False)
+    q = load(head[0], first, head[7], head[9], N, ROWS, MODE[2], False)
     s0 = _row(q, keys[0][0], 0, N, KEYS[0], WHOLE, MODE)
     top = tl.max(s0, 1)
     if KEYS[1] > 0:
@@ -49,17 +49,17 @@ def _attend(head, keys, first, N, ROWS: tl.constexpr, KEYS: tl.constexpr, WHOLE:
         top = tl.maximum(top, tl.max(s2, 1))
     p = power(s0, top, 1, MODE)
     total = tl.sum(p, 1)
-    acc = dot(narrow(p, q.dtype), keys[0][1], MODE[2], MODE[3])
+    acc = dot(narrow(p, q.dtype), keys[0][1], MODE)
     if KEYS[1] > 0:
         p = power(s1, top, 1, MODE)
         total += tl.sum(p, 1)
-        acc += dot(narrow(p, q.dtype), keys[1][1], MODE[2], MODE[3])
+        acc += dot(narrow(p, q.dtype), keys[1][1], MODE)
     if KEYS[2] > 0:
         p = power(s2, top, 1, MODE)
         total += tl.sum(p, 1)
-        acc += dot(narrow(p, q.dtype), keys[2][1], MODE[2], MODE[3])
+        acc += dot(narrow(p, q.dtype), keys[2][1], MODE)
     inverse = 1.0 / total
-    store(head[3], acc * inverse[:, None], first, head[8], head[10], N, ROWS, MODE[0])
+    store(head[3], acc * inverse[:, None], first, head[8], head[10], N, ROWS, MODE[2])
     row = first + tl.arange(0, ROWS)
     tl.store(head[5] + row, top, mask=row < N)
     tl.store(head[6] + row, inverse, mask=row < N)
@@ -98,26 +98,26 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
     if head[10] == 0:
         return
     k, v = _keys(head, 0, N, KEYS, MODE)
-    grad_k, grad_v = tl.full((KEYS, MODE[0]), 0.0, MODE[2]), tl.full((KEYS, MODE[0]), 0.0, MODE[2])
+    grad_k, grad_v = tl.full((KEYS, MODE[2]), 0.0, MODE[0]), tl.full((KEYS, MODE[2]), 0.0, MODE[0])
     for first in range(0, N, STEP):
-        q = load(head[0], first, head[7], head[9], N, STEP, MODE[0], False)
-        o = load(head[3], first, head[8], head[10], N, STEP, MODE[0], False)
-        grad = load(head[4], first, head[8], head[10], N, STEP, MODE[0], False)
-        delta = tl.sum(o.to(MODE[2]) * grad.to(MODE[2]), 1)
+        q = load(head[0], first, head[7], head[9], N, STEP, MODE[2], False)
+        o = load(head[3], first, head[8], head[10], N, STEP, MODE[2], False)
+        grad = load(head[4], first, head[8], head[10], N, STEP, MODE[2], False)
+        delta = tl.sum(o.to(MODE[0]) * grad.to(MODE[0]), 1)
         row = first + tl.arange(0, STEP)
         # Behind the last token P = 0.
         high = tl.load(head[5] + row, mask=row < N, other=float("inf"))
         shift = high * by_of(MODE) - tl.log2(tl.load(head[6] + row, mask=row < N, other=1.0))
         # P is at most 1, but for what stands behind the last key, whose zeros must not meet an infinity.
         p = tl.exp2(tl.minimum(tl.fma(scores(k, q, MODE), by_of(MODE), -shift[None, :]), 0.0))
-        grad_v += dot(narrow(p, v.dtype), grad, MODE[2], MODE[3])
-        grad_s = p * (dot(v, tl.trans(grad), MODE[2], MODE[3]) - delta[None, :])
+        grad_v += dot(narrow(p, v.dtype), grad, MODE)
+        grad_s = p * (dot(v, tl.trans(grad), MODE) - delta[None, :])
         grad_s = narrow(grad_s, k.dtype)
-        grad_k += dot(grad_s, q, MODE[2], MODE[3])
-        grad_q = tl.trans(dot(tl.trans(k), grad_s, MODE[2], MODE[3])) * MODE[1]
-        store(grad_qkv + q_place, grad_q, first, head[7], head[9], N, STEP, MODE[0])
-    store(grad_qkv + k_place, grad_k * MODE[1], 0, head[7], head[9], N, KEYS, MODE[0])
-    store(grad_qkv + v_place, grad_v, 0, head[7], head[10], N, KEYS, MODE[0])
+        grad_k += dot(grad_s, q, MODE)
+        grad_q = tl.trans(dot(tl.trans(k), grad_s, MODE)) * MODE[3]
+        store(grad_qkv + q_place, grad_q, first, head[7], head[9], N, STEP, MODE[2])
+    store(grad_qkv + k_place, grad_k * MODE[3], 0, head[7], head[9], N, KEYS, MODE[2])
+    store(grad_qkv + v_place, grad_v, 0, head[7], head[10], N, KEYS, MODE[2])
 
 
 def fits(tokens: int, width: int, tensor: Tensor, backward: bool) -> bool:
@@ -151,7 +151,7 @@ def _forward_shape(tokens: int, mode: tuple) -> dict[str, object]:
 
 def _backward_shape(tokens: int, mode: tuple) -> tuple[dict[str, object], dict[str, int]]:
     keys = next(n for n in (64, 128, 256) if n >= tokens)
-    shape = {"KEYS": keys, "STEP": 32 if keys == 256 and mode[0] == 64 else 64, "MODE": mode}
+    shape = {"KEYS": keys, "STEP": 32 if keys == 256 and mode[2] == 64 else 64, "MODE": mode}
     return shape, {"num_warps": 4 if keys == 64 else 8, "num_stages": 2}
 
 
@@ -159,7 +159,7 @@ def cases() -> list[Case]:
     """Everything the two can launch, at the scale of 64 dims."""
     found = []
     for dtype, width, tokens in itertools.product(DTYPES[:2], (16, 32, 64), TILES):
-        mode = (width, 0.125, wide(dtype), "ieee")
+        mode = (wide(dtype), "ieee", width, 0.125)
         types = {"top": wide(dtype), "inverse": wide(dtype), "table": "i32"}
         types |= dict.fromkeys(("qkv", "heads", "grad_heads", "grad_qkv"), ELEMENT[dtype])
         jobs = [(_forward, tokens, _forward_shape(tokens, mode), {"num_warps": 4, "num_stages": 2}, ())]

@@ -53,7 +53,7 @@ def _product(x, weight, rows, count, first, m, M, D, BLOCK: tl.constexpr, MODE: 
         )
         at = weight + row[None, :] * D + (start + d)[:, None]  # [BLOCK d, BLOCK j]
         b = tl.load(at, mask=inside[:, None] & (row >= 0)[None, :], other=0.0)
-        acc += dot(a, b, MODE[0], MODE[1])
+        acc += dot(a, b, MODE)
     return acc
 
 
@@ -113,9 +113,8 @@ def _sum_of_rows(acc, a, weight, rows, count, d, m, M, D, E, BLOCK: tl.constexpr
         left = (m < M)[:, None] & inside[None, :]
         value = tl.load(a + m[:, None] * E + (start + j)[None, :], mask=left, other=0.0)
         at = weight + row[:, None] * D + d[None, :]  # [BLOCK j, BLOCK d]
-        acc += dot(
-            value, tl.load(at, mask=(row >= 0)[:, None] & (d < D)[None, :], other=0.0), MODE[0], MODE[1]
-        )
+        kept = tl.load(at, mask=(row >= 0)[:, None] & (d < D)[None, :], other=0.0)
+        acc += dot(value, kept, MODE)
     return acc
 
 
@@ -159,7 +158,7 @@ def _grads(a, b, count, partial, bias_partial, M, D, E, slice,
             left = tl.load(at, mask=(m < last)[:, None] & (j < count)[None, :], other=0.0)
             at = b + m[:, None] * D + d[None, :]  # [BLOCK m, BLOCK d]
             right = tl.load(at, mask=(m < last)[:, None] & (d < D)[None, :], other=0.0)
-            acc += dot(tl.trans(left), right, MODE[0], MODE[1])
+            acc += dot(tl.trans(left), right, MODE)
         inside = (j < count)[:, None] & (d < D)[None, :]
         tl.store(partial + line[:, None] * D + d[None, :], acc, mask=inside)
     else:

@@ -42,13 +42,14 @@ _captured: list[Tensor] = []
 
 
 @triton.jit
-def dot(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def dot(a, b, MODE: tl.constexpr):
+    # MODE = accumulator type, precision of float32 products, and perhaps more.
     # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers. And its sums depend
     # on the shapes of tiles, where a GPU adds up each number in the order of k: the backward pass wants to
     # compute the very scores of the forward pass again. Summed in float64, they are the same.
     if INTERPRETED:
-        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(ACC)
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(MODE[0])
+    return tl.dot(a, b, input_precision=MODE[1], out_dtype=MODE[0])
 
 
 class Case(NamedTuple):
