@@ -16,8 +16,9 @@ demo: install
 	rm -rf runs/demo
 	$(BIN)/uvc compress --data digits --budget 0.5 --out runs/demo
 
+# One thread per test, so that as many run at a time as there are cores, at most four.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: install
 	$(BIN)/ruff check .

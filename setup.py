@@ -24,7 +24,7 @@ PROBE = "#include <vector>\nint main() { return static_cast<int>(std::vector<int
 # The oldest torch whose stable ABI the sources may use: 2.10.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # What `nvcc` compiles; the other .cu files are parts of these.
-CUDA_SOURCES = ["small.cu", "attention.cu", "attention_backward.cu"]
+CUDA_SOURCES = ["most.cu", "attention_backward.cu"]
 SANITIZE = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",

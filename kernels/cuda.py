@@ -14,17 +14,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # the order of `Activation` in activate.cu
 
 
-def _gather(sources: list[Tensor], indices: list[Tensor], dims: list[int], outs: list[Tensor]) -> None:
-    op, casts = torch.ops.uvc_kernels.cuda_gather, sources[0].dtype != outs[0].dtype
-    if not casts or torch.float32 in (sources[0].dtype, outs[0].dtype):
-        return op(sources, indices, dims, outs)
-    # The kernels cast from or to float32 only: between two 16-bit types it takes another pass.
-    same = [torch.empty_like(out, dtype=source.dtype) for source, out in zip(sources, outs, strict=True)]
-    op(sources, indices, dims, same)
-    for out, packed in zip(outs, same, strict=True):
-        out.copy_(packed)
-
-
 def _activate(u: Tensor, gate: Tensor | None, activation: str, a: Tensor) -> None:
     torch.ops.uvc_kernels.cuda_activate(u, gate, _CODES[activation], a)
 
@@ -45,7 +34,7 @@ def _activate_backward(
 def _pieces() -> packed.Pieces:
     ops = torch.ops.uvc_kernels
     return packed.Pieces(
-        gather=_gather,
+        gather=ops.cuda_gather.default,
         attention_core=ops.cuda_attention_core.default,
         attention_core_backward=ops.cuda_attention_core_backward.default,
         activate=_activate,

@@ -121,13 +121,14 @@ __global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call
         for (int i = 0; i < 4; ++i) store(corner + i % 2 * 8 * layout.pitch + i / 2 * 8, slope.at[i]);
       }
     }
-    put<T, W>(head.grad_v(), call.qkv_stride, first, N, head.v_width, grad_v, 1, 1);
+    // read again rather than kept in registers all the way
+    const Head<T> same(call, static_cast<int>(blockIdx.x));
+    put<T, W>(same.grad_v(), call.qkv_stride, first, N, same.v_width, grad_v, 1, 1);
   };
   with_steps<T, W>(head, meet_queries);
   copies_arrived(0);
   __syncthreads();
 
-  // read again rather than kept in registers all the way
   const Head<T> same(call, static_cast<int>(blockIdx.x));
   const auto meet_slopes = [&](auto qk_steps, auto) {
     Sums<T> grad_k[W / 16][2];

@@ -11,7 +11,7 @@ from uvc_kernels.mlp import ACTIVATIONS
 CASTS = [
     (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
     (torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
+    (torch.float16, torch.float16), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16),
 ]  # fmt: skip
 # (rows, columns, dim, indices): vectors have no columns
 SHAPES = [
@@ -179,7 +179,7 @@ def test_the_gathered_weights_have_the_gradient_of_plain_torch(provider, dtype):
         (lambda x, i: ops.cuda_gather([x], [i], [2], [x]), "dim one of theirs"),
         (lambda x, i: ops.cuda_gather([x], [i.long()], [0], [x]), "int32"),
         (lambda x, i: ops.cuda_gather([x.t()], [i], [0], [x]), "contiguous"),
-        (lambda x, i: ops.cuda_gather([x.half()], [i], [0], [x.bfloat16()]), "float32"),
+        (lambda x, i: ops.cuda_gather([x.double()], [i], [0], [x]), "float64 is not cast"),
         (lambda x, i: ops.cuda_group_scores([x], [x.t()], [0]), "share"),
         (lambda x, i: ops.cuda_prox_shrink([x], torch.ones(3), [0]), "one per row"),
         (lambda x, i: ops.cuda_activate(x, None, 9, x.clone()), "unknown activation 9"),

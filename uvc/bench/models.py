@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uvc.bench.layer_ways import backends
 from uvc.bench.steps import Step, images_and_labels, inference, precision, searching, training
-from uvc.bench.ways import PRUNED, Built, Left, build, gate
+from uvc.bench.ways import PRUNED, Built, Left, build, fault_of, gate
 from uvc.bench.work import Work, model_work
 
 PHASES = ("inference", "training")
@@ -67,6 +67,9 @@ def models(
         else:
             step = training(b.model, x, y, dtype)
         steps[way] = forced(step, chosen[way]) if way in chosen else step
+    if "compiled" in steps and (fault := fault_of(lambda: steps["compiled"](0))):
+        del steps["compiled"], built["compiled"]
+        left.append(Left("compiled", fault))
     works = {way: work(b, dtype, training_phase) for way, b in built.items()}
     return Models(steps, works, chosen, left, error)
 

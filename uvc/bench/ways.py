@@ -11,7 +11,7 @@ torch_pruning  dense widths cut by the package torch-pruning to about the same c
 """
 
 import copy
-import sys
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -85,6 +85,15 @@ def build(
     return built, left
 
 
+def fault_of(run: Callable[[], object]) -> str | None:
+    """None when `run` runs, else why not, in one line: a compiler may raise anything."""
+    try:
+        run()
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """An error as one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
@@ -92,10 +101,13 @@ def first_line(error: BaseException) -> str:
 
 def compiled(model: nn.Module) -> nn.Module:
     """`model` with each block under torch.compile: one code serves all, in a fraction of the time."""
-    if sys.platform == "linux" and next(model.parameters()).device.type == "cpu":
+    # Raise now what inductor would raise in the middle of a measurement.
+    if next(model.parameters()).device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
-        get_cpp_compiler()  # raises what inductor would raise later, in the middle of a measurement
+        get_cpp_compiler()
+    elif importlib.util.find_spec("triton") is None:
+        raise RuntimeError("torch.compile needs triton on a GPU, and it is not installed")
     # The gradients of one forward pass are asked for again and again where single layers are timed.
     import torch._functorch.config
 
