@@ -10,7 +10,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test lint gate bench bench-gpu install clean
+.PHONY: demo test lint gate sanitize bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
@@ -27,6 +27,16 @@ lint: install
 # Compiles every Triton kernel for GPUs that are not here: registers, spills, shared memory, tensor cores.
 gate: install
 	$(BIN)/python -m uvc_kernels.compile_gate
+
+# The C++ and the host build of CUDA under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	UVC_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	cp -r kernels/*.py kernels/packed kernels/triton build/sanitize/lib/uvc_kernels/
+	cp -r uvc build/sanitize/lib/
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -s --timeout 3000 tests/kernels \
+	-k "not opcheck and not compile and not gradcheck and not triton and not gate"
 
 # Adds rows to bench/results and prints a table of speed-ups.
 bench: install
