@@ -202,7 +202,7 @@ def _blocks(kind: str, dtype: torch.dtype) -> tuple[int, int, int]:
     """Tile heights, widths and the step of the inner loop."""
     if dtype.itemsize > 2:
         return 64, 64, 16
-    return (128, 64, 64) if kind.startswith("gated") else (128, 128, 64)
+    return (128, 128, 64) if kind in ("bare", "plain", "act") else (128, 64, 64)
 
 
 def _options(dtype: torch.dtype, hip: bool) -> dict[str, int]:

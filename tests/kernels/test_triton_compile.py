@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 # One configuration of every kernel: what a bf16 ViT of 197 tokens and heads of 64 dims runs.
 USUAL = ("whole.forward bf16 width 64 tokens 208", "whole.backward bf16 width 64 tokens 256")
 LONG = ("core.forward bf16 width 64 tail 16", "core.backward bf16 width 64 tail 16")
-FUSED = ("onto bf16 act gelu ", "back bf16 1 bias", "grads bf16", "spread bf16 rows bias")
+FUSED = ("onto bf16 act gelu", "back bf16 1 bias", "grads bf16", "spread bf16 rows bias")
 SMALL = (
     "gather.gather bf16 to bf16",
     "activation.forward bf16 gelu",
