@@ -4,20 +4,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu')
 
 # OpenMP threads that spin at barriers make a busy machine several times slower.
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test lint gate install clean
+.PHONY: demo test lint gate sanitize bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
 	$(BIN)/uvc compress --data digits --budget 0.5 --out runs/demo
 
+# One thread per test, so that as many run at a time as there are cores, at most four.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: install
 	$(BIN)/ruff check .
@@ -26,6 +27,24 @@ lint: install
 # Compiles every Triton kernel for GPUs that are not here: registers, spills, shared memory, tensor cores.
 gate: install
 	$(BIN)/python -m uvc_kernels.compile_gate
+
+# The C++ and the host build of CUDA under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	UVC_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	cp -r kernels/*.py kernels/packed kernels/triton build/sanitize/lib/uvc_kernels/
+	cp -r uvc build/sanitize/lib/
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -s --timeout 3000 tests/kernels \
+	-k "not opcheck and not compile and not gradcheck and not triton and not gate"
+
+# Adds rows to bench/results and prints a table of speed-ups.
+bench: install
+	$(BIN)/python -m pytest bench --benchmark-disable-gc
+
+# For a bare GPU machine without a network: the Python that is there, nothing installed. OUT names the folder.
+bench-gpu:
+	$(PYTHON) bench/gpu.py $(if $(OUT),--out "$(OUT)")
 
 install: $(STAMP)
 

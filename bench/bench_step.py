@@ -62,12 +62,18 @@ def multiply_by_masks(model: nn.Module, structure: uvc.Structure) -> nn.Module:
     return model
 
 
-def models(name: str, keep: float, **kwargs: object) -> dict[str, nn.Module]:
-    """The five models from one set of random weights; `kwargs` go to `timm.create_model`."""
+def models(name: str, keep: float, uniform: bool = False, **kwargs: object) -> dict[str, nn.Module]:
+    """The five models from one set of random weights; `kwargs` go to `timm.create_model`.
+
+    The structure is ragged and random, or, with `uniform`, the first heads and neurons of every block.
+    """
     torch.manual_seed(0)
     dense = timm.create_model(name, **kwargs)
     converted = uvc.convert(copy.deepcopy(dense))
-    structure = uvc.Structure.random(converted, keep=keep, seed=0)
+    if uniform:
+        structure = uvc.Structure.uniform(converted, heads=keep, head_dims=1.0, neurons=keep)
+    else:
+        structure = uvc.Structure.random(converted, keep=keep, seed=0)
     fly = copy.deepcopy(converted)
     uvc.apply_structure(fly, structure)
     masked = multiply_by_masks(copy.deepcopy(dense), structure)
@@ -157,6 +163,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--uniform", action="store_true", help="whole heads instead of random dims")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     options = parser.parse_args()
@@ -164,9 +171,9 @@ def main() -> None:
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     dtype = getattr(torch, options.dtype)
     for keep in options.keep:
-        results = run(
-            options.model, keep, options.batch, options.repeats, clock, dtype, ["dense", *options.ways]
-        )
+        names = list(dict.fromkeys(["dense", *options.ways]))
+        how = {"clock": clock, "dtype": dtype, "names": names, "uniform": options.uniform}
+        results = run(options.model, keep, options.batch, options.repeats, **how)
         dense, compacted = results["dense"], results.get("compacted")
         case = f"keep {keep}, batch {options.batch}, {options.dtype}, {options.threads} threads"
         print(f"\n{options.model}, {case}")

@@ -46,7 +46,8 @@ class Session:
 
     def __init__(self, options) -> None:
         self.options = options
-        self.groups: list[Group] = []
+        self.rows: list[Row] = []
+        self.written: dict[Path, None] = {}
         self.left: dict[str, str] = {}
         self.ceilings: ceilings_module.Ceilings | None = None
         self.device = torch.device(options.device)
@@ -72,7 +73,7 @@ class Session:
         """Named in the end."""
         self.left.setdefault(what, why)
 
-    def time(self, benchmark, calls, inputs=1, rounds=9, replay=False):
+    def time(self, benchmark, calls, inputs=1, rounds=7, replay=False):
         """The timings of `calls`, interleaved; pytest-benchmark times the rounds."""
         rounds = self.options.rounds or (3 if self.quick else rounds)
         times = Round(calls, self.device, inputs, self.clock, replay)
@@ -82,14 +83,13 @@ class Session:
         return times.timings()
 
     def add(self, benchmark, group: Group) -> None:
-        """Keeps a group for the table and the CSV; its times go to pytest-benchmark's own records too."""
+        """Rows for the table, and at once for the CSV: a run that is cut short leaves what it measured."""
         self.look_up()
-        self.groups.append(group)
+        rows = make_rows(group, self.ceilings)
+        self.rows += rows
+        if not self.options.no_results:
+            self.written |= dict.fromkeys(append(self.options.results, rows))
         benchmark.extra_info |= {way: timing.ms for way, timing in group.timings.items()}
-
-    def rows(self) -> list[Row]:
-        """Of all groups, with the highest ceilings of the session."""
-        return [row for group in self.groups for row in make_rows(group, self.ceilings)]
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +99,9 @@ def session(request):
     if session.on_gpu and not torch.cuda.is_available():
         pytest.exit("--device cuda: torch sees no GPU here; leave the option out to measure the CPU", 2)
     before = torch.get_num_threads()
-    if not session.on_gpu:
+    if session.on_gpu:
+        torch.cuda.set_stream(torch.cuda.Stream(session.device))
+    else:
         torch.set_num_threads(options.threads)
     yield session
     torch.set_num_threads(before)
@@ -110,11 +112,10 @@ def pytest_sessionfinish(session):
     # The outermost wrapper: what it prints follows the line that counts the tests.
     result = yield
     measured, config = session.config.stash[SESSION], session.config
-    if not measured.groups and not measured.left:
+    rows = measured.rows
+    if not rows and not measured.left:
         return result
-    rows, out = measured.rows(), []
-    if rows and not measured.options.no_results:
-        out += [f"rows added to {path}" for path in append(measured.options.results, rows)]
+    out = [f"rows added to {path}" for path in measured.written]
     out += [f"left out: {what}: {why}" for what, why in sorted(measured.left.items())]
     if rows:
         c = measured.ceilings

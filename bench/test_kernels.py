@@ -31,7 +31,7 @@ def test_layer(benchmark, session, model, op, direction, keep):
     )
     for way, reason in made.left:
         session.leave_out(way, reason)
-    rounds = 15 if session.on_gpu else 9
+    rounds = 15 if session.on_gpu else 7
     timings = session.time(benchmark, made.calls, min(inputs, 8), rounds, replay=True)
     session.add(
         benchmark,

@@ -26,6 +26,7 @@ def attention_reference(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
     A = proj_weight.shape[1]
@@ -57,9 +58,10 @@ def _attention_cpu(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None,
+    recompute: bool,
 ) -> Tensor:
     weights = qkv_weight, qkv_bias, proj_weight, proj_bias
-    return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale)[0]
+    return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale, recompute)[0]
 
 
 def _fake(
@@ -85,10 +87,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
     ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
     x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 11
     _dispatch.forbid_double_backward("attention")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(
@@ -126,14 +132,16 @@ def attention(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Attention over the kept heads and dims.
 
     x [B, N, D], qkv_weight [3A, D] (rows q, k, v), qkv_bias [3A] or None, proj_weight [Dout, A],
     proj_bias [Dout] or None, all of one floating dtype (autocast casts as for a linear layer, but only what
     is kept). packed: what `gather` made of `attention_packing`, where several layers are packed at once.
-    Returns [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave
-    the bias alone. ValueError on shapes that do not fit.
+    recompute: multiply for q, k and v again in the backward pass instead of keeping them. Returns
+    [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
+    bias alone. ValueError on shapes that do not fit.
     """
     if x.dim() != 3:
         raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")
@@ -149,6 +157,8 @@ def attention(
         )
     _dispatch.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     x = _dispatch.autocast(x)
-    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed)
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed, recompute)
     dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
-    return fastest.choose("attention", arguments, *dims, case=kept.whole_columns.shape)(*arguments)
+    return fastest.choose("attention", arguments, *dims, case=(*kept.whole_columns.shape, recompute))(
+        *arguments
+    )

@@ -24,6 +24,7 @@ def attention_dense(
     kept: KeptHeads,
     scale: float,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """`uvc_kernels.attention`."""
     B, N, _ = x.shape
@@ -48,6 +49,7 @@ def mlp_dense(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """`uvc_kernels.mlp`."""
     act = ACTIVATIONS[activation]

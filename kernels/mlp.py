@@ -38,6 +38,7 @@ def mlp_reference(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
 
@@ -64,9 +65,10 @@ def _mlp_cpu(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     packed: Sequence[Tensor | None] | None,
+    recompute: bool,
 ) -> Tensor:
     weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias
-    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, _CODES[activation])[0]
+    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, _CODES[activation], recompute)[0]
 
 
 def _fake(
@@ -97,10 +99,14 @@ def _setup_context(ctx, inputs, output):
     x, fc1_weight, fc1_bias, fc2_weight, _, gate_weight, gate_bias, neurons, ctx.activation, _ = inputs
     ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, neurons, output[1])
     ctx.mark_non_differentiable(output[1])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
     *tensors, hidden = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 10
     _dispatch.forbid_double_backward("mlp")
     needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
     grads = torch.ops.uvc_kernels.mlp_backward(grad, *tensors, ctx.activation, hidden, needs)
@@ -138,15 +144,17 @@ def mlp(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """MLP over the kept neurons.
 
     x [..., D], fc1_weight [F, D], fc1_bias [F] or None, fc2_weight [Dout, F], fc2_bias [Dout] or None, of a
     gated MLP also gate_weight [F, D] and gate_bias [F] or None, all of one floating dtype (autocast casts as
     for a linear layer, but only what is kept); activation: a key of `ACTIVATIONS`; packed: what `gather` made
-    of `mlp_packing`, where several layers are packed at once. Returns [..., Dout] in the dtype of x.
-    Gradients are full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on shapes
-    that do not fit and on an unknown activation.
+    of `mlp_packing`, where several layers are packed at once; recompute: multiply for the hidden layer again
+    in the backward pass instead of keeping it. Returns [..., Dout] in the dtype of x. Gradients are
+    full-size, zero where removed. No kept neuron leaves the bias alone. ValueError on shapes that do not fit
+    and on an unknown activation.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
@@ -163,7 +171,8 @@ def mlp(
     _dispatch.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
     x = _dispatch.autocast(x)
     arguments = (
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed,
+        recompute,
     )  # fmt: skip
     neurons = kept.neurons.shape[0], kept.whole.shape[0]
-    return fastest.choose("mlp", arguments, *neurons, case=(activation,))(*arguments)
+    return fastest.choose("mlp", arguments, *neurons, case=(activation, recompute))(*arguments)

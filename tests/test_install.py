@@ -32,7 +32,8 @@ def test_both_packages_and_the_command_are_installed_under_their_names():
 def test_the_public_names_of_uvc_kernels_are_these():
     assert uvc_kernels.__all__ == sorted(uvc_kernels.__all__)
     assert set(uvc_kernels.__all__) == {
-        "KeptHeads", "attention", "backend", "group_scores", "kept_heads", "mlp", "prox_shrink", "select",
+        "KeptHeads", "KeptNeurons", "attention", "attention_packing", "backend", "gather", "group_scores",
+        "kept_heads", "kept_neurons", "mlp", "mlp_packing", "packs_ahead", "prox_shrink", "select",
     }  # fmt: skip
 
 
@@ -75,10 +76,10 @@ import torch, uvc_kernels
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     x, mask = torch.ones(1, 2, 4), torch.ones(2, 2, dtype=torch.bool)
-    kept = uvc_kernels.kept_heads(mask, mask)
+    kept, neurons = uvc_kernels.kept_heads(mask, mask), uvc_kernels.kept_neurons(mask[0].repeat(2))
     for _ in range(2):
         uvc_kernels.attention(x, torch.ones(12, 4), None, torch.ones(4, 4), None, kept, 1.0)
-        uvc_kernels.mlp(x, torch.ones(3, 4), None, torch.ones(4, 3), None, torch.arange(3))
+        uvc_kernels.mlp(x, torch.ones(4, 4), None, torch.ones(4, 4), None, neurons)
         uvc_kernels.group_scores([x[0]], [x[0]], [0])
         uvc_kernels.prox_shrink([x[0]], torch.ones(2), [0])
 print(len(caught), all("compiler" in str(w.message) for w in caught))

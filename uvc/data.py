@@ -6,6 +6,7 @@ A loader's random choices depend on its seed, its epoch and the image's place in
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class Data(NamedTuple):
     name: str
 
 
-class Loader:
+class Loader(ABC):
     """Counts epochs and batches; subclasses say how many batches there are and yield those of one epoch."""
 
     def __init__(self, seed: int) -> None:
@@ -45,13 +46,13 @@ class Loader:
         self._batch = 0
         self._resume_at = 0
 
+    @abstractmethod
     def __len__(self) -> int:
         """Batches per epoch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `start` and following of an epoch."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._batch and not self._resume_at:

@@ -31,15 +31,16 @@ def _machine() -> Table:
     return table
 
 
-def _checks() -> Table:
+def _checks() -> Group:
     table = Table(title="self-check: float32 against the float64 reference, outputs and gradients")
-    for column in ("backend", *self_check.EXAMPLES, "note"):
+    for column in ("op", *_dispatch.PROVIDERS):
         table.add_column(column)
-    for provider in _dispatch.PROVIDERS:
-        results = [_check(op, provider) for op in self_check.EXAMPLES]
-        notes = [note for _, note in results if note]
-        table.add_row(provider, *(verdict for verdict, _ in results), notes[0] if notes else "")
-    return table
+    notes = {}
+    for op in self_check.EXAMPLES:
+        results = {provider: _check(op, provider) for provider in _dispatch.PROVIDERS}
+        table.add_row(op, *(verdict for verdict, _ in results.values()))
+        notes |= {provider: note for provider, (_, note) in results.items() if note}
+    return Group(table, *(f"{provider}: {note}" for provider, note in notes.items()))
 
 
 def _check(op: str, provider: str) -> tuple[str, str]:

@@ -4,6 +4,8 @@
 // [heads, 2, M] keeps each query's largest score and 1 / sum of exp(score - largest).
 #include "cpu/host.h"
 
+#include <new>
+
 namespace uvc {
 namespace {
 
@@ -74,6 +76,11 @@ Head<T> head_of(const Shape& s, int64_t image, int64_t h, double scale, const T*
   return head;
 }
 
+constexpr std::align_val_t kLine{64};
+struct Aligned {
+  void operator()(void* p) const { ::operator delete[](p, kLine); }
+};
+
 // Runs work(image, head, scratch) for all pairs, in parallel.
 template <class T, class F>
 void for_heads(const Shape& s, F&& work) {
@@ -86,7 +93,8 @@ void for_heads(const Shape& s, F&& work) {
   widest.tokens = s.N, widest.qk_dims = wide_qk, widest.v_dims = wide_v;
   const int64_t size = loops<T>().attention_scratch(widest);
   torch::stable::parallel_for(0, s.B * s.heads, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<Accumulator<T>[]> scratch(new Accumulator<T>[size]);
+    // On a cache line, else every load of a whole register touches two.
+    std::unique_ptr<Accumulator<T>[], Aligned> scratch(new (kLine) Accumulator<T>[size]);
     for (int64_t i = begin; i < end; ++i) work(i / s.heads, i % s.heads, scratch.get());
   });
 }

@@ -153,6 +153,7 @@ void for_rows(int64_t rows, int64_t columns, int64_t unit, F&& work) {
 
 // out[i, :] = in[index[i], :], zeros where index is -1; rows of `columns` entries.
 inline void take_rows(const Tensor& out, const Tensor& in, const int32_t* index, int64_t rows, int64_t columns) {
+  if (columns == 0) return;  // an empty tensor has no address, not even for nothing
   for_storage(out, "gather", [&]<class Out>() {
     for_storage(in, "gather", [&]<class In>() {
       const auto& copy = copies<Out, In>();

@@ -4,21 +4,39 @@
 
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define UVC_X86 1
+#include <immintrin.h>
 #else
 #define UVC_X86 0
 #endif
 
 // 32 registers (AVX-512, NEON) hold a 6 x 4 tile of accumulators, 16 registers a 6 x 2 tile.
 #if UVC_X86
+// Its loops serve bfloat16 alone; what has nothing to do with bfloat16 is the same in the next one.
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+#define UVC_ISA avx512_bf16
+#define UVC_VECTOR_BYTES 64
+#define UVC_TILE 4
+#define UVC_PAIRS 1
+#include "cpu/loops.inc"
+#undef UVC_ISA
+#undef UVC_VECTOR_BYTES
+#undef UVC_TILE
+#undef UVC_PAIRS
+#pragma GCC pop_options
+#define UVC_PAIRS 0
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define UVC_ISA avx512
@@ -42,6 +60,9 @@
 #pragma GCC pop_options
 #endif
 
+#ifndef UVC_PAIRS
+#define UVC_PAIRS 0
+#endif
 #define UVC_ISA baseline
 #define UVC_VECTOR_BYTES 16
 #if defined(__aarch64__)
@@ -54,7 +75,7 @@
 namespace uvc {
 namespace {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 Isa best_isa() {
   Isa best = Isa::kBaseline;
@@ -64,10 +85,13 @@ Isa best_isa() {
   if (best == Isa::kAvx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::kAvx512;
+  if (best == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::kAvx512Bf16;
 #endif
-  const char* wish = std::getenv("UVC_CPU_ISA");
-  if (wish != nullptr && std::string(wish) == "baseline") best = Isa::kBaseline;
-  if (wish != nullptr && std::string(wish) == "avx2" && best == Isa::kAvx512) best = Isa::kAvx2;
+  const char* given = std::getenv("UVC_CPU_ISA");
+  const std::string wish = given == nullptr ? "" : given;
+  if (wish == "baseline") best = Isa::kBaseline;
+  if (wish == "avx2") best = std::min(best, Isa::kAvx2);
+  if (wish == "avx512") best = std::min(best, Isa::kAvx512);
   return best;
 }
 
@@ -81,7 +105,9 @@ Isa chosen_isa() {
 template <class T>
 const Loops<T>& loops() {
 #if UVC_X86
-  if (chosen_isa() == Isa::kAvx512) return avx512::table<T>;
+  if constexpr (std::is_same_v<T, Bf16>)
+    if (chosen_isa() == Isa::kAvx512Bf16) return avx512_bf16::table<T>;
+  if (chosen_isa() >= Isa::kAvx512) return avx512::table<T>;
   if (chosen_isa() == Isa::kAvx2) return avx2::table<T>;
 #endif
   return baseline::table<T>;
@@ -90,7 +116,7 @@ const Loops<T>& loops() {
 template <class Out, class In>
 const Copies<Out, In>& copies() {
 #if UVC_X86
-  if (chosen_isa() == Isa::kAvx512) return avx512::copy_table<Out, In>;
+  if (chosen_isa() >= Isa::kAvx512) return avx512::copy_table<Out, In>;
   if (chosen_isa() == Isa::kAvx2) return avx2::copy_table<Out, In>;
 #endif
   return baseline::copy_table<Out, In>;

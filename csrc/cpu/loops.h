@@ -45,7 +45,7 @@ struct Head {
 template <class T>
 struct Loops {
   using A = Accumulator<T>;
-  // Bytes of scratch that one call of attention_forward / attention_backward needs.
+  // Entries of scratch that one call of attention_forward / attention_backward needs.
   int64_t (*attention_scratch)(const Head<T>& head);
   void (*attention_forward)(const Head<T>& head, A* scratch);
   void (*attention_backward)(const Head<T>& head, A* scratch);
@@ -80,8 +80,8 @@ struct Copies {
                   int64_t out_step, int64_t rows, int64_t n);
 };
 
-// The loops for the best instruction set of this machine. UVC_CPU_ISA=avx512|avx2|baseline lowers the choice; it is
-// read once, at the first call.
+// The loops for the best instruction set of this machine. UVC_CPU_ISA=avx512|avx2|baseline (avx512: without its products
+// of bfloat16 pairs) lowers the choice; it is read once, at the first call.
 template <class T>
 const Loops<T>& loops();
 template <class Out, class In>

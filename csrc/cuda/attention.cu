@@ -21,9 +21,9 @@ struct Queries {
 };
 
 // 16 keys from `row` of the slot on, of which `left` exist.
-template <class T, int W, int R>
+template <class T, int W, int R, class Steps>
 __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, const Tile<T, true>& values, int row,
-                              int left, int qk_steps, int v_steps, Wide<T> size) {
+                              int left, Steps qk_steps, Steps v_steps, Wide<T> size) {
   using A = Wide<T>;
   Sums<T> s[R][2];
 #pragma unroll
@@ -116,24 +116,29 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
   Queries<T, W, R> my;
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    fetch<T, W>(my.q[r], head.q(), call.qkv_stride, first + 16 * r, N, head.qk_width);
-    if (call.exponent < 0) negate(my.q[r]);
+#pragma unroll
+    for (int k = 0; k < W / 16; ++k) {
+      my.q[r][k] = fetch(head.q(), call.qkv_stride, first + 16 * r, N, head.qk_width, 16 * k);
+      if (call.exponent < 0) negate(my.q[r][k]);
+    }
     for (int half = 0; half < 2; ++half) my.top[r][half] = A(-1e30), my.total[r][half] = 0;
   }
-  // the greatest score has the greatest exponent once the sign of the scale is that of q
-  const A size = call.exponent < 0 ? -call.exponent : call.exponent;
-  const int qk_steps = (head.qk_width + 15) / 16, v_steps = (head.v_width + 15) / 16;
-  for (int part = 0; part < parts; ++part) {
-    copies_arrived(ahead - 1);
-    __syncthreads();
-    // behind the barrier nobody reads the slot before this one, which is the free one
-    bring_part(part + ahead);
-    if (first >= N) continue;
-    const Tile<T, true> keys = tile(part, 0), values = tile(part, 1);
+  // the greatest score has the greatest exponent once the sign of the scale is that of q; not 0, as 0 * inf is NaN
+  const A size = fmax(call.exponent < 0 ? -call.exponent : call.exponent, A(1e-30));
+  const auto meet_keys = [&](auto qk_steps, auto v_steps) {
+    for (int part = 0; part < parts; ++part) {
+      copies_arrived(ahead - 1);
+      __syncthreads();
+      // behind the barrier nobody reads the slot before this one, which is the free one
+      bring_part(part + ahead);
+      if (first >= N) continue;
+      const Tile<T, true> keys = tile(part, 0), values = tile(part, 1);
 #pragma unroll 1
-    for (int row = 0; row < TOKENS && part * TOKENS + row < N; row += 16)
-      attend<T, W, R>(my, keys, values, row, N - part * TOKENS - row, qk_steps, v_steps, size);
-  }
+      for (int row = 0; row < TOKENS && part * TOKENS + row < N; row += 16)
+        attend<T, W, R>(my, keys, values, row, N - part * TOKENS - row, qk_steps, v_steps, size);
+    }
+  };
+  with_steps<T, W>(head, meet_keys);
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     A inverse[2];
@@ -156,7 +161,7 @@ void attention_core(Tensor qkv, Tensor table, std::vector<int64_t> counts, int64
   const Device device(qkv);
   for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, [&]<class T, int W>(Call<T> call, int64_t pairs) {
     const int64_t units = (tokens + 16 * kTiles<T, W> - 1) / (16 * kTiles<T, W>), groups = (units + kWarps - 1) / kWarps;
-    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T), 96 * 1024);
+    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T));
     device.launch(op, &forward_kernel<T, W>, pairs * groups, static_cast<int>((units + groups - 1) / groups) * WARP,
                   ring.bytes, call, static_cast<int>(groups), ring.slots, ring.room);
   });

@@ -53,9 +53,22 @@ struct Head {
   __device__ Wide<T>* inverse() const { return call.inverse + line; }
 };
 
+// Calls work(steps of 16 q/k dims, steps of 16 v dims), as constants for heads that use all W dims.
+template <class T, int W, class F>
+__device__ inline void with_steps(const Head<T>& head, F&& work) {
+  const int qk_steps = (head.qk_width + 15) / 16, v_steps = (head.v_width + 15) / 16;
+  if constexpr (is_half<T>) {
+    if (qk_steps == W / 16 && v_steps == W / 16) return work(Constant<W / 16>{}, Constant<W / 16>{});
+  }
+  work(qk_steps, v_steps);
+}
+
 // Tokens in a slot of the ring in shared memory, which holds two matrices: 16 KB for heads of 64 dims of 16 bits.
 template <class T>
 constexpr int kSlotTokens = 128 / sizeof(T);
+// What the ring may take: every GPU from compute capability 8.0 on has it for a block.
+constexpr int64_t kRingBytes = 96 * 1024;
+static_assert(2 * 128 * 2 * (128 + 8) <= kRingBytes, "two slots of the widest heads, with statistics, fit");
 
 // Brings tokens first.. of one matrix, zeros behind token N and behind its width, into a tile of a slot.
 template <class T, int W>
@@ -71,19 +84,37 @@ __device__ inline void bring(const Tile<T, true>& tile, int tokens, const T* mat
   }
 }
 
-// The fragments of 16 tokens of one matrix in device memory, for all its dims.
-template <class T, int W>
-__device__ inline void fetch(A16<T> (&out)[W / 16], const T* matrix, int64_t stride, int first, int N, int width) {
-  const int lane = lane_index();
+// 16 dims of 16 tokens of one matrix in device memory, as a fragment.
+template <class T>
+__device__ inline A16<T> fetch(const T* matrix, int64_t stride, int first, int N, int width, int dim) {
+  A16<T> out;
 #pragma unroll
-  for (int k = 0; k < W / 16; ++k) {
+  for (int i = 0; i < 4; ++i) {
+    const int token = first + lane_index() / 4 + 8 * (i % 2), at = dim + 2 * (lane_index() % 4) + 8 * (i / 2);
+    out.at[i] = token < N && at < width ? load<Pair<T>>(matrix + token * stride + at) : Pair<T>{};
+  }
+  return out;
+}
+// All dims of 16 tokens; the fragments are held in registers, or fetched where they are used when they are too many.
+template <class T, int W, bool HELD>
+struct Tokens {
+  A16<T> held[HELD ? W / 16 : 1];
+  const T* matrix;
+  int64_t stride;
+  int first, N, width;
+
+  __device__ Tokens(const T* of, int64_t stride, int first, int N, int width)
+      : matrix(of), stride(stride), first(first), N(N), width(width) {
+    if constexpr (HELD) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = first + lane / 4 + 8 * (i % 2), dim = 16 * k + 2 * (lane % 4) + 8 * (i / 2);
-      out[k].at[i] = token < N && dim < width ? load<Pair<T>>(matrix + token * stride + dim) : Pair<T>{};
+      for (int k = 0; k < W / 16; ++k) held[k] = fetch(of, stride, first, N, width, 16 * k);
     }
   }
-}
+  __device__ A16<T> operator[](int k) const {
+    if constexpr (HELD) return held[k];
+    return fetch(matrix, stride, first, N, width, 16 * k);
+  }
+};
 
 __device__ inline float negative(float v) { return -v; }
 __device__ inline double negative(double v) { return -v; }
@@ -91,13 +122,10 @@ template <class T>
 __device__ inline T negative(T v) {
   return {static_cast<uint16_t>(v.bits ^ 0x8000u)};
 }
-template <class T, int STEPS>
-__device__ inline void negate(A16<T> (&a)[STEPS]) {
+template <class T>
+__device__ inline void negate(A16<T>& a) {
 #pragma unroll
-  for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-    for (auto& pair : a[k].at) pair = {negative(pair.low), negative(pair.high)};
-  }
+  for (int i = 0; i < 4; ++i) a.at[i] = {negative(a.at[i].low), negative(a.at[i].high)};
 }
 
 // Writes 16 tokens of one matrix from sums, times a factor for the lane's upper row and one for its lower row.
@@ -155,14 +183,14 @@ __device__ inline void gather_statistics(Statistics<Wide<T>>* to, const Head<T>&
   }
 }
 
-// The ring: up to four slots of so many tokens, as many as `limit` bytes hold; `room` is in tokens. Where it holds all
+// The ring: up to four slots of so many tokens, as many as it may have bytes for; `room` is in tokens. Where it holds all
 // tokens its last slot is as short as they are.
 struct Ring {
   int slots, room;
   int64_t bytes;
 
-  Ring(int64_t tokens, int64_t slot_tokens, int64_t token_bytes, int64_t limit) {
-    const int64_t needed = (tokens + slot_tokens - 1) / slot_tokens, fit = limit / (slot_tokens * token_bytes);
+  Ring(int64_t tokens, int64_t slot_tokens, int64_t token_bytes) {
+    const int64_t needed = (tokens + slot_tokens - 1) / slot_tokens, fit = kRingBytes / (slot_tokens * token_bytes);
     slots = static_cast<int>(std::min(needed, std::clamp<int64_t>(fit, 2, 4)));
     room = static_cast<int>(needed == slots ? (tokens + 15) / 16 * 16 : slots * slot_tokens);
     bytes = room * token_bytes;
@@ -202,9 +230,13 @@ void for_widths(const char* op, const Tensor& qkv, const Tensor& table, const st
       if (images * count > 0) work.template operator()<T, W>(call, images * count);
       call.first += call.count;
     };
-    // Heads of 16 dims lose nothing in the kernel for 32: work goes by the dims of each head.
-    next.template operator()<32>(counts[0] + counts[1]);
-    next.template operator()<64>(counts[2]);
+    // Narrow heads lose little in a kernel for wider ones, as work goes by the dims of each head: registers.
+    if constexpr (is_half<T>) {
+      next.template operator()<32>(counts[0] + counts[1]);
+      next.template operator()<64>(counts[2]);
+    } else {
+      next.template operator()<64>(counts[0] + counts[1] + counts[2]);
+    }
     next.template operator()<128>(counts[3]);
   });
 }

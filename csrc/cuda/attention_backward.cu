@@ -28,20 +28,26 @@ __device__ inline void weigh(Sums<T> (&s)[2], Sums<T> (&dp)[2], const Statistics
   }
 }
 
-// sums += a b for fragments a of so many dims and the transpose of 16 rows of a tile.
-template <class T, int W>
-__device__ inline void times_rows(Sums<T> (&sums)[2], const A16<T> (&a)[W / 16], const Tile<T, true>& tile, int row,
-                                  int steps) {
+// sums += a b for some tokens a and the transpose of 16 rows of a tile.
+template <class T, int W, bool HELD, class Steps>
+__device__ inline void times_rows(Sums<T> (&sums)[2], const Tokens<T, W, HELD>& a, const Tile<T, true>& tile, int row,
+                                  Steps steps) {
+  const auto step = [&](int k) { multiply(sums, a[k], tile.right_turned(row, 16 * k)); };
+  if constexpr (HELD) {
 #pragma unroll
-  for (int k = 0; k < W / 16; ++k) {
-    if (k >= steps) break;
-    multiply(sums, a[k], tile.right_turned(row, 16 * k));
+    for (int k = 0; k < W / 16; ++k) {
+      if (k >= steps) break;
+      step(k);
+    }
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) step(k);
   }
 }
 // sums += a b for one fragment a and 16 rows of a tile.
-template <class T, int W>
+template <class T, int W, class Steps>
 __device__ inline void add_rows(Sums<T> (&sums)[W / 16][2], const A16<T>& a, const Tile<T, true>& tile, int row,
-                                int steps) {
+                                Steps steps) {
 #pragma unroll
   for (int n = 0; n < W / 16; ++n) {
     if (n >= steps) break;
@@ -86,12 +92,11 @@ __global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call
   bring<T, W>(keys, layout.room, head.k(), call.qkv_stride, 0, N, head.qk_width);
   commit_copies();
 
-  const int qk_steps = (head.qk_width + 15) / 16, v_steps = (head.v_width + 15) / 16;
   gather_statistics<T, W, W / 16>(statistics + first, head, first, N);
-  {
-    A16<T> k[W / 16], v[W / 16];
-    fetch<T, W>(k, head.k(), call.qkv_stride, first, N, head.qk_width);
-    fetch<T, W>(v, head.v(), call.qkv_stride, first, N, head.v_width);
+  const int lane = lane_index();
+  const auto meet_queries = [&](auto qk_steps, auto v_steps) {
+    const Tokens<T, W, true> k(head.k(), call.qkv_stride, first, N, head.qk_width);
+    const Tokens<T, W, true> v(head.v(), call.qkv_stride, first, N, head.v_width);
     Sums<T> grad_v[W / 16][2];
     for (int part = 0; part < parts; ++part) {
       copies_arrived(parts - part);
@@ -100,34 +105,42 @@ __global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call
 #pragma unroll 1
       for (int row = part * TOKENS; row < end; row += 16) {
         Sums<T> s[2], dp[2];
-        times_rows<T, W>(s, k, queries, row, qk_steps);
-        times_rows<T, W>(dp, v, grads, row, v_steps);
+        times_rows(s, k, queries, row, qk_steps);
+        times_rows(dp, v, grads, row, v_steps);
         weigh<T>(s, dp, statistics + row, call.exponent);
         add_rows<T, W>(grad_v, as_factor<T>(s), grads, row, v_steps);
-        A16<T> slope = as_factor<T>(dp);
-        const int key = first + lane_index() / 4;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        if (first + 16 > N) {
           // a key behind the last has some P, but no weight in dq
-          if (key + 8 * (i % 2) >= N) slope.at[i] = Pair<T>{};
-          store(slopes.at(key + 8 * (i % 2), row + 2 * (lane_index() % 4) + 8 * (i / 2)), slope.at[i]);
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (first + lane / 4 + 8 * (i / 2 % 2) >= N) dp[i / 4].at[i % 4] = 0;
         }
+        const A16<T> slope = as_factor<T>(dp);
+        T* const corner = slopes.at(first + lane / 4, 2 * (lane % 4)) + row;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store(corner + i % 2 * 8 * layout.pitch + i / 2 * 8, slope.at[i]);
       }
     }
-    put<T, W>(head.grad_v(), call.qkv_stride, first, N, head.v_width, grad_v, 1, 1);
-  }
+    // read again rather than kept in registers all the way
+    const Head<T> same(call, static_cast<int>(blockIdx.x));
+    put<T, W>(same.grad_v(), call.qkv_stride, first, N, same.v_width, grad_v, 1, 1);
+  };
+  with_steps<T, W>(head, meet_queries);
   copies_arrived(0);
   __syncthreads();
-  {
+
+  const Head<T> same(call, static_cast<int>(blockIdx.x));
+  const auto meet_slopes = [&](auto qk_steps, auto) {
     Sums<T> grad_k[W / 16][2];
 #pragma unroll 1
     for (int row = 0; row < N; row += 16) add_rows<T, W>(grad_k, slopes.left(first, row), queries, row, qk_steps);
-    put<T, W>(head.grad_k(), call.qkv_stride, first, N, head.qk_width, grad_k, call.scale, call.scale);
-  }
-  Sums<T> grad_q[W / 16][2];
+    put<T, W>(same.grad_k(), call.qkv_stride, first, N, same.qk_width, grad_k, call.scale, call.scale);
+    Sums<T> grad_q[W / 16][2];
 #pragma unroll 1
-  for (int row = 0; row < N; row += 16) add_rows<T, W>(grad_q, slopes.left_turned(row, first), keys, row, qk_steps);
-  put<T, W>(head.grad_q(), call.qkv_stride, first, N, head.qk_width, grad_q, call.scale, call.scale);
+    for (int row = 0; row < N; row += 16) add_rows<T, W>(grad_q, slopes.left_turned(row, first), keys, row, qk_steps);
+    put<T, W>(same.grad_q(), call.qkv_stride, first, N, same.qk_width, grad_q, call.scale, call.scale);
+  };
+  with_steps<T, W>(same, meet_slopes);
 }
 
 // Runs work(slot's first tile, its second tile, first token, number of its tokens, place in the ring) for all tokens of
@@ -166,6 +179,9 @@ __device__ inline void stream(const Call<T>& call, T* memory, int slots, int roo
 // Of blocks that stream: dq, and dk with dv; for the widest heads these are two, or their sums leave the registers.
 template <int W>
 constexpr int kKinds = W <= 64 ? 2 : 3;
+// Whether registers hold the fragments of 16 tokens of two matrices.
+template <class T, int W>
+constexpr bool kHeld = W * sizeof(T) <= 256;
 
 template <class T, int W>
 __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3 : 1)
@@ -178,9 +194,8 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
   const int qk_steps = (head.qk_width + 15) / 16, v_steps = (head.v_width + 15) / 16;
   // dk and dv, or one of them
   const auto own_keys = [&]<bool K, bool V>() {
-    A16<T> k[W / 16], v[W / 16];
-    fetch<T, W>(k, head.k(), call.qkv_stride, first, N, head.qk_width);
-    if constexpr (K) fetch<T, W>(v, head.v(), call.qkv_stride, first, N, head.v_width);
+    const Tokens<T, W, kHeld<T, W>> k(head.k(), call.qkv_stride, first, N, head.qk_width);
+    const Tokens<T, W, kHeld<T, W>> v(head.v(), call.qkv_stride, first, N, head.v_width);
     Sums<T> grad_k[W / 16][2], grad_v[W / 16][2];
     auto* const statistics = reinterpret_cast<Statistics<A>*>(memory + 2 * room * W);
     stream<T, W>(
@@ -192,8 +207,8 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
         },
         [&](const Tile<T, true>& queries, const Tile<T, true>& grads, int row, int, int place) {
           Sums<T> s[2], dp[2];
-          times_rows<T, W>(s, k, queries, row, qk_steps);
-          if constexpr (K) times_rows<T, W>(dp, v, grads, row, v_steps);
+          times_rows(s, k, queries, row, qk_steps);
+          if constexpr (K) times_rows(dp, v, grads, row, v_steps);
           weigh<T>(s, dp, statistics + place + row, call.exponent);
           if constexpr (V) add_rows<T, W>(grad_v, as_factor<T>(s), grads, row, v_steps);
           if constexpr (K) add_rows<T, W>(grad_k, as_factor<T>(dp), queries, row, qk_steps);
@@ -207,9 +222,8 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
     if (kind == 1) return own_keys.template operator()<true, false>();
     if (kind == 2) return own_keys.template operator()<false, true>();
   }
-  A16<T> q[W / 16], grad[W / 16];
-  fetch<T, W>(q, head.q(), call.qkv_stride, first, N, head.qk_width);
-  fetch<T, W>(grad, head.grad_out(), call.heads_stride, first, N, head.v_width);
+  const Tokens<T, W, kHeld<T, W>> q(head.q(), call.qkv_stride, first, N, head.qk_width);
+  const Tokens<T, W, kHeld<T, W>> grad(head.grad_out(), call.heads_stride, first, N, head.v_width);
   A top[2], inverse[2], product[2];
   products_of_rows<T, W, 1>(product, head, first, N);
 #pragma unroll
@@ -223,8 +237,8 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
       [](int, int, int) {},
       [&](const Tile<T, true>& keys, const Tile<T, true>& values, int row, int left, int) {
         Sums<T> s[2], dp[2];
-        times_rows<T, W>(s, q, keys, row, qk_steps);
-        times_rows<T, W>(dp, grad, values, row, v_steps);
+        times_rows(s, q, keys, row, qk_steps);
+        times_rows(dp, grad, values, row, v_steps);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int half = i / 2 % 2, key = 8 * (i / 4) + 2 * (lane_index() % 4) + i % 2;
@@ -257,7 +271,7 @@ void attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor
       }
     }
     const int64_t groups = (tiles + kStreamWarps - 1) / kStreamWarps;
-    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T) + sizeof(Statistics<Wide<T>>), 96 * 1024);
+    const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T) + sizeof(Statistics<Wide<T>>));
     device.launch(op, &stream_kernel<T, W>, pairs * kKinds<W> * groups, static_cast<int>((tiles + groups - 1) / groups) * WARP,
                   ring.bytes, call, static_cast<int>(groups), ring.slots, ring.room);
   });

@@ -21,6 +21,11 @@
 namespace uvc::UVC_BUILD {
 
 constexpr int WARP = 32;
+// A number that a function may be given as a type, so that loops over it unroll without a test.
+template <int N>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return N; }
+};
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 struct Bf16 {
@@ -125,7 +130,7 @@ __host__ __device__ inline bool aligned(const void* p) { return reinterpret_cast
 // The shared memory that the launch asked for.
 __device__ inline unsigned char* shared_memory() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(256) unsigned char memory[];
   return memory;
 #else
   return running->shared;
@@ -191,10 +196,7 @@ __device__ inline A sum_of_lanes(A value) {
 template <int LANES, class A>
 __device__ inline A max_of_lanes(A value) {
 #pragma unroll
-  for (int step = 1; step < LANES; step *= 2) {
-    const A other = __shfl_xor_sync(ALL_LANES, value, step);
-    value = other > value ? other : value;
-  }
+  for (int step = 1; step < LANES; step *= 2) value = fmax(value, __shfl_xor_sync(ALL_LANES, value, step));
   return value;
 }
 

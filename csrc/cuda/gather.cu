@@ -18,22 +18,22 @@ __global__ void __launch_bounds__(kTileThreads) gather_kernel(const __grid_const
     Vector<D, 8> values;
     if (piece.dim == 0) {
       const int64_t from = index[row];
-      const S* place = source + from * piece.stride + column;
+      const int64_t place = from * piece.stride + column;
       if (from >= 0 && read_eights && count == 8) {
-        const Vector<S, 8> read = load<Vector<S, 8>>(place);
+        const Vector<S, 8> read = load<Vector<S, 8>>(source + place);
 #pragma unroll
         for (int i = 0; i < 8; ++i) values.at[i] = narrow<D>(static_cast<Wide<D>>(widen(read.at[i])));
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          values.at[i] = narrow<D>(from >= 0 && i < count ? static_cast<Wide<D>>(widen(place[i])) : 0);
+          values.at[i] = narrow<D>(from >= 0 && i < count ? static_cast<Wide<D>>(widen(source[place + i])) : 0);
       }
     } else {
-      const S* place = source + row * piece.stride;
+      const int64_t place = row * piece.stride;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int32_t from = i < count ? index[column + i] : -1;
-        values.at[i] = narrow<D>(from >= 0 ? static_cast<Wide<D>>(widen(place[from])) : 0);
+        values.at[i] = narrow<D>(from >= 0 ? static_cast<Wide<D>>(widen(source[place + from])) : 0);
       }
     }
     D* place = out + static_cast<int64_t>(row) * piece.columns + column;
@@ -83,11 +83,8 @@ void gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vecto
           at + ": out must have the shape of source with one row or column per int32 index");
     for (int64_t d = 0; d < source.dim(); ++d)
       check(source.size(d) <= INT32_MAX && out.size(d) <= INT32_MAX, at + " has more than 2^31 rows or columns");
-    const ScalarType s = source.scalar_type(), d = out.scalar_type();
-    const bool halves = (s == ScalarType::BFloat16 && d == ScalarType::Half) ||
-                        (s == ScalarType::Half && d == ScalarType::BFloat16);
-    const bool double_and_other = (s == ScalarType::Double) != (d == ScalarType::Double);
-    check(!halves && !double_and_other, at + ": casts are from or to float32");
+    const bool from_wide = source.scalar_type() == ScalarType::Double, to_wide = out.scalar_type() == ScalarType::Double;
+    check(from_wide == to_wide, at + ": float64 is not cast");
   }
   run<float, float>(device, sources, indices, dims, outs);
   run<float, Bf16>(device, sources, indices, dims, outs);
@@ -96,6 +93,8 @@ void gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vecto
   run<Fp16, float>(device, sources, indices, dims, outs);
   run<Bf16, Bf16>(device, sources, indices, dims, outs);
   run<Fp16, Fp16>(device, sources, indices, dims, outs);
+  run<Bf16, Fp16>(device, sources, indices, dims, outs);
+  run<Fp16, Bf16>(device, sources, indices, dims, outs);
   run<double, double>(device, sources, indices, dims, outs);
 }
 

@@ -123,10 +123,7 @@ struct Tile {
   int pitch;
 
   __device__ T* piece(int row, int index) const {
-    if constexpr (SWIZZLE) {
-      const int pieces = pitch / PIECE, spread = pieces < 8 ? pieces : 8;
-      index ^= row / (8 / spread) % spread;
-    }
+    if constexpr (SWIZZLE) index ^= fold(row);
     return rows + row * pitch + index * PIECE;
   }
   __device__ T* at(int row, int column) const { return piece(row, column / PIECE) + column % PIECE; }
@@ -136,7 +133,7 @@ struct Tile {
     const int lane = lane_index();
     A16<T> out;
     if constexpr (kMatrixLoads) {
-      load_matrices<false>(piece(row + lane % 16, column / PIECE + lane / 16), out);
+      load_matrices<false>(place(lane % 16, lane / 16, row, column), out);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -149,7 +146,7 @@ struct Tile {
     const int lane = lane_index();
     A16<T> out;
     if constexpr (kMatrixLoads) {
-      load_matrices<true>(piece(row + lane % 8 + lane / 16 * 8, column / PIECE + lane / 8 % 2), out);
+      load_matrices<true>(place(lane % 8 + lane / 16 * 8, lane / 8 % 2, row, column), out);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -164,7 +161,7 @@ struct Tile {
     const int lane = lane_index();
     B16<T> out;
     if constexpr (kMatrixLoads) {
-      load_matrices<true>(piece(row + lane % 16, column / PIECE + lane / 16), out);
+      load_matrices<true>(place(lane % 16, lane / 16, row, column), out);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -179,7 +176,7 @@ struct Tile {
     const int lane = lane_index();
     B16<T> out;
     if constexpr (kMatrixLoads) {
-      load_matrices<false>(piece(row + lane % 8 + lane / 16 * 8, column / PIECE + lane / 8 % 2), out);
+      load_matrices<false>(place(lane % 8 + lane / 16 * 8, lane / 8 % 2, row, column), out);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -189,12 +186,28 @@ struct Tile {
   }
 
  private:
+  // What `piece` says of a lane's row and piece of the block at (row, column), both multiples of 16, in the order of
+  // computation that leaves one addition per row and one exclusive or per column: tiles start at a multiple of a row.
+  __device__ uint32_t place(int lane_row, int lane_piece, int row, int column) const {
+#ifdef __CUDACC__
+    constexpr int SIZE = static_cast<int>(sizeof(T));
+    const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
+    if constexpr (SWIZZLE) lane_piece ^= fold(lane_row);
+    const uint32_t corner = start + (lane_row * pitch + lane_piece * PIECE) * SIZE + row * pitch * SIZE;
+    return SWIZZLE ? corner ^ (column * SIZE) : corner + column * SIZE;
+#else
+    return 0;
+#endif
+  }
+  __device__ int fold(int row) const {
+    const int pieces = pitch / PIECE, spread = pieces < 8 ? pieces : 8;
+    return row / (8 / spread) % spread;
+  }
   // Lane 8 m + i gives the place of row i of matrix m [8, 8].
   template <bool TURNED, class F>
-  __device__ static void load_matrices(const T* place, F& out) {
+  __device__ static void load_matrices(uint32_t from, F& out) {
 #ifdef __CUDACC__
     auto* word = reinterpret_cast<uint32_t*>(&out);
-    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(place));
     if constexpr (TURNED)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                    : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])

@@ -1,4 +1,4 @@
-// The small kernels as one unit: most of the time that each would take to compile is that of the headers.
+// The small kernels as one unit.
 #include "cuda/activate.cu"
 #include "cuda/gather.cu"
 #include "cuda/group_scores.cu"

@@ -18,32 +18,36 @@ from .pieces import Pieces, Provider, bias_gradient, given, multiply
 
 X, WEIGHT, BIAS, PROJ, PROJ_BIAS = (1 << i for i in range(5))
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor proj, Tensor? proj_bias"
-_KEPT = "Tensor table, Tensor marks16, Tensor marks32, Tensor marks64, Tensor marks128, float scale"
+_KEPT = (
+    "Tensor table, Tensor marks16, Tensor marks32, Tensor marks64, Tensor marks128, float scale, "
+    "bool recompute"
+)
 _SAVED = "Tensor qkv, Tensor heads, Tensor top, Tensor inverse"
 
 
 def _attend(pieces: Pieces, x, weight, bias, proj, proj_bias, table, *rest):
-    *marks, scale = rest
+    *marks, scale, recompute = rest
     counts = counts_of(marks)
     if sum(counts) != table.shape[0]:
         raise ValueError(
             f"attention: a head of more than {WIDTHS[-1]} dims needs the backend cpu or reference"
         )
-    out, qkv, heads, top, inverse = _fake(x, weight, bias, proj, proj_bias, table, *rest)
-    M = qkv.shape[0]
+    out, _, heads, top, inverse = _fake(x, weight, bias, proj, proj_bias, table, *rest)
+    M = heads.shape[0]
     qkv = multiply(x.reshape(M, x.shape[2]), weight.t(), bias)
     if heads.numel():
         pieces.attention_core(qkv, table, counts, x.shape[1], scale, heads, top, inverse)
     out = multiply(heads, proj.t(), proj_bias).view(out.shape)
-    return out, qkv, heads, top, inverse
+    return out, qkv.new_empty(0) if recompute else qkv, heads, top, inverse
 
 
 def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, table, *rest):
-    *marks, scale, qkv, heads, top, inverse, needs = rest
-    M = qkv.shape[0]
+    *marks, scale, recompute, qkv, heads, top, inverse, needs = rest
+    M = heads.shape[0]
     grad, rows = grad.reshape(M, proj.shape[0]), x.reshape(M, x.shape[2])
     grad_x = grad_weight = grad_bias = None
     if needs & (X | WEIGHT | BIAS):
+        qkv = multiply(rows, weight.t(), bias) if recompute else qkv
         grad_qkv = torch.empty_like(qkv)
         if heads.numel():
             pieces.attention_core_backward(
@@ -60,8 +64,8 @@ def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, tab
 def _fake(x, weight, bias, proj, proj_bias, table, *rest):
     M, h = x.shape[0] * x.shape[1], table.shape[0]
     top, inverse = (x.new_empty(h, M, dtype=_dispatch.statistics_dtype(x.dtype)) for _ in range(2))
-    out = x.new_empty(*x.shape[:2], proj.shape[0])
-    return out, x.new_empty(M, weight.shape[0]), x.new_empty(M, proj.shape[1]), top, inverse
+    out, heads = x.new_empty(*x.shape[:2], proj.shape[0]), x.new_empty(M, proj.shape[1])
+    return out, x.new_empty((0,) if rest[-1] else (M, weight.shape[0])), heads, top, inverse
 
 
 def _fake_backward(grad, x, weight, bias, proj, proj_bias, *rest):
@@ -69,9 +73,11 @@ def _fake_backward(grad, x, weight, bias, proj, proj_bias, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.recompute = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def define(provider: Provider) -> dict[str, Callable]:
@@ -87,11 +93,13 @@ def define(provider: Provider) -> dict[str, Callable]:
     attend, attend_backward = provider.op("attend"), provider.op("attend_backward")
 
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 12
         _dispatch.forbid_double_backward("attention")
         needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
         tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-        grads = attend_backward(grad, *tensors, ctx.scale, *saved, needs)
-        return *_dispatch.asked_for(grads, needs), *[None] * 6
+        grads = attend_backward(grad, *tensors, ctx.scale, ctx.recompute, *saved, needs)
+        return *_dispatch.asked_for(grads, needs), *[None] * 7
 
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 
@@ -104,9 +112,10 @@ def define(provider: Provider) -> dict[str, Callable]:
         kept: KeptHeads,
         scale: float,
         packed: Sequence[Tensor | None] | None,
+        recompute: bool,
     ) -> Tensor:
         if packed is None:
             packed = gather(*attention_packing(qkv_weight, qkv_bias, proj_weight, kept), x.dtype)
-        return attend(x, *packed, proj_bias, kept.table, *kept[-4:], scale)[0]
+        return attend(x, *packed, proj_bias, kept.table, *kept[-4:], scale, recompute)[0]
 
     return {"attention": run}

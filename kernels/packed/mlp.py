@@ -23,25 +23,44 @@ _TENSORS = (
 )
 
 
-def _mlp(pieces: Pieces, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation):
+def _mlp(pieces: Pieces, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute):
     M = x.shape[:-1].numel()
-    rows = x.reshape(M, x.shape[-1])
-    u = multiply(rows, weight1.t(), bias1)
-    g = None if gate is None else multiply(rows, gate.t(), gate_bias)
+    u, g = _hidden(x.reshape(M, x.shape[-1]), weight1, bias1, gate, gate_bias)
     a = torch.empty_like(u)
     if a.numel():
         pieces.activate(u, g, activation, a)
     out = multiply(a, weight2.t(), bias2).view(*x.shape[:-1], weight2.shape[0])
-    return out, u, x.new_empty(0) if g is None else g
+    nothing = x.new_empty(0)
+    return out, nothing if recompute else u, nothing if recompute or g is None else g
+
+
+def _hidden(rows, weight1, bias1, gate, gate_bias):
+    g = None if gate is None else multiply(rows, gate.t(), gate_bias)
+    return multiply(rows, weight1.t(), bias1), g
 
 
 def _mlp_backward(
-    pieces: Pieces, grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, u, g, needs
+    pieces: Pieces,
+    grad,
+    x,
+    weight1,
+    bias1,
+    gate,
+    gate_bias,
+    weight2,
+    bias2,
+    activation,
+    recompute,
+    u,
+    g,
+    needs,
 ):
     M = x.shape[:-1].numel()
     grad, rows = grad.reshape(M, weight2.shape[0]), x.reshape(M, x.shape[-1])
     grad_x = grad_weight1 = grad_bias1 = grad_gate = grad_gate_bias = grad_weight2 = None
     if needs & ~BIAS2:
+        if recompute:
+            u, g = _hidden(rows, weight1, bias1, gate, gate_bias)
         a, grad_u = torch.empty_like(u), torch.empty_like(u)
         g, grad_g = (None, None) if gate is None else (g, torch.empty_like(g))
         if a.numel():
@@ -59,30 +78,37 @@ def _mlp_backward(
     return given(grads, x)
 
 
-def _fake(x, weight1, bias1, gate, gate_bias, weight2, bias2, activation):
-    u = x.new_empty(x.shape[:-1].numel(), weight1.shape[0])
+def _fake(x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute):
+    shape = (0,) if recompute else (x.shape[:-1].numel(), weight1.shape[0])
     out = x.new_empty(*x.shape[:-1], weight2.shape[0])
-    return out, u, x.new_empty(0) if gate is None else torch.empty_like(u)
+    return out, x.new_empty(shape), x.new_empty((0,) if gate is None else shape)
 
 
-def _fake_backward(grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, u, g, needs):
+def _fake_backward(
+    grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute, u, g, needs
+):
     return _dispatch.empty_gradients((x, weight1, bias1, gate, gate_bias, weight2, bias2), needs)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
+    *tensors, ctx.activation, ctx.recompute = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros as large as what is saved.
+    ctx.set_materialize_grads(False)
 
 
 def define(provider: Provider) -> dict[str, Callable]:
     """The ops of this provider."""
     name = provider.define(
-        "packed_mlp", f"({_TENSORS}, str activation) -> (Tensor out, Tensor u, Tensor g)", _mlp, _fake
+        "packed_mlp",
+        f"({_TENSORS}, str activation, bool recompute) -> (Tensor out, Tensor u, Tensor g)",
+        _mlp,
+        _fake,
     )
     provider.define(
         "packed_mlp_backward",
-        f"(Tensor grad, {_TENSORS}, str activation, Tensor u, Tensor g, int needs) "
+        f"(Tensor grad, {_TENSORS}, str activation, bool recompute, Tensor u, Tensor g, int needs) "
         "-> (Tensor x, Tensor weight1, Tensor bias1, Tensor gate, Tensor gate_bias, Tensor weight2, "
         "Tensor bias2)",
         _mlp_backward,
@@ -91,11 +117,13 @@ def define(provider: Provider) -> dict[str, Callable]:
     packed_mlp, packed_mlp_backward = provider.op("packed_mlp"), provider.op("packed_mlp_backward")
 
     def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 9
         _dispatch.forbid_double_backward("mlp")
         needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
         tensors, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        grads = packed_mlp_backward(grad, *tensors, ctx.activation, *saved, needs)
-        return *_dispatch.asked_for(grads, needs), None
+        grads = packed_mlp_backward(grad, *tensors, ctx.activation, ctx.recompute, *saved, needs)
+        return *_dispatch.asked_for(grads, needs), None, None
 
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 
@@ -110,11 +138,12 @@ def define(provider: Provider) -> dict[str, Callable]:
         gate_weight: Tensor | None,
         gate_bias: Tensor | None,
         packed: Sequence[Tensor | None] | None,
+        recompute: bool,
     ) -> Tensor:
         if packed is None:
             packed = gather(
                 *mlp_packing(fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, kept), x.dtype
             )
-        return packed_mlp(x, *packed, fc2_bias, activation)[0]
+        return packed_mlp(x, *packed, fc2_bias, activation, recompute)[0]
 
     return {"mlp": run}

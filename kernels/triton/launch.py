@@ -1,7 +1,7 @@
 """What every Triton file shares: element types, rounding, descriptors on the device, gate cases."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,17 @@ def eights(n):
 _captured: list[Tensor] = []
 
 
+@triton.jit
+def dot(a, b, MODE: tl.constexpr):
+    # MODE = accumulator type, precision of float32 products, and perhaps more.
+    # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers. And its sums depend
+    # on the shapes of tiles, where a GPU adds up each number in the order of k: the backward pass wants to
+    # compute the very scores of the forward pass again. Summed in float64, they are the same.
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(MODE[0])
+    return tl.dot(a, b, input_precision=MODE[1], out_dtype=MODE[0])
+
+
 class Case(NamedTuple):
     """One configuration that a launcher can choose: what the compile gate compiles."""
 
@@ -50,6 +61,8 @@ class Case(NamedTuple):
     constants: dict[str, object]
     options: dict[bool, dict[str, int]] | None = None  # of NVIDIA (False) and of AMD (True)
     tensor_cores: bool = False  # whether it multiplies 16-bit tiles
+    targets: tuple[str, ...] = ()  # where it is chosen at all; everywhere when empty
+    scattered: bool = False  # whether it reads single 16-bit numbers on purpose
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:
@@ -60,6 +73,18 @@ def wide(dtype: torch.dtype) -> tl.dtype:
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: as the user lets torch multiply float32 matrices."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def register(
+    name: str, schema: str, run: Callable, fake: Callable, autograd: tuple[Callable, Callable] | None = None
+) -> None:
+    """Make `run` the op `uvc_kernels::name`; autograd: its backward and what sets up the context."""
+    name = f"uvc_kernels::{name}"
+    torch.library.define(name, schema)
+    torch.library.impl(name, "cpu" if INTERPRETED.value else "cuda")(run)
+    torch.library.register_fake(name, fake)
+    if autograd is not None:
+        torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
 
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

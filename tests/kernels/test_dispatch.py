@@ -17,7 +17,7 @@ OPS = ("attention", "mlp", "group_scores", "prox_shrink")
 @pytest.mark.parametrize("op", OPS)
 def test_the_cpu_kernels_serve_float_tensors_on_the_cpu(op, monkeypatch):
     monkeypatch.delenv("UVC_BACKEND", raising=False)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert uvc_kernels.select(op, CPU, dtype) == "cpu"
 
 
@@ -55,7 +55,7 @@ def test_an_unknown_backend_is_one_line_that_lists_the_names(how, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "reason"),
     [
-        ("cpu", "cpu", torch.float16, "not torch.float16"),
+        ("cpu", "cpu", torch.complex64, "not torch.complex64"),
         ("cpu", "meta", torch.float32, "not on meta"),
     ],
 )
@@ -67,14 +67,15 @@ def test_a_forced_backend_that_cannot_serve_says_why(name, device, dtype, reason
 def test_a_dtype_without_kernel_runs_on_plain_torch_and_says_so_once(monkeypatch):
     monkeypatch.delenv("UVC_BACKEND", raising=False)
     monkeypatch.setattr(_dispatch, "_warned", set())
-    x = torch.randn(2, 3).half()
-    weight, kept = torch.randn(5, 3).half(), uvc_kernels.kept_neurons(torch.arange(5) % 4 == 0)
-    with pytest.warns(RuntimeWarning, match=r"uvc_kernels.mlp runs on plain PyTorch for torch.float16"):
-        out = uvc_kernels.mlp(x, weight, None, weight.t(), None, kept)
-    assert out.dtype == torch.float16
+    a = torch.randn(2, 3, dtype=torch.complex64)
+    with pytest.warns(
+        RuntimeWarning, match="uvc_kernels.group_scores runs on plain PyTorch for torch.complex"
+    ):
+        scores = uvc_kernels.group_scores([a], [a], [0])
+    torch.testing.assert_close(scores, (a * a).sum(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        uvc_kernels.mlp(x, weight, None, weight.t(), None, kept)
+        uvc_kernels.group_scores([a], [a], [0])
 
 
 def test_a_missing_extension_is_said_once_and_everything_still_runs(monkeypatch):

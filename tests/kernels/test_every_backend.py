@@ -27,29 +27,29 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "reference": (torch.float32,)}
 TOKENS, HEADS, NEURONS = (1, 17, 50, 63, 196, 197, 198, 577), (1, 3, 6, 12, 16), (0, 1, 7, 100, 1536)
 
 
-def each_backend():
-    """(backend, dtype), each skipped with its reason where it cannot run."""
-    for backend, device in BACKENDS.items():
-        for dtype in DTYPES.get(backend, (torch.float32, *HALF)):
-            marks = []
-            if device == "cuda" and not GPU:
-                marks.append(pytest.mark.skip(reason="no GPU"))
-            if backend == "triton" and on_triton is None:
-                marks.append(pytest.mark.skip(reason="Triton is not installed"))
-            yield pytest.param(
-                backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}", marks=marks
-            )
+def case(backend, dtype, *size, slow=False):
+    """One test's parameters, skipped with its reason where it cannot run."""
+    marks = [pytest.mark.slow] if slow else []
+    if BACKENDS[backend] == "cuda" and not GPU:
+        marks.append(pytest.mark.skip(reason="no GPU"))
+    if backend == "triton" and on_triton is None:
+        marks.append(pytest.mark.skip(reason="Triton is not installed"))
+    words = (backend, str(dtype).removeprefix("torch."), *map(str, size))
+    return pytest.param(backend, dtype, *([size] if size else ()), id="-".join(words), marks=marks)
 
 
-every_backend = pytest.mark.parametrize(("backend", "dtype"), each_backend())
-
-
-def sizes(quick, all_of):
-    """Sizes of the default run, and the others marked slow."""
-    return [
-        pytest.param(size, id="-".join(map(str, size)), marks=() if size in quick else pytest.mark.slow)
-        for size in all_of
-    ]
+def on_every_backend(quick=None, interpreted=None, all_of=None):
+    """Parametrizes (backend, dtype) and, with sizes, size: the `quick` ones, `interpreted` in Triton's slow
+    interpreter; the others of `all_of` are marked slow.
+    """
+    pairs = [(b, d) for b in BACKENDS for d in DTYPES.get(b, (torch.float32, *HALF))]
+    if quick is None:
+        return pytest.mark.parametrize(("backend", "dtype"), [case(*pair) for pair in pairs])
+    cases = []
+    for backend, dtype in pairs:
+        chosen = interpreted if backend == "triton" and not GPU else quick
+        cases += [case(backend, dtype, *size, slow=size not in chosen) for size in all_of]
+    return pytest.mark.parametrize(("backend", "dtype", "size"), cases)
 
 
 def numbers(*shapes, device="cpu"):
@@ -77,8 +77,7 @@ def attention_case(tokens, heads, device, width=40, dims=64):
 quick_attention = [(t, 3) for t in TOKENS if t < 577] + [(17, h) for h in HEADS]
 
 
-@every_backend
-@pytest.mark.parametrize("size", sizes(quick_attention, [(t, h) for t in TOKENS for h in HEADS]))
+@on_every_backend(quick_attention, [(1, 1), (17, 3), (197, 1)], [(t, h) for t in TOKENS for h in HEADS])
 def test_attention_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size):
     tensors, kept = attention_case(*size, BACKENDS[backend])
     accuracy.check(lambda *t: uvc_kernels.attention(*t, kept, 0.125), tensors, dtype, backend)
@@ -93,21 +92,17 @@ def mlp_case(neurons, tokens, gated, device, width=40):
     return numbers(*shapes, device=device), lambda *t: uvc_kernels.mlp(*t[:5], kept, activation, *t[5:])
 
 
-@every_backend
+quick_mlp = [(n, 17) for n in NEURONS] + [(100, t) for t in (1, 63, 197)]
+
+
+@on_every_backend(quick_mlp, [(0, 17), (7, 17), (100, 17)], [(n, t) for n in NEURONS for t in TOKENS])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize(
-    "size",
-    sizes(
-        [(n, 17) for n in NEURONS] + [(100, t) for t in (1, 63, 197)],
-        [(n, t) for n in NEURONS for t in TOKENS],
-    ),
-)
 def test_mlp_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size, gated):
     tensors, mlp = mlp_case(*size, gated, BACKENDS[backend])
     accuracy.check(mlp, tensors, dtype, backend)
 
 
-@every_backend
+@on_every_backend()
 @pytest.mark.parametrize("to", [None, torch.bfloat16, torch.float32], ids=["same", "bfloat16", "float32"])
 def test_gather_and_its_gradient_are_exact(backend, dtype, to):
     device = BACKENDS[backend]
@@ -124,7 +119,7 @@ def test_gather_and_its_gradient_are_exact(backend, dtype, to):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-@every_backend
+@on_every_backend()
 def test_gather_spreads_to_what_is_asked_for_only(backend, dtype):
     device = BACKENDS[backend]
     kept = uvc_kernels.kept_neurons(torch.arange(20) < 9, device)
@@ -149,7 +144,7 @@ SOLVER_SHAPES = [
 ]
 
 
-@every_backend
+@on_every_backend()
 def test_scores_of_all_layers_are_exact_sums(backend, dtype):
     device = BACKENDS[backend]
     shapes, dims = [s for s, _ in SOLVER_SHAPES], [d for _, d in SOLVER_SHAPES]
@@ -162,7 +157,7 @@ def test_scores_of_all_layers_are_exact_sums(backend, dtype):
     assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-@every_backend
+@on_every_backend()
 def test_shrinking_all_layers_multiplies_snaps_and_leaves_alone(backend, dtype):
     device = BACKENDS[backend]
     shapes, dims = [s for s, _ in SOLVER_SHAPES], [d for _, d in SOLVER_SHAPES]
@@ -180,15 +175,15 @@ def test_shrinking_all_layers_multiplies_snaps_and_leaves_alone(backend, dtype):
         assert torch.equal(found == 0, expected == 0)
 
 
-@every_backend
-def test_two_hundred_repeats_are_bit_equal(backend, dtype):
-    device = BACKENDS[backend]
+@on_every_backend([(200,)], [(10,)], [(10,), (200,)])
+def test_repeats_are_bit_equal(backend, dtype, size):
+    device, (repeats,) = BACKENDS[backend], size
     tensors, kept = attention_case(17, 2, device, width=16, dims=16)
     neurons, mlp = mlp_case(7, 17, True, device, width=16)
     tensors, neurons = ([t.to(dtype) for t in given] for given in (tensors, neurons))
     first = None
     with uvc_kernels.backend(backend):
-        for _ in range(200):
+        for _ in range(repeats):
             results = accuracy.with_gradients(lambda *t: uvc_kernels.attention(*t, kept, 0.25), tensors)
             results += accuracy.with_gradients(mlp, neurons)
             first = first or results

@@ -26,8 +26,17 @@ def run(kept, activation="gelu"):
     return lambda *tensors: uvc_kernels.mlp(*tensors[:5], kept, activation, *tensors[5:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 7, 100, 1536])
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(count, torch.float32) for count in (0, 7, 100)]
+    + [(1, torch.float16), (1536, torch.bfloat16)]
+    + [
+        pytest.param(count, dtype, marks=pytest.mark.slow)
+        for count in (0, 1, 7, 100, 1536)
+        for dtype in DTYPES
+    ],
+    ids=str,
+)
 def test_any_number_of_neurons_is_as_exact_as_plain_torch(count, dtype):
     hidden = max(110, count)
     check(run(keep(count, hidden)), inputs(hidden), dtype)
@@ -100,12 +109,12 @@ def test_opcheck_passes(kind):
     )
     given = (x, weight1, bias1, *(gate or (None, None)), weight2, bias2)
     leaves = [None if t is None else t.requires_grad_() for t in given]
-    torch.library.opcheck(op, (*leaves, "silu"))
+    torch.library.opcheck(op, (*leaves, "silu", False))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, "silu")
+    out, *saved = op(*detached, "silu", False)
     there = sum(1 << i for i, t in enumerate(detached) if t is not None)
     for needs in (there, there & 0b0100001):
-        torch.library.opcheck(backward, (torch.ones_like(out), *detached, "silu", *saved, needs))
+        torch.library.opcheck(backward, (torch.ones_like(out), *detached, "silu", False, *saved, needs))
 
 
 @interpreted

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
+import uvc_kernels
 from oracle import MODELS, TOLERANCE, absent, error, gradients, small_vit, structures
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
@@ -331,3 +332,26 @@ def test_torch_compile_gives_the_same_outputs_and_gradients(kind):
     assert error(out, expected) < 1e-5
     truth, found = gradients(model, expected), gradients(model, torch.compile(model, backend="aot_eager")(x))
     assert all(error(found[name], truth[name], 1e-3) < 1e-4 for name in truth)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda-host"])
+def test_recomputing_the_first_products_saves_less_and_changes_nothing(backend):
+    model, x = small_vit(), torch.randn(X)
+    uvc.apply_structure(model, Structure.random(model, 0.7, seed=3))
+    results, saved = [], []
+    for on in (False, True):
+        uvc.layers.set_recompute(model, on)
+        model.zero_grad()
+        sizes = {}
+
+        def note(t, sizes=sizes):
+            sizes[t.untyped_storage().data_ptr()] = t.numel()
+            return t
+
+        with uvc_kernels.backend(backend), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = model(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+        saved.append(sum(sizes.values()))
+    assert saved[1] < 0.9 * saved[0]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

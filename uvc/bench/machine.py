@@ -35,7 +35,7 @@ def slug(name: str) -> str:
 @cache
 def commit() -> str:
     """The short commit of the source tree, with a + when tracked files differ from it; else 'unknown'."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)

@@ -63,7 +63,7 @@ class Round:
         device: where they run.
         inputs: among how many inputs the calls rotate; a graph replays one call for each.
         clock: seconds, for the CPU.
-        replay: whether short calls may be captured in a graph.
+        replay: whether short calls may be captured in a graph; not on the default stream.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Round:
         torch.cuda.synchronize(self.device)
         whole = 1e3 * (time.perf_counter() - start) / self.inputs
         # The device was waiting for the host: what was timed is the launches.
-        if replay and host > 0.5 * whole:
+        if replay and host > 0.5 * whole and _on_side_stream(self.device):
             try:
                 graph = self._capture(call)
             except RuntimeError as error:
@@ -132,14 +132,8 @@ class Round:
         return lambda: self._events(lambda: call(next(calls)), turns, host * turns), "events"
 
     def _capture(self, call: Call) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for i in range(2 * self.inputs):
-                call(i)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
+        # Backward passes run on the stream of their forward pass, so that must be the one that is captured.
+        stream, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for i in range(self.inputs):
                 call(i)
@@ -156,3 +150,8 @@ class Round:
         end.record()
         torch.cuda.synchronize(self.device)
         return begin.elapsed_time(end) / turns
+
+
+def _on_side_stream(device: torch.device) -> bool:
+    """The default stream cannot be captured: whoever wants graphs sets another one first."""
+    return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)

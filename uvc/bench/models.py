@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uvc.bench.layer_ways import backends
 from uvc.bench.steps import Step, images_and_labels, inference, precision, searching, training
-from uvc.bench.ways import PRUNED, Built, Left, build, gate
+from uvc.bench.ways import PRUNED, Built, Left, build, fault_of, gate
 from uvc.bench.work import Work, model_work
 
 PHASES = ("inference", "training")
@@ -67,6 +67,9 @@ def models(
         else:
             step = training(b.model, x, y, dtype)
         steps[way] = forced(step, chosen[way]) if way in chosen else step
+    if "compiled" in steps and (fault := fault_of(lambda: steps["compiled"](0))):
+        del steps["compiled"], built["compiled"]
+        left.append(Left("compiled", fault))
     works = {way: work(b, dtype, training_phase) for way, b in built.items()}
     return Models(steps, works, chosen, left, error)
 
@@ -90,16 +93,16 @@ def work(built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
 
 
 def agree(pruned: dict[str, nn.Module], x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
-    """The worst relative difference of the pruned ways in logits and in the gradient of the first layer."""
+    """The worst relative difference of the pruned ways in logits and in the gradient of the first norm."""
     if len(pruned) < 2:
         return float("nan")
     # Some images say as much as all of them.
     x, y = x[:8], y[:8]
     logits, gradients = {}, {}
     for way, model in pruned.items():
-        weight = model.patch_embed.proj.weight
+        weight = model.blocks[0].norm1.weight
         with precision(x, dtype):
             out = model.eval()(x).float()
         (gradients[way],) = torch.autograd.grad(F.cross_entropy(out, y), [weight])
         logits[way] = out.detach()
-    return max(gate(logits, dtype, "logits"), gate(gradients, dtype, "the gradient of the first layer"))
+    return max(gate(logits, dtype, "logits"), gate(gradients, dtype, "the gradient of the first norm"))

@@ -23,6 +23,7 @@ from uvc.bench.measure import Timing, ratio
 from uvc.bench.rows import Row, labelled, latest
 
 WARM_UPS = 2
+TOO_NOISY = 0.2  # a band this wide says that the machine was busy, not that nothing changed
 
 
 class Comparison(NamedTuple):
@@ -41,7 +42,7 @@ class Comparison(NamedTuple):
 
     def __str__(self) -> str:
         change = self.now / self.before - 1
-        verdict = "SLOWER" if self.slower else "ok"
+        verdict = "SLOWER" if self.slower else "noisy" if self.band > TOO_NOISY else "ok"
         return (
             f"{verdict:7} {self.name}: {self.before:.3f} -> {self.now:.3f} {self.unit} ({change:+.1%}, "
             f"band ±{self.band:.1%})"
@@ -87,7 +88,7 @@ def against_ref(
     ValueError when this is no git checkout or has no such commit; RuntimeError when the sources there cannot
     be built or run.
     """
-    root = Path(uvc.__file__).parents[1]
+    root = Path(uvc.__file__).resolve().parents[1]
     whole = timm.create_model(model)
     settings = {
         "model": model,

@@ -190,10 +190,10 @@ def _row(path: Path, line: int, record: Mapping[str, str]) -> Row:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The last row of each key, in the order in which the keys first appeared."""
+    """The last row of each device and key, in the order in which they first appeared."""
     last: dict[tuple, Row] = {}
     for row in rows:
-        last[row.key] = row
+        last[row.device, row.key] = row
     return list(last.values())
 
 

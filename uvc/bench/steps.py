@@ -20,7 +20,7 @@ Step = Callable[[int], object]
 
 def images_and_labels(model: nn.Module, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Random images of the model's own input size and random labels."""
-    shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    shape = (batch, model.in_chans, *model.patch_embed.img_size)
     return torch.randn(shape, device=device), torch.randint(model.num_classes, (batch,), device=device)
 
 

@@ -11,7 +11,7 @@ torch_pruning  dense widths cut by the package torch-pruning to about the same c
 """
 
 import copy
-import sys
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,8 +58,8 @@ def build(
     """The models of `ways` on `device`, and what was left out; `dense` replaces timm's model of that name."""
     torch.manual_seed(seed)
     dense = (timm.create_model(name) if dense is None else dense).to(device)
-    shape = shape_of(dense, batch)
     structure = uvc.Structure.random(dense, keep, seed)
+    shape = shape_of(dense, batch)
     kept = tuple(kept_of(block) for block in structure.blocks)
     whole = (everything(shape),) * len(kept)
     fly = uvc.apply_structure(copy.deepcopy(dense), structure)
@@ -85,6 +85,15 @@ def build(
     return built, left
 
 
+def fault_of(run: Callable[[], object]) -> str | None:
+    """None when `run` runs, else why not, in one line: a compiler may raise anything."""
+    try:
+        run()
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """An error as one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
@@ -92,10 +101,13 @@ def first_line(error: BaseException) -> str:
 
 def compiled(model: nn.Module) -> nn.Module:
     """`model` with each block under torch.compile: one code serves all, in a fraction of the time."""
-    if sys.platform == "linux" and next(model.parameters()).device.type == "cpu":
+    # Raise now what inductor would raise in the middle of a measurement.
+    if next(model.parameters()).device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
-        get_cpp_compiler()  # raises what inductor would raise later, in the middle of a measurement
+        get_cpp_compiler()
+    elif importlib.util.find_spec("triton") is None:
+        raise RuntimeError("torch.compile needs triton on a GPU, and it is not installed")
     # The gradients of one forward pass are asked for again and again where single layers are timed.
     import torch._functorch.config
 
@@ -207,7 +219,7 @@ def _torch_pruning(dense: nn.Module, keep: float, batch: int) -> Built:
     if keep < 1:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
-        image = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device=device)
+        image = torch.randn(1, model.in_chans, *model.patch_embed.img_size, device=device)
         # The residual stream keeps its width, as in every other way here.
         stream = [module for name, module in model.named_modules() if name in ("patch_embed.proj", "head")]
         stream += [part for block in model.blocks for part in (block.attn.proj, block.mlp.fc2)]
@@ -227,7 +239,9 @@ def _torch_pruning(dense: nn.Module, keep: float, batch: int) -> Built:
             attn.num_heads = pruner.num_heads[attn.qkv]
             attn.head_dim = attn.qkv.out_features // (3 * attn.num_heads)
             attn.attn_dim = attn.num_heads * attn.head_dim
-    shape = shape_of(model, batch)
+    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    smaller = {"heads": attn.num_heads, "head_dim": attn.head_dim, "hidden": mlp.fc1.out_features}
+    shape = shape_of(dense, batch)._replace(**smaller)
     return Built(model, shape, (everything(shape),) * len(model.blocks), False)
 
 
@@ -239,7 +253,6 @@ def gate(outputs: dict[str, Tensor], dtype: torch.dtype, what: str) -> float:
         error = float((a - b).norm() / b.norm().clamp_min(1e-30))
         worst = max(worst, error)
         if not error <= TOLERANCE[dtype]:
-            raise RuntimeError(
-                f"{what}: {way} and {first} disagree by {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
-            )
+            allowed = f"allowed {TOLERANCE[dtype]:.0e}"
+            raise RuntimeError(f"{what}: {way} and {first} disagree by {error:.1e}, {allowed}")
     return worst

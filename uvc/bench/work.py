@@ -16,13 +16,14 @@ B batch, N tokens, M = B*N, D width, H heads, K head dim, A = H*K. The backward 
 every product, and a core of 2 M N (3Q + 2V) FLOPs: dV, dP, dQ, dK and the scores once more.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
 from uvc.bench.ceilings import Ceilings
-from uvc.budget import counts
+from uvc.budget import counts, fixed_macs
 from uvc.structure import BlockStructure, Structure
 
 
@@ -54,7 +55,7 @@ class Work(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes of a transformer with all that is outside its blocks; `patch` inputs make one token."""
+    """Sizes of a transformer. `stem`: MACs per image before the blocks; `pixels`: numbers in an image."""
 
     batch: int
     tokens: int
@@ -62,8 +63,8 @@ class Shape(NamedTuple):
     heads: int
     head_dim: int
     hidden: int
-    patches: int = 196
-    patch: int = 768
+    stem: int = 196 * 768 * 192
+    pixels: int = 3 * 224 * 224
     classes: int = 1000
 
 
@@ -76,20 +77,21 @@ class Kept(NamedTuple):
 
 
 def shape_of(model: nn.Module, batch: int) -> Shape:
-    """The shape of a timm or pruned VisionTransformer."""
-    block, embed = model.blocks[0], model.patch_embed
-    attn, D = block.attn, model.norm.normalized_shape[0]
-    heads, A = attn.num_heads, attn.qkv.out_features // 3
+    """The shape of a timm VisionTransformer; ValueError for one that is not built of plain MLPs."""
+    attn, mlp, D = model.blocks[0].attn, model.blocks[0].mlp, model.embed_dim
+    if not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features:
+        raise ValueError(f"the MLP is a {type(mlp).__name__}; only the work of plain MLPs is counted")
+    A, heads, classes = attn.qkv.out_features // 3, attn.num_heads, model.num_classes
     return Shape(
         batch=batch,
-        tokens=embed.num_patches + model.num_prefix_tokens,
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
         dim=D,
         heads=heads,
         head_dim=A // heads,
-        hidden=block.mlp.fc1.out_features,
-        patches=embed.num_patches,
-        patch=embed.proj.weight[0].numel(),
-        classes=model.num_classes,
+        hidden=mlp.fc1.out_features,
+        stem=fixed_macs(model) - D * classes,
+        pixels=model.in_chans * math.prod(model.patch_embed.img_size),
+        classes=classes,
     )
 
 
@@ -178,7 +180,7 @@ def model_work(
     """
     M = s.batch * s.tokens
     norm = Pass(0, 4 * size * M * s.dim)
-    stem = product(s.batch * s.patches, s.patch, s.dim, size)
+    stem = Pass(2 * s.batch * s.stem, size * s.batch * (s.pixels + s.tokens * s.dim))
     head = product(s.batch, s.dim, s.classes, size)
     passes = [stem, norm, head]
     if training:

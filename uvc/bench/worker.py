@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import uvc
+import uvc.models  # registers its models with timm
 
 
 def build(settings: dict) -> dict[str, Callable[[], None]]:
@@ -26,7 +27,7 @@ def build(settings: dict) -> dict[str, Callable[[], None]]:
     torch.set_num_threads(settings["threads"])
     device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
     dense = timm.create_model(settings["model"]).to(device)
-    shape = (settings["batch"], dense.patch_embed.proj.in_channels, *dense.patch_embed.img_size)
+    shape = (settings["batch"], dense.in_chans, *dense.patch_embed.img_size)
     x, y = torch.randn(shape, device=device), torch.randint(dense.num_classes, shape[:1], device=device)
     models = {"nothing pruned": uvc.convert(copy.deepcopy(dense))}
     for name, text in settings["structures"].items():

@@ -4,7 +4,7 @@ from uvc.layers._common import hollow
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
-from uvc.layers.convert import check, convert, is_compacted
+from uvc.layers.convert import check, convert, is_compacted, set_recompute
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "convert",
     "hollow",
     "is_compacted",
+    "set_recompute",
 ]

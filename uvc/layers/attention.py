@@ -33,6 +33,9 @@ class UVCAttention(Attention):
         new._be_dense()
         return new
 
+    # Of the class, so that it holds for layers taken over too.
+    _recompute = False
+
     def _be_dense(self) -> None:
         # The masks are the record and stay on the CPU; the indices follow the weights from device to device.
         self._masks: tuple[Tensor, Tensor] | None = None
@@ -70,6 +73,10 @@ class UVCAttention(Attention):
         """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
         return uvc_kernels.attention_packing(self.qkv.weight, self.qkv.bias, self.proj.weight, self._kept)
 
+    def set_recompute(self, on: bool) -> None:
+        """Whether the backward pass computes the first product again, of kept rows, instead of keeping it."""
+        self._recompute = bool(on)
+
     def take_packed(self, packed: list[Tensor | None] | None) -> None:
         """Use these packed weights (see `packing`) from now on; None packs in every call."""
         self._packed = packed
@@ -101,7 +108,9 @@ class UVCAttention(Attention):
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is None and not is_causal and dropout == 0.0:
             weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
-            return self.proj_drop(uvc_kernels.attention(x, *weights, self._kept, self.scale, self._packed))
+            return self.proj_drop(
+                uvc_kernels.attention(x, *weights, self._kept, self.scale, self._packed, self._recompute)
+            )
         reason = "attention dropout" if dropout else "an attention mask"
         say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))

@@ -93,3 +93,14 @@ def described(module: nn.Module) -> str:
     kind, file = type(module).__name__, type(module).__module__.rpartition(".")[2]
     why = WHY.get(kind) or WHY.get(file)
     return f"a {kind} of {file}" + (f", and {why}" if why else "")
+
+
+def set_recompute(model: nn.Module, on: bool = True) -> nn.Module:
+    """Trade time for memory in the pruned halves of a converted model: see `UVCAttention.set_recompute`.
+
+    Whole blocks are recomputed by timm's own `model.set_grad_checkpointing()`.
+    """
+    for block in convert(model).blocks:
+        block.attn.set_recompute(on)
+        block.mlp.set_recompute(on)
+    return model

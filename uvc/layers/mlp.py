@@ -31,6 +31,9 @@ class Neurons(nn.Module):
         new._be_dense()
         return new
 
+    # Of the class, so that it holds for layers taken over too.
+    _recompute = False
+
     def _be_dense(self) -> None:
         # The mask is the record and stays on the CPU; the indices follow the weights from device to device.
         self._mask: Tensor | None = None
@@ -72,6 +75,10 @@ class Neurons(nn.Module):
         """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
         return uvc_kernels.mlp_packing(*self._first_layer(), self.fc2.weight, self._kept)
 
+    def set_recompute(self, on: bool) -> None:
+        """Whether the backward pass computes the first product again, of kept rows, instead of keeping it."""
+        self._recompute = bool(on)
+
     def take_packed(self, packed: list[Tensor | None] | None) -> None:
         """Use these packed weights (see `packing`) from now on; None packs in every call."""
         self._packed = packed
@@ -97,7 +104,7 @@ class Neurons(nn.Module):
         value, bias, gate, gate_bias = self._first_layer()
         if activation is not None and not dropout:
             weights = (value, bias, self.fc2.weight, self.fc2.bias, self._kept, activation, gate, gate_bias)
-            return self.drop2(uvc_kernels.mlp(x, *weights, packed=self._packed))
+            return self.drop2(uvc_kernels.mlp(x, *weights, packed=self._packed, recompute=self._recompute))
         reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
         say_once(
             f"{type(self).__name__}: {reason} is outside the fast op; plain torch computes the kept neurons"

@@ -1,0 +1,74 @@
+"""What the attention kernels share: one head of one image, its tokens, its scores.
+
+Two bundles travel through them:
+    head = pointers to the first token's q, k, v, o, do, top, inverse; strides of a token in qkv and in heads;
+           widths of q/k and of v
+    MODE = accumulator type, precision of float32 products, tile width E, scale
+"""
+
+import triton
+import triton.language as tl
+
+from .launch import dot, eights, narrow
+
+FIELDS = tl.constexpr(6)  # columns of the table that `head_of` reads
+LOG2E = tl.constexpr(1.4426950408889634)
+# Specialised on none of them, a kernel serves every structure without being compiled again.
+NUMBERS = ("N", "M", "qkv_stride", "heads_stride", "n_heads", "first_head")
+
+
+@triton.jit
+def load(base, first, stride, width, N, ROWS: tl.constexpr, E: tl.constexpr, WHOLE: tl.constexpr):
+    # Tokens first.. of one head [ROWS, E]; zeros behind the head's width and, unless WHOLE, behind token N.
+    row, dim = first + tl.arange(0, ROWS), tl.arange(0, E)
+    inside = (dim < width)[None, :]
+    if not WHOLE:
+        inside = inside & (row < N)[:, None]
+    return tl.load(base + row[:, None] * stride + dim[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store(base, value, first, stride, width, N, ROWS: tl.constexpr, E: tl.constexpr):
+    row, dim = first + tl.arange(0, ROWS), tl.arange(0, E)
+    inside = (row < N)[:, None] & (dim < width)[None, :]
+    place = base + row[:, None] * stride + dim[None, :]
+    tl.store(place, narrow(value, base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scores(q, k, MODE: tl.constexpr):
+    # Without the size of the scale, which `power` applies: rounding it here costs large scores digits.
+    s = dot(q, tl.trans(k), MODE)
+    return -s if MODE[3] < 0 else s
+
+
+@triton.jit
+def by_of(MODE: tl.constexpr):
+    # Factor of a score in the exponent of 2.
+    return (MODE[3] if MODE[3] > 0 else -MODE[3]) * LOG2E
+
+
+@triton.jit
+def power(s, top, axis: tl.constexpr, MODE: tl.constexpr):
+    # exp(|scale| (s - top)), top one number for each row (axis 1) or column (axis 0).
+    return tl.exp2((s - tl.expand_dims(top, axis)) * by_of(MODE))
+
+
+@triton.jit
+def head_of(
+    qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
+):
+    # The bundle of one (image, head) and its places in `qkv`; all starts and widths are multiples of 8.
+    head, image = first_head + pair % n_heads, pair // n_heads
+    qkv_stride, heads_stride = eights(qkv_stride), eights(heads_stride)
+    row = table + head * FIELDS
+    first = image.to(tl.int64) * N
+    q = first * qkv_stride + eights(tl.load(row))
+    k = first * qkv_stride + eights(tl.load(row + 1))
+    v = first * qkv_stride + eights(tl.load(row + 2))
+    out = first * heads_stride + eights(tl.load(row + 3))
+    qk_width, v_width = eights(tl.load(row + 4)), eights(tl.load(row + 5))
+    line = head.to(tl.int64) * M + first
+    bundle = (qkv + q, qkv + k, qkv + v, heads + out, grad_heads + out, top + line, inverse + line,
+              qkv_stride, heads_stride, qk_width, v_width)  # fmt: skip
+    return bundle, q, k, v

@@ -1,0 +1,104 @@
+"""Figures in the README and the docs are those of the CSV files."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from uvc.bench.ceilings import Ceilings
+from uvc.bench.measure import Timing
+from uvc.bench.rows import Group, append, make_rows
+from uvc.bench.work import Pass, Work
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def plot():
+    return script("plot")
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Rows of DeiT-T, in training 0.5 s dense and 0.25 s on the fly, in inference a third of that."""
+    for what, scale in (("training", 1.0), ("inference", 1 / 3)):
+        for keep in (0.5, 0.25):
+            samples = {"dense": 500 * scale, "on_the_fly/auto": 500 * scale * keep, "masked": 510 * scale}
+            group = Group(
+                suite="models", model="deit_tiny_patch16_224", what=what, dtype=torch.float32, batch=8,
+                keep=keep, device=torch.device("cpu"), threads=1,
+                timings={way: Timing((ms,) * 3, "wall") for way, ms in samples.items()},
+                works={way: Work((Pass(10**9, 0),)) for way in samples}, backends={"on_the_fly/auto": "auto"},
+            )  # fmt: skip
+            append(tmp_path / "results", make_rows(group, Ceilings(100.0, ((1, 10.0),))))
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/bench.md"])
+def test_every_marked_table_is_what_the_csv_says(plot, path):
+    text = (ROOT / path).read_text()
+    if "<!-- bench " not in text:
+        pytest.skip(f"{path} has no table of bench/plot.py")
+    assert plot.filled(text, plot.load(RESULTS)) == text, "run: python bench/plot.py"
+
+
+def test_the_scale_page_is_what_the_csv_says():
+    assert (ROOT / "docs" / "scale.md").read_text() == script("scale").page(RESULTS), "run: bench/scale.py"
+
+
+def test_the_docs_have_a_picture_per_device(plot):
+    for device in {row.device for row in plot.load(RESULTS) if row.suite == "models"}:
+        assert (ROOT / "docs" / plot.picture(device)).is_file(), "run: python bench/plot.py"
+
+
+def test_tables_pages_and_pictures_come_from_rows(plot, results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench training -->\nold\n<!-- /bench training -->\nafter\n")
+    arguments = ["--results", str(results), "--docs", str(tmp_path), "--readme", str(readme)]
+    assert plot.main([*arguments, "--check"]) == 1 and "old" in readme.read_text()
+    assert plot.main(arguments) == 0 and plot.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| **skipped on the fly**, full-size weights stay | 250.0 | 2.00 | 2% |" in text
+    assert [path.name.startswith("bench_") for path in tmp_path.glob("*.png")] == [True]
+
+
+def test_a_figure_that_was_changed_by_hand_is_seen(plot, results):
+    rows = plot.load(results)
+    text = plot.filled("<!-- bench training -->\n<!-- /bench training -->", rows)
+    assert plot.filled(text.replace("| 2.00 |", "| 2.10 |"), rows) == text != text.replace("2.00", "2.10")
+
+
+def test_an_unknown_block_is_named(plot):
+    with pytest.raises(ValueError, match="bench nothing"):
+        plot.filled("<!-- bench nothing -->\n<!-- /bench nothing -->", [])
+
+
+def test_the_scale_page_follows_its_formula(results):
+    text = script("scale").page(results)
+    # 500 ms for 8 images: 16 a second. On the fly takes half of that; the teacher a third.
+    d, k, t = 1 / 16, 1 / 32, 1 / 48
+    s = 0.05 * d + 0.45 * (d + k) / 2 + 0.5 * k
+    spent = (5 * d + 25 * s + 120 * k) / 150
+    hours = [1_281_167 * 300 / 3600 * each for each in (d, spent + t, spent)]
+    expected = " / ".join(f"{value:,.0f}" for value in hours)
+    line = next(line for line in text.splitlines() if line.startswith("| DeiT-T | 16 |"))
+    assert line.startswith(f"| DeiT-T | 16 | 32 | {expected} |")
+    assert "computed, not measured" in text
+
+
+@pytest.mark.parametrize("name", ["plot", "scale", "gpu"])
+def test_scripts_explain_themselves(name):
+    run = subprocess.run([sys.executable, str(ROOT / "bench" / f"{name}.py"), "--help"], capture_output=True)
+    assert run.returncode == 0 and b"python bench/" in run.stdout

@@ -1,0 +1,96 @@
+"""`make bench-gpu` without a GPU: what is missing is said per stage, and one failure stops no other stage."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "bench" / "gpu.py"
+
+
+@pytest.fixture
+def gpu():
+    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_dry_run_says_what_is_missing_in_a_line_per_stage(tmp_path):
+    empty = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run"], capture_output=True, text=True, env=empty
+    )
+    lines = run.stdout.splitlines()
+    assert run.returncode == 1 and not run.stderr
+    names = [line.split()[0] for line in lines]
+    assert names[:3] == ["machine", "build", "self-check"] and len(names) == len(set(names)) == 10
+    missing = {name: line for name, line in zip(names, lines, strict=True) if "missing: " in line}
+    assert "no C++ compiler" in missing["build"]
+    assert "nvidia-smi is not on the PATH" in missing["models"] and "ncu is not" in missing["profile"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def stage(gpu, name, code, limit_s=30, **options):
+    return gpu.Stage(name, limit_s, (), (sys.executable, "-c", code), **options)
+
+
+def results(out):
+    with (out / "stages.csv").open() as file:
+        return {row["stage"]: row["result"] for row in csv.DictReader(file)}
+
+
+def test_a_failing_stage_is_named_and_the_others_go_on(gpu, tmp_path, capsys):
+    chosen = [
+        stage(gpu, "first", "print('one')"),
+        stage(gpu, "second", "raise SystemExit('this went wrong')"),
+        stage(gpu, "third", "print('3 tests FAILED here')", wrong="FAILED"),
+        stage(gpu, "fourth", "print('four')"),
+    ]
+    assert gpu.run_all(chosen, tmp_path, dict(os.environ)) == 1
+    found = results(tmp_path)
+    assert found == {
+        "first": "ok",
+        "second": "exit code 1: this went wrong",
+        "third": "3 tests FAILED here",
+        "fourth": "ok",
+    }
+    assert capsys.readouterr().out.splitlines()[-1] == "FAILED: second, third"
+    assert "four" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_stage_is_stopped_at_its_limit_and_may_still_write_what_it_has(gpu, tmp_path):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')"
+    start = time.monotonic()
+    chosen = [stage(gpu, "endless", code, limit_s=3), stage(gpu, "next", "print('next')")]
+    assert gpu.run_all(chosen, tmp_path, dict(os.environ)) == 1
+    assert time.monotonic() - start < 25
+    assert results(tmp_path) == {"endless": "stopped at its limit of 3 s", "next": "ok"}
+    assert "written" in (tmp_path / "log.txt").read_text()
+
+
+def test_an_optional_tool_that_is_missing_is_no_failure(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lacking = gpu.Stage("tool", 5, ("ncu",), ("ncu",), optional=True)
+    needed = gpu.Stage("needed", 5, ("compute-sanitizer",), ("x",))
+    assert gpu.run_all([lacking], tmp_path, {}) == 0
+    assert results(tmp_path) == {"tool": "left out: ncu is not on the PATH"}
+    assert gpu.run_all([needed], tmp_path, {}) == 1
+
+
+def test_all_stages_fit_into_nine_minutes(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT_S", gpu.GRACE_S + 4)
+    assert gpu.run_all([stage(gpu, "late", "print(1)")], tmp_path, dict(os.environ)) == 1
+    assert "are over" in results(tmp_path)["late"]
+    assert gpu.stages(tmp_path, tmp_path)[0].limit_s < 60
+
+
+def test_an_unknown_stage_is_one_line():
+    run = subprocess.run([sys.executable, str(SCRIPT), "--only", "tets"], capture_output=True, text=True)
+    assert run.returncode == 2 and "tets: no such stage" in run.stderr.splitlines()[-1]
