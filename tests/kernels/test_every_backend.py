@@ -29,7 +29,7 @@ TOKENS, HEADS, NEURONS = (1, 17, 50, 63, 196, 197, 198, 577), (1, 3, 6, 12, 16),
 
 def case(backend, dtype, *size, slow=False):
     """One test's parameters, skipped with its reason where it cannot run."""
-    marks = [pytest.mark.slow] if slow else []
+    marks = [pytest.mark.slow, pytest.mark.timeout(3000)] if slow else []
     if BACKENDS[backend] == "cuda" and not GPU:
         marks.append(pytest.mark.skip(reason="no GPU"))
     if backend == "triton" and on_triton is None:
