@@ -51,6 +51,19 @@ def test_every_remainder_of_the_tiles_is_right(tokens):
     check(attend(ragged(2, 7, keep=0.8)), inputs(tokens, 2, 7, batch=1), torch.float32)
 
 
+def test_sums_over_many_tokens_round_no_more_than_those_of_plain_torch():
+    function, inputs64 = attend(dense(2, 8), 0.05), inputs(577, 2, 8, batch=1)
+    inputs32 = [t.float() for t in inputs64]
+    with uvc_kernels.backend("reference"):
+        exact = with_gradients(function, [t.double() for t in inputs32])
+        plain = with_gradients(function, inputs32)
+    with uvc_kernels.backend("cpu"):
+        found = with_gradients(function, inputs32)
+    # The mean error is steady where the largest is luck; in one chain over all tokens some lose 2.5 to 3.7.
+    for a, b, c in zip(found[:-1], plain[:-1], exact[:-1], strict=True):
+        assert (a - c).norm() <= 2 * (b - c).norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_attention_equals_scaled_dot_product_attention(dtype):
     x, qkv, qkv_bias, proj, proj_bias = (t.detach().to(dtype) for t in inputs(17, 3, 8))

@@ -29,7 +29,7 @@ TOKENS, HEADS, NEURONS = (1, 17, 50, 63, 196, 197, 198, 577), (1, 3, 6, 12, 16),
 
 def case(backend, dtype, *size, slow=False):
     """One test's parameters, skipped with its reason where it cannot run."""
-    marks = [pytest.mark.slow] if slow else []
+    marks = [pytest.mark.slow, pytest.mark.timeout(3000)] if slow else []
     if BACKENDS[backend] == "cuda" and not GPU:
         marks.append(pytest.mark.skip(reason="no GPU"))
     if backend == "triton" and on_triton is None:
@@ -50,6 +50,13 @@ def on_every_backend(quick=None, interpreted=None, all_of=None):
         chosen = interpreted if backend == "triton" and not GPU else quick
         cases += [case(backend, dtype, *size, slow=size not in chosen) for size in all_of]
     return pytest.mark.parametrize(("backend", "dtype", "size"), cases)
+
+
+@pytest.fixture(autouse=True)
+def packing_in_large_tiles(request, monkeypatch):
+    # The interpreter pays by the program, and most would copy weights: what is slow here is not about gather.
+    if request.node.get_closest_marker("slow") and on_triton is not None and on_triton.DEVICE == "cpu":
+        monkeypatch.setattr("uvc_kernels.triton.gather.TILE", (128, 256))
 
 
 def numbers(*shapes, device="cpu"):
