@@ -12,7 +12,7 @@ from uvc.bench.measure import Round
 from uvc.bench.models import models
 from uvc.bench.rows import Group, Row
 from uvc.bench.steps import peak_mib
-from uvc.run import _device, _model_name
+from uvc.run import choose_device, known_model
 
 MODEL = "deit_tiny_patch16_224"
 KEEPS = (0.75, 0.5, 0.25)
@@ -51,8 +51,8 @@ def bench(options: Mapping[str, Any], say: Say) -> int:
 def _setting(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["against"] is not None and options["against_ref"] is not None:
         raise ValueError("--against and --against-ref exclude each other; give one")
-    device = _device(options["device"], options["threads"])
-    model = _model_name(options["model"] or MODEL, "")
+    device = choose_device(options["device"], options["threads"])
+    model = known_model(options["model"] or MODEL, "")
     dtype = options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cpu" and dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; use float32 or bfloat16")
