@@ -7,6 +7,7 @@ calls that are too short for that are captured in a graph and replayed.
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -98,11 +99,12 @@ class Round:
             call(i)
             seconds = self.clock() - start
         repeats = max(1, round(SHORTEST_MS / max(1e3 * seconds, 1e-3)))
+        numbers = count()
 
         def sample() -> float:
             start = self.clock()
-            for i in range(repeats):
-                call(i)
+            for _ in range(repeats):
+                call(next(numbers))
             return 1e3 * (self.clock() - start) / repeats
 
         return sample, "process" if self.clock is time.process_time else "wall"
@@ -128,8 +130,8 @@ class Round:
                 turns = max(1, round(SHORTEST_MS / (whole * self.inputs)))
                 return lambda: self._events(graph.replay, turns, 0.05 * turns) / self.inputs, "graph"
         turns = max(self.inputs, round(SHORTEST_MS / whole))
-        calls = iter(range(10**12))
-        return lambda: self._events(lambda: call(next(calls)), turns, host * turns), "events"
+        numbers = count()
+        return lambda: self._events(lambda: call(next(numbers)), turns, host * turns), "events"
 
     def _capture(self, call: Call) -> torch.cuda.CUDAGraph:
         # Backward passes run on the stream of their forward pass, so that must be the one that is captured.

@@ -18,6 +18,7 @@ MODEL = "deit_tiny_patch16_224"
 KEEPS = (0.75, 0.5, 0.25)
 ROUNDS = 11
 WAYS = ("dense", "on_the_fly", "compacted")
+BESIDE = ("solver",)
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("runs/bench")
 Say = Callable[[str], None]
@@ -93,7 +94,7 @@ def measure(
     groups = []
     for keep in (1.0, *(keep for keep in keeps if keep < 1)):
         ways = ("dense", "converted") if keep == 1 else WAYS
-        made = models(model, "training", keep, batch, device, dtype, ways)
+        made = models(model, "training", keep, batch, device, dtype, ways, BESIDE)
         for way, reason in made.left:
             if device.type == "cuda" or way not in ("triton", "cuda", "cuda-host"):
                 say(f"left out: {way}: {reason}")
@@ -115,6 +116,7 @@ def measure(
                 works=made.works,
                 backends=made.backends,
                 peaks=peaks,
+                standing=made.standing,
                 error=made.error,
             )
         )

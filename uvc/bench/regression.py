@@ -20,7 +20,7 @@ import uvc_kernels
 import uvc
 from uvc.bench import worker
 from uvc.bench.measure import Timing, ratio
-from uvc.bench.rows import Row, labelled, latest
+from uvc.bench.rows import BASES, Row, labelled, latest
 
 WARM_UPS = 2
 TOO_NOISY = 0.2  # a band this wide says that the machine was busy, not that nothing changed
@@ -59,8 +59,7 @@ def compare(rows: Sequence[Row], saved: Sequence[Row], source: Path) -> list[Com
     found = []
     for row in rows:
         old = last.get((row.device, row.key[1:]))
-        # Dense timm is what all is compared with.
-        if old is None or row.way == "dense":
+        if old is None or row.way in BASES:
             continue
         name = f"{row.model} {row.what} keep {row.keep:g} {labelled(row)}"
         found.append(Comparison(name, old.speedup, row.speedup, max(old.noise, row.noise), "x dense"))

@@ -3,10 +3,13 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from uvc.bench.rows import Row, labelled
+from uvc.bench.rows import BASES, Row, labelled
+from uvc.config import SolverConfig
 
+OPS = ("plain_torch", "kernel")
 LEGEND = (
-    "times as fast as eager dense timm in the same rounds; a second run agrees within the noise band.",
+    "times as fast as eager dense timm (ops: as plain torch) in the same rounds; a second run agrees within",
+    "the noise band.",
     "x best: than the faster of eager and compiled dense timm. cap: what this structure gains if dense and",
     "pruned both run at the roof. of cap: x best / cap; above 100% dense is further from its roof than this.",
     "of roof: least possible time / time, by the ceilings that this session measured.",
@@ -14,13 +17,16 @@ LEGEND = (
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """Every row of whole models; of single layers a line per kernel, with the other ways beside it."""
+    """Every row of whole models; of layers and ops a line per kernel, with the other ways beside it."""
     if not rows:
         return ["nothing was measured"]
     out = []
-    for suite, group in groupby(rows, key=lambda row: row.suite):
+    for (suite, is_op), group in groupby(rows, key=lambda row: (row.suite, row.way in OPS)):
+        show = ops if is_op else layers if suite == "kernels" else full
         members = list(group)
-        out += layers(members) if suite == "kernels" else full(members)
+        out += show(members)
+        if show is full and (steps := [row for row in members if row.what == "training"]):
+            out += ["", *ratios(steps)]
     return [*out, "", *LEGEND]
 
 
@@ -39,13 +45,14 @@ def full(rows: Iterable[Row]) -> list[str]:
             f"{r.speedup_best:7.2f} {r.cap:5.2f} {r.cap_fraction:7.0%} {r.gflop_per_s:9.1f} "
             f"{r.roofline:8.0%} {r.peak_mib:8.0f}"
             for r in members
+            if r.way != "solver"
         ]
     return out
 
 
 def layers(rows: list[Row]) -> list[str]:
     """A line per kernel and group: its time, speed-up, cap; then the speed-ups of what else one could do."""
-    others = list(dict.fromkeys(_beside(row) for row in rows if not _ours(row) and row.way != "dense"))
+    others = list(dict.fromkeys(_beside(row) for row in rows if not _ours(row) and row.way not in BASES))
     out = [
         "",
         f"single layers, {_setting(rows[0], batch=False)}; to the right the speed-ups of the other ways",
@@ -63,6 +70,64 @@ def layers(rows: list[Row]) -> list[str]:
                 + " ".join(f"{beside[way]:10.2f}" if way in beside else f"{'':10}" for way in others)
             )
     return out
+
+
+def ops(rows: list[Row]) -> list[str]:
+    """A line per kernel of an op over all layers, beside plain torch."""
+    out = [
+        "",
+        "one call for all layers, weights in float32",
+        f"{'':42} {'ms':>8} {'plain':>8} {'x plain':>8} {'noise':>7} {'cap':>5} {'of cap':>7} {'GB/s':>8} "
+        f"{'of roof':>8}",
+    ]
+    for _, group in groupby(rows, key=lambda row: (row.model, row.what, row.keep)):
+        base, *kernels = group
+        for r in kernels:
+            name = f"{r.model.removeprefix('deit_')} {r.what}, keep {r.keep:g}, {r.backend}"
+            out.append(
+                f"{name:42} {r.ms:8.3f} {base.ms:8.3f} {r.speedup:8.2f} {_band(r):>7} {r.cap:5.2f} "
+                f"{r.cap_fraction:7.0%} {r.gbyte_per_s:8.1f} {r.roofline:8.0%}"
+            )
+    return out
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """Training steps as fractions of one another, in time and memory; the solver's share of a step.
+
+    Of on the fly and dense or compacted, of converted and dense; at every kept fraction that was measured.
+    """
+    out = [
+        "time and memory of a training step as fractions of another; standing: parameters and optimiser",
+        f"{'':44} {'time':>7} {'noise':>7} {'memory':>8} {'with standing':>14}",
+    ]
+    for _, group in groupby(rows, key=lambda row: (row.model, row.batch, row.dtype, row.threads, row.keep)):
+        members = list(group)
+        ways = {row.way: row for row in members}
+        dense, compacted, solver = (ways.get(way) for way in ("dense", "compacted", "solver"))
+        for r in members:
+            against = {"converted": (dense,), "on_the_fly": (compacted, dense)}.get(r.way, ())
+            for other in filter(None, against):
+                speedup, noise = (
+                    (r.speedup, r.noise) if other is dense else (r.speedup_compacted, r.noise_compacted)
+                )
+                whole = (r.peak_mib + r.standing_mib) / (other.peak_mib + other.standing_mib)
+                out.append(
+                    f"{f'keep {r.keep:<4g} {labelled(r)} / {other.way}':44} {1 / speedup:7.3f} "
+                    f"{f'±{noise:.1%}':>7} {r.peak_mib / other.peak_mib:8.3f} {whole:14.3f}"
+                )
+        if solver is not None and "on_the_fly" in ways:
+            share = solver_share(solver, ways["on_the_fly"])
+            out.append(
+                f"{f'keep {solver.keep:<4g} solver / search step, at most':44} {share:7.2%}   "
+                f"({solver.ms:.2f} ms once in {SolverConfig().every} steps)"
+            )
+    return out
+
+
+def solver_share(solver: Row, step: Row) -> float:
+    """The fraction of a search step that goes to the solver, which does not work in each."""
+    mean = solver.ms / SolverConfig().every
+    return mean / (step.ms + mean)
 
 
 def _ours(row: Row) -> bool:
