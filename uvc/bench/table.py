@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from uvc.bench.rows import BASES, Row, labelled
 from uvc.config import SolverConfig
@@ -25,8 +26,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
         show = ops if is_op else layers if suite == "kernels" else full
         members = list(group)
         out += show(members)
-        if show is full and (steps := [row for row in members if row.what == "training"]):
-            out += ["", *ratios(steps)]
+        if show is full and fractions(members):
+            out += ["", *ratios(members)]
     return [*out, "", *LEGEND]
 
 
@@ -91,43 +92,70 @@ def ops(rows: list[Row]) -> list[str]:
     return out
 
 
-def ratios(rows: Sequence[Row]) -> list[str]:
-    """Training steps as fractions of one another, in time and memory; the solver's share of a step.
-
-    Of on the fly and dense or compacted, of converted and dense; at every kept fraction that was measured.
+class Fraction(NamedTuple):
+    """A training step as a fraction of another: time, its noise band, memory of the step, and that with what
+    stands between steps: parameters and optimiser.
     """
+
+    row: Row
+    other: Row
+    time: float
+    noise: float
+    memory: float
+    memory_with_standing: float
+
+
+def fractions(rows: Iterable[Row]) -> list[Fraction]:
+    """On the fly as fractions of compacted and of dense, converted of dense, at every kept fraction."""
+    out = []
+    for members in _steps(rows):
+        ways = {row.way: row for row in members}
+        for r in members:
+            against = {"converted": ("dense",), "on_the_fly": ("compacted", "dense")}.get(r.way, ())
+            for other in (ways[way] for way in against if way in ways):
+                dense = other.way == "dense"
+                speedup = r.speedup if dense else r.speedup_compacted
+                whole = (r.peak_mib + r.standing_mib) / (other.peak_mib + other.standing_mib)
+                noise = r.noise if dense else r.noise_compacted
+                out.append(Fraction(r, other, 1 / speedup, noise, r.peak_mib / other.peak_mib, whole))
+    return out
+
+
+def solver_shares(rows: Iterable[Row]) -> list[tuple[Row, float]]:
+    """Each row of the solver alone, and the fraction of a search step on the fly that it takes at most."""
+    every, out = SolverConfig().every, []
+    for members in _steps(rows):
+        ways = {row.way: row for row in members}
+        if "solver" in ways and "on_the_fly" in ways:
+            mean = ways["solver"].ms / every
+            out.append((ways["solver"], mean / (ways["on_the_fly"].ms + mean)))
+    return out
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """`fractions` and `solver_shares` of training steps as lines."""
     out = [
         "time and memory of a training step as fractions of another; standing: parameters and optimiser",
         f"{'':44} {'time':>7} {'noise':>7} {'memory':>8} {'with standing':>14}",
     ]
-    for _, group in groupby(rows, key=lambda row: (row.model, row.batch, row.dtype, row.threads, row.keep)):
-        members = list(group)
-        ways = {row.way: row for row in members}
-        dense, compacted, solver = (ways.get(way) for way in ("dense", "compacted", "solver"))
-        for r in members:
-            against = {"converted": (dense,), "on_the_fly": (compacted, dense)}.get(r.way, ())
-            for other in filter(None, against):
-                speedup, noise = (
-                    (r.speedup, r.noise) if other is dense else (r.speedup_compacted, r.noise_compacted)
-                )
-                whole = (r.peak_mib + r.standing_mib) / (other.peak_mib + other.standing_mib)
-                out.append(
-                    f"{f'keep {r.keep:<4g} {labelled(r)} / {other.way}':44} {1 / speedup:7.3f} "
-                    f"{f'±{noise:.1%}':>7} {r.peak_mib / other.peak_mib:8.3f} {whole:14.3f}"
-                )
-        if solver is not None and "on_the_fly" in ways:
-            share = solver_share(solver, ways["on_the_fly"])
-            out.append(
-                f"{f'keep {solver.keep:<4g} solver / search step, at most':44} {share:7.2%}   "
-                f"({solver.ms:.2f} ms once in {SolverConfig().every} steps)"
-            )
+    for f in fractions(rows):
+        name = f"keep {f.row.keep:<4g} {labelled(f.row)} / {f.other.way}"
+        band = f"±{f.noise:.1%}"
+        out.append(f"{name:44} {f.time:7.3f} {band:>7} {f.memory:8.3f} {f.memory_with_standing:14.3f}")
+    for row, share in solver_shares(rows):
+        name = f"keep {row.keep:<4g} solver / search step, at most"
+        out.append(f"{name:44} {share:7.2%}  ({row.ms:.2f} ms once in {SolverConfig().every} steps)")
     return out
 
 
-def solver_share(solver: Row, step: Row) -> float:
-    """The fraction of a search step that goes to the solver, which does not work in each."""
-    mean = solver.ms / SolverConfig().every
-    return mean / (step.ms + mean)
+def _steps(rows: Iterable[Row]) -> list[list[Row]]:
+    """Training steps that were timed side by side."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.what == "training":
+            key = (row.device, row.suite, row.model, row.batch, row.dtype, row.threads, row.keep)
+            groups.setdefault(key, []).append(row)
+    return list(groups.values())
 
 
 def _ours(row: Row) -> bool:
