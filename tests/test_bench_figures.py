@@ -74,6 +74,35 @@ def test_tables_pages_and_pictures_come_from_rows(plot, results, tmp_path):
     assert [path.name.startswith("bench_") for path in tmp_path.glob("*.png")] == [True]
 
 
+def test_every_block_has_its_table(plot, results):
+    for suite, name, way, other in (
+        ("kernels", "gather forward", "kernel/cpu", "plain_torch"),
+        ("quick", "training", "on_the_fly/auto", "compacted"),
+        ("kernels", "mlp forward", "on_the_fly/cpu", "dense"),
+    ):
+        timings = {"dense": 4.0, other: 4.0, way: 3.0} if other != "plain_torch" else {other: 4.0, way: 3.0}
+        group = Group(
+            suite=suite, model="deit_tiny", what=name, dtype=torch.float32, batch=8, keep=0.5,
+            device=torch.device("cpu"), threads=1,
+            timings={each: Timing((ms,) * 3, "wall") for each, ms in timings.items()},
+            works=dict.fromkeys(timings, Work((Pass(10**6, 10**6),))), backends={way: way.partition("/")[2]},
+        )  # fmt: skip
+        append(results, make_rows(group, Ceilings(100.0, ((1, 10.0),))))
+    rows = plot.load(results)
+    expected = {
+        "training": "| masked by multiplication | 510.0 | 0.98 |",
+        "models": "| DeiT-T | inference | 0.25 | 8 | float32 | 1 | 4.00 |",
+        "layers": "| deit_tiny mlp forward | 8 | float32 | cpu | 3.00 | 1.33 |",
+        "ops": "| deit_tiny | gather forward | 0.5 | float32 | cpu | 3.00 | 4.00 | 1.33 |",
+        "fractions": "on the fly / compacted | 0.750 | 2.0% |",
+    }
+    assert set(expected) == set(plot.BLOCKS)
+    for name, line in expected.items():
+        assert plot.block(name, rows).count(line) == 1, name
+        head, rule, *lines = [text for text in plot.block(name, rows).splitlines() if text.startswith("|")]
+        assert {text.count("|") for text in (head, rule, *lines)} == {head.count("|")}
+
+
 def test_a_figure_that_was_changed_by_hand_is_seen(plot, results):
     rows = plot.load(results)
     text = plot.filled("<!-- bench training -->\n<!-- /bench training -->", rows)

@@ -92,10 +92,55 @@ def test_a_broken_row_is_named_by_its_line(tmp_path):
 def test_the_table_has_a_line_per_row_of_a_model_and_per_kernel_of_a_layer():
     models, layers = measured(), measured(suite="kernels")
     lines = table.lines(models + layers)
-    assert sum("on_the_fly/triton" in line for line in lines) == 1
+    assert sum("on_the_fly/triton  " in line for line in lines) == 1
     (kernel,) = [line for line in lines if "deit training, keep 0.5, triton" in line]
     # Of the layer's other ways only the compiled one; dense is what all is compared with.
     assert kernel.split()[-1] == "1.11"
+
+
+def training_steps(keep=0.5):
+    samples = {"dense": 100.0, "compacted": 50.0, "on_the_fly/auto": 52.0, "solver/auto": 1.0}
+    group = Group(
+        suite="quick", model="deit", what="training", dtype=torch.float32, batch=8, keep=keep,
+        device=torch.device("cpu"), timings={way: Timing((ms,) * 3, "wall") for way, ms in samples.items()},
+        works=dict.fromkeys(samples, work(int(1e9))), backends=dict.fromkeys(list(samples)[2:], "auto"),
+        peaks={"dense": 100.0, "compacted": 80.0, "on_the_fly/auto": 60.0, "solver/auto": 0.0},
+        standing={"dense": 20.0, "compacted": 10.0, "on_the_fly/auto": 20.0, "solver/auto": 20.0},
+    )  # fmt: skip
+    return make_rows(group, CEILINGS)
+
+
+def test_steps_stand_beside_the_compacted_and_the_dense_one_in_time_and_memory():
+    found = table.fractions(training_steps() + training_steps(0.25))
+    assert [(f.row.keep, f.other.way) for f in found] == [
+        (0.5, "compacted"), (0.5, "dense"), (0.25, "compacted"), (0.25, "dense"),
+    ]  # fmt: skip
+    compacted, dense = found[:2]
+    assert (compacted.time, dense.time) == pytest.approx((1.04, 0.52))
+    assert (compacted.memory, dense.memory) == pytest.approx((0.75, 0.6))
+    assert (compacted.memory_with_standing, dense.memory_with_standing) == pytest.approx((80 / 90, 80 / 120))
+    assert compacted.noise == pytest.approx(dense.noise)
+
+
+def test_the_solver_works_in_one_step_of_two():
+    ((row, share),) = table.solver_shares(training_steps())
+    assert row.way == "solver" and share == pytest.approx(0.5 / 52.5)
+    lines = table.lines(training_steps())
+    assert any("solver / search step" in line and "0.95%" in line for line in lines)
+    assert not any("solver/auto" in line for line in lines)
+
+
+def test_ops_are_compared_with_plain_torch():
+    timings = {"plain_torch": Timing((4.0,) * 3, "wall"), "kernel/cpu": Timing((2.0,) * 3, "wall")}
+    group = Group(
+        suite="kernels", model="deit_tiny", what="gather forward", dtype=torch.float32, batch=0, keep=0.5,
+        device=torch.device("cpu"), timings=timings, works=dict.fromkeys(timings, Work((Pass(0, 10**6),))),
+        backends={"kernel/cpu": "cpu"}, images=False,
+    )  # fmt: skip
+    plain, kernel = make_rows(group, CEILINGS)
+    assert plain.speedup == 1 and kernel.speedup == pytest.approx(2.0) and kernel.cap == 1
+    (line,) = [line for line in table.lines([plain, kernel]) if "gather" in line]
+    assert line.split()[:7] == ["tiny", "gather", "forward,", "keep", "0.5,", "cpu", "2.000"]
 
 
 def test_nothing_measured_is_said():
