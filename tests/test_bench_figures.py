@@ -127,7 +127,29 @@ def test_the_scale_page_follows_its_formula(results):
     assert "computed, not measured" in text
 
 
-@pytest.mark.parametrize("name", ["plot", "scale", "gpu"])
+def test_two_runs_are_held_against_each_other(tmp_path, capsys):
+    agree = script("agree")
+
+    def run(fly):
+        timings = {"dense": Timing((4.0,) * 3, "wall"), "on_the_fly/auto": Timing((fly,) * 3, "wall")}
+        group = Group(
+            suite="models", model="deit", what="training", dtype=torch.float32, batch=8, keep=0.5,
+            device=torch.device("cpu"), timings=timings, works=dict.fromkeys(timings, Work((Pass(1, 1),))),
+            backends={"on_the_fly/auto": "auto"},
+        )  # fmt: skip
+        return append(tmp_path, make_rows(group, Ceilings(100.0, ((1, 10.0),))))[0]
+
+    path = run(2.0)
+    with pytest.raises(SystemExit) as error:
+        agree.main([str(path)])
+    assert error.value.code == 2 and "no setting was measured twice" in capsys.readouterr().err
+    assert agree.main([str(run(2.02))]) == 0
+    assert "1 of 1 agree within the noise band (100.0%); half of the bands" in capsys.readouterr().out
+    assert agree.main([str(run(1.5))]) == 1
+    assert "differs deit training keep 0.5 on_the_fly/auto: 1.980 -> 2.667" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["agree", "plot", "scale", "gpu"])
 def test_scripts_explain_themselves(name):
     run = subprocess.run([sys.executable, str(ROOT / "bench" / f"{name}.py"), "--help"], capture_output=True)
     assert run.returncode == 0 and b"python bench/" in run.stdout

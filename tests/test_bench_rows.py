@@ -170,8 +170,20 @@ def test_a_wide_band_is_called_noisy():
     assert "noisy" in str(regression.Comparison("x", 1.0, 0.9, 0.5, "x dense"))
 
 
-def test_nan_is_slower():
-    assert regression.Comparison("x", 1.0, math.nan, 0.5, "x dense").slower
+def test_nan_is_slower_and_agrees_with_nothing():
+    comparison = regression.Comparison("x", 1.0, math.nan, 0.5, "x dense")
+    assert comparison.slower and not comparison.agrees
+
+
+def test_the_last_two_rows_of_a_setting_are_held_against_each_other():
+    runs = [measured(fly_ms=90.0), measured(fly_ms=60.0), measured(keep=0.25), measured(fly_ms=60.5)]
+    found = regression.agreement([row for run in runs for row in run])
+    assert [(c.name, c.agrees) for c in found] == [
+        ("deit training keep 0.5 compiled", True), ("deit training keep 0.5 on_the_fly/triton", True),
+    ]  # fmt: skip
+    (_, fly) = regression.agreement(runs[0] + runs[1])
+    # Faster is no regression, but no agreement either.
+    assert not fly.agrees and not fly.slower
 
 
 def test_a_csv_of_other_settings_is_one_line():
