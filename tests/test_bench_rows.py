@@ -1,6 +1,7 @@
 """Rows and their CSV: append-only, read back as written, refused in one line; the table; regressions."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,11 @@ def test_ops_are_compared_with_plain_torch():
     assert plain.speedup == 1 and kernel.speedup == pytest.approx(2.0) and kernel.cap == 1
     (line,) = [line for line in table.lines([plain, kernel]) if "gather" in line]
     assert line.split()[:7] == ["tiny", "gather", "forward,", "keep", "0.5,", "cpu", "2.000"]
+
+
+def test_where_no_kernel_was_built_the_reference_has_the_line():
+    reference = [replace(row, backend="reference") for row in measured(suite="kernels")]
+    assert any("deit training, keep 0.5, reference" in line for line in table.lines(reference))
 
 
 def test_nothing_measured_is_said():

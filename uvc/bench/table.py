@@ -63,7 +63,10 @@ def layers(rows: list[Row]) -> list[str]:
     for _, group in groupby(rows, key=lambda row: (row.model, row.what, row.batch, row.keep)):
         members = list(group)
         beside = {_beside(row): row.speedup for row in members if not _ours(row)}
-        for r in (row for row in members if _ours(row)):
+        # Where nothing was built, plain torch serves.
+        for r in [row for row in members if _ours(row)] or [
+            row for row in members if row.way == "on_the_fly"
+        ]:
             name = f"{r.model.removeprefix('deit_')} {r.what}, keep {r.keep:g}, {r.backend}"
             out.append(
                 f"{name:42} {r.ms:8.3f} {r.speedup:8.2f} {_band(r):>7} {r.speedup_best:7.2f} {r.cap:5.2f} "
