@@ -149,7 +149,7 @@ def ops_table(rows: Sequence[Row], device: str) -> list[str]:
     ]
     chosen = [row for row in rows if row.device == device and row.way in OPS]
     plain = {row.key[:3] + row.key[5:]: row for row in chosen if row.way == "plain_torch"}
-    for r in (row for row in chosen if row.way == "kernel"):
+    for r in (row for row in chosen if row.way == "kernel" and row.backend != "reference"):
         out.append(
             f"| {r.model} | {r.what} | {r.keep:g} | {r.dtype} | {r.backend} | {r.ms:.2f} | "
             f"{plain[r.key[:3] + r.key[5:]].ms:.2f} | {r.speedup:.2f} | {r.noise:.0%} | {r.cap:.2f} | "
