@@ -101,6 +101,7 @@ def test_the_table_has_a_line_per_row_of_a_model_and_per_kernel_of_a_layer():
 
 def training_steps(keep=0.5):
     samples = {"dense": 100.0, "compacted": 50.0, "on_the_fly/auto": 52.0, "solver/auto": 1.0}
+    samples["solver_burying/auto"] = 2.0
     group = Group(
         suite="quick", model="deit", what="training", dtype=torch.float32, batch=8, keep=keep,
         device=torch.device("cpu"), timings={way: Timing((ms,) * 3, "wall") for way, ms in samples.items()},
@@ -124,10 +125,10 @@ def test_steps_stand_beside_the_compacted_and_the_dense_one_in_time_and_memory()
 
 
 def test_the_solver_works_in_one_step_of_two():
-    ((row, share),) = table.solver_shares(training_steps())
-    assert row.way == "solver" and share == pytest.approx(0.5 / 52.5)
+    shares = {row.way: share for row, share in table.solver_shares(training_steps())}
+    assert shares == pytest.approx({"solver": 0.5 / 52.5, "solver_burying": 1 / 53})
     lines = table.lines(training_steps())
-    assert any("solver / search step" in line and "0.95%" in line for line in lines)
+    assert any("keep 0.5  solver / search step" in line and "0.95%" in line for line in lines)
     assert not any("solver/auto" in line for line in lines)
 
 
@@ -167,6 +168,11 @@ def test_slower_beyond_the_band_is_a_regression_and_within_it_is_not():
         found = regression.compare(measured(fly_ms=fly_ms), saved, Path("x.csv"))
         assert [c.slower for c in found if "on_the_fly" in c.name] == [slower]
     assert "SLOWER" in str(regression.compare(measured(fly_ms=70.0), saved, Path("x.csv"))[-1])
+
+
+def test_a_band_as_wide_as_the_figure_still_tells_a_tenth_from_it():
+    assert regression.Comparison("x", 1.0, 0.1, 1.5, "x dense").slower
+    assert not regression.Comparison("x", 1.0, 0.5, 1.5, "x dense").slower
 
 
 def test_a_wide_band_is_called_noisy():

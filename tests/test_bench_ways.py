@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 import uvc
 from uvc.bench import layer_ways, op_ways, steps, ways
 from uvc.bench.layer_ways import LayerShape
-from uvc.bench.models import models
+from uvc.bench.models import BESIDE, models
 from uvc.bench.ways import PRUNED, build, gate
 from uvc.bench.work import kept_of
 from uvc.solver import Search
@@ -115,17 +115,18 @@ def test_the_solver_works_beside_a_step_and_keeps_the_structure(small):
     assert not torch.equal(model.blocks[0].mlp.fc1.weight[~removed], weight[~removed])
 
 
-def test_the_solver_alone_works_at_its_dearest_and_keeps_the_structure(small, monkeypatch):
+@pytest.mark.parametrize(("way", "parts"), [("solver", 2), ("solver_burying", 3)])
+def test_the_solver_alone_does_its_whole_step_and_keeps_the_structure(small, monkeypatch, way, parts):
     model = uvc.apply_structure(small.float(), uvc.Structure.random(small, 0.5))
     structure, done = uvc.structure_of(model), []
     for name in ("observe", "step", "bury"):
         run = getattr(Search, name)
         monkeypatch.setattr(Search, name, lambda *args, run=run, name=name: (done.append(name), run(*args)))
-    step = steps.solving(model, *steps.images_and_labels(model, 4, CPU), torch.float32)
+    step = BESIDE[way](model, *steps.images_and_labels(model, 4, CPU), torch.float32)
     done.clear()
     for i in range(20):
         step(i)
-    assert done == ["observe", "step", "bury"] * 20 and uvc.structure_of(model) == structure
+    assert done == ["observe", "step", "bury"][:parts] * 20 and uvc.structure_of(model) == structure
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,9 @@ def test_a_group_of_models_steps_in_every_way():
         CPU,
         torch.float32,
         ["dense", "on_the_fly", "compacted"],
-        beside=("with_solver", "solver"),
+        beside=BESIDE,
     )
-    assert set(made.steps) == {"dense", "compacted", "on_the_fly/auto", "with_solver/auto", "solver/auto"}
+    assert set(made.steps) == {"dense", "compacted", "on_the_fly/auto", *(f"{way}/auto" for way in BESIDE)}
     assert made.standing["on_the_fly/auto"] == made.standing["dense"] > made.standing["compacted"]
     for way, step in made.steps.items():
         step(0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uvc.bench.layer_ways import backends, forced
 from uvc.bench.steps import (
     Step,
+    burying,
     images_and_labels,
     inference,
     precision,
@@ -23,7 +24,7 @@ from uvc.bench.ways import PRUNED, Built, Left, build, fault_of, gate
 from uvc.bench.work import Work, model_work, solver_work
 
 # What may be timed on the fly besides a plain training step.
-BESIDE = {"with_solver": searching, "solver": solving}
+BESIDE = {"with_solver": searching, "solver": solving, "solver_burying": burying}
 
 
 class Models(NamedTuple):

@@ -37,13 +37,13 @@ class Comparison(NamedTuple):
 
     @property
     def slower(self) -> bool:
-        """Whether it is slower by more than the band. Written so that nan is slower."""
-        return not self.now >= self.before * (1 - self.band)
+        """Whether it is slower by more than the band, however wide. Written so that nan is slower."""
+        return not self.now * (1 + self.band) >= self.before
 
     @property
     def agrees(self) -> bool:
         """Whether both are equal but for the noise; nan never is."""
-        return abs(self.now - self.before) <= self.before * self.band
+        return max(self.now / self.before, self.before / self.now) <= 1 + self.band
 
     @property
     def change(self) -> str:

@@ -76,9 +76,10 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
     return step
 
 
-def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
-    """A step of the solver alone at its dearest: it reads gradients, prox, primal, dual, project, and groups
-    die, so that weights and optimiser are cleared and the structure is set anew.
+def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, burying: bool = False) -> Step:
+    """A step of the solver alone: it reads gradients, prox, primal, dual, project.
+
+    `burying`: as when groups die in it: weights and optimiser are cleared and the structure is set anew.
     """
     search, optimizer = _search(model, replace(SolverConfig(), every=1))
     with precision(x, dtype):
@@ -91,9 +92,15 @@ def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
         search.before()
         search.observe()
         search.step(optimizer)
-        search.bury(optimizer)
+        if burying:
+            search.bury(optimizer)
 
     return step
+
+
+def burying(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
+    """`solving` at its dearest."""
+    return solving(model, x, y, dtype, burying=True)
 
 
 def _search(model: nn.Module, config: SolverConfig) -> tuple[Search, torch.optim.Optimizer]:
