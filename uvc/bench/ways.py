@@ -223,12 +223,14 @@ def _torch_pruning(dense: nn.Module, keep: float, batch: int) -> Built:
         # The residual stream keeps its width, as in every other way here.
         stream = [module for name, module in model.named_modules() if name in ("patch_embed.proj", "head")]
         stream += [part for block in model.blocks for part in (block.attn.proj, block.mlp.fc2)]
+        embeddings = (model.cls_token, model.reg_token, model.pos_embed)
         pruner = torch_pruning.pruner.BasePruner(
             model,
             image,
             importance=torch_pruning.importance.GroupMagnitudeImportance(),
             pruning_ratio=1 - keep,
             ignored_layers=stream,
+            unwrapped_parameters={each: 2 for each in embeddings if each is not None},
             num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
             prune_num_heads=False,
             prune_head_dims=True,
