@@ -65,7 +65,7 @@ def training_table(rows: Sequence[Row], device: str) -> list[str]:
         f"One training step of DeiT-T, batch {first.batch}, {first.dtype}{threads}, half kept, on {device} "
         f"({first.date}, commit {commits}):",
         "",
-        "| | ms | times as fast as dense | ± | cap | of cap | as compacted | MiB |",
+        "| | ms | times as fast as dense | ± | cap | of cap | as fast as compacted | MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ways = list(NAMES)

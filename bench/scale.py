@@ -1,6 +1,6 @@
 """docs/scale.md: what training on ImageNet costs, dense and with UVC, from the rows of bench/results.
 
-Where there are rows of a GPU, from those; else from those of a CPU. The limits are computed.
+A section for every device, number of threads and dtype that has rows. The limits are computed.
 
 python bench/scale.py [--results bench/results] [--out docs/scale.md]
 """
@@ -92,8 +92,8 @@ def page(results: Path) -> str:
         "Written by `python bench/scale.py` from the rows of `bench/results`; no figure was typed by hand.",
         formula.rstrip(),
     ]
-    for device in dict.fromkeys(row.device for row in rows):
-        parts += measured([row for row in rows if row.device == device])
+    for setting in dict.fromkeys((row.device, row.threads, row.dtype) for row in rows):
+        parts += measured([row for row in rows if (row.device, row.threads, row.dtype) == setting])
     parts += limits()
     return "\n\n".join(parts) + "\n"
 
@@ -113,7 +113,7 @@ def seconds(rows: Sequence[Row], model: str) -> tuple[Row, Seconds] | None:
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
-    """The section of one device, from its images per second."""
+    """The section of one device, number of threads and dtype, from its images per second."""
     first = rows[0]
     on_gpu = first.threads == 0
     unit = "GPUs" if on_gpu else "such devices"

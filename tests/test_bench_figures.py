@@ -115,6 +115,15 @@ def test_an_unknown_block_is_named(plot):
 
 
 def test_the_scale_page_follows_its_formula(results):
+    # A faster row of other threads is no row of these.
+    for path in results.rglob("models.csv"):
+        lines = path.read_text().splitlines()
+        other = [
+            line.replace(",float32,1,8,", ",float32,2,8,").replace("500,500,500", "5,5,5")
+            for line in lines[1:]
+        ]
+        assert other != lines[1:]
+        path.write_text("\n".join([*lines, *other]) + "\n")
     text = script("scale").page(results)
     # 500 ms for 8 images: 16 a second. On the fly takes half of that; the teacher a third.
     d, k, t = 1 / 16, 1 / 32, 1 / 48

@@ -141,15 +141,15 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     """`fractions` and `solver_shares` of training steps as lines."""
     out = [
         "time and memory of a training step as fractions of another; standing: parameters and optimiser",
-        f"{'':44} {'time':>7} {'noise':>7} {'memory':>8} {'with standing':>14}",
+        f"{'':46} {'time':>7} {'noise':>7} {'memory':>8} {'with standing':>14}",
     ]
     for f in fractions(rows):
         name = f"keep {f.row.keep:<4g} {labelled(f.row)} / {f.other.way}"
         band = f"±{f.noise:.1%}"
-        out.append(f"{name:44} {f.time:7.3f} {band:>7} {f.memory:8.3f} {f.memory_with_standing:14.3f}")
+        out.append(f"{name:46} {f.time:7.3f} {band:>7} {f.memory:8.3f} {f.memory_with_standing:14.3f}")
     for row, share in solver_shares(rows):
         name = f"keep {row.keep:<4g} {SOLVER[row.way]} / search step"
-        out.append(f"{name:44} {share:7.2%}  ({row.ms:.2f} ms once in {SolverConfig().every} steps)")
+        out.append(f"{name:46} {share:7.2%}  ({row.ms:.2f} ms once in {SolverConfig().every} steps)")
     return out
 
 
