@@ -9,6 +9,7 @@ import torch
 from bench.quality import arms, context, harness, report
 from bench.quality.tasks import TASKS, Batches, Split, Task
 from uvc.config import Config
+from uvc.structure import structure_of
 
 
 def tiny():
@@ -73,7 +74,7 @@ def test_equal_compute_gives_every_arm_the_same_bill():
 
 def test_a_family_that_is_left_out_stays_whole():
     budget = context.Context(harness.TASKS["tiny"], 0, 0.6)
-    structure = context.structure_of(arms.without("neuron")(budget))
+    structure = structure_of(arms.only("qk", "v")(budget))
     assert all(len(block.neurons) in (0, 192) for block in structure.blocks if block.mlp)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.quality import pruning, rivals
 from bench.quality.context import Context, build, narrow_width
-from uvc.config import Config, DistillConfig
+from uvc.config import DistillConfig
 from uvc.train import compress
 
 
@@ -43,10 +43,9 @@ def _compress(context: Context, model: nn.Module, budget: float, epochs: int, **
     return compress(model, context.batches, context.val, budget, "macs", teacher, config).model
 
 
-def without(*families: str) -> Callable[[Context], nn.Module]:
-    """UVC that leaves some families of groups whole."""
-    kept = tuple(name for name in Config().solver.families if name not in families)
-    return lambda context: uvc(context, families=kept)
+def only(*families: str) -> Callable[[Context], nn.Module]:
+    """UVC that removes groups of these families, and skips."""
+    return lambda context: uvc(context, families=families)
 
 
 def prune_then_skip(context: Context) -> nn.Module:
@@ -98,9 +97,10 @@ ARMS: dict[str, Arm] = {
     "uniform_depth": Arm(uniform_depth, scratch=True),
     "random_structure": Arm(rivals.random_structure),
     "uvc_no_skip": Arm(lambda c: uvc(c, skip="none"), search=True),
-    "uvc_no_heads": Arm(without("head"), search=True),
-    "uvc_no_dims": Arm(without("qk", "v"), search=True),
-    "uvc_no_neurons": Arm(without("neuron"), search=True),
+    "uvc_whole_heads": Arm(only("head", "qk", "v", "neuron"), search=True),
+    "uvc_no_dims": Arm(only("head", "neuron"), search=True),
+    "uvc_no_heads": Arm(only("neuron"), search=True),
+    "uvc_no_neurons": Arm(only("qk", "v"), search=True),
     "uvc_no_distill": Arm(uvc, search=True, distill=False),
     "prune_then_skip": Arm(prune_then_skip, search=True),
     "skip_then_prune": Arm(skip_then_prune, search=True),

@@ -51,6 +51,8 @@ def _scan(context: Context, importance: Any, options: dict) -> nn.Module:
     limit, best, best_macs = context.budget * macs_of(context.dense), None, 0
     for ratio in RATIOS:
         model = _pruned(dense, ratio, importance, options)
+        if any(block.attn.num_heads == 0 for block in model.blocks):
+            continue  # it counts a layer's heads down to none, which no longer runs
         macs = macs_of(model)
         if best_macs < macs <= limit:
             best, best_macs = model, macs

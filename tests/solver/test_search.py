@@ -111,7 +111,9 @@ def test_a_half_with_nothing_left_is_skipped_once_gates_are_hard_and_never_below
 
 def test_a_useless_half_is_skipped_and_the_useful_ones_are_kept():
     model = small_vit()
-    config = SolverConfig(gate_init=1.0, gate_every=1, gate_weight=0.6, anneal=(0.0, 0.1), gate_rate=0.2)
+    config = SolverConfig(
+        gate_init=1.0, gate_every=1, gate_weight=0.6, anneal=(0.0, 0.1), gate_rate=0.2, prox_rate=0.0
+    )
     search = Search(model, 0.6, "macs", steps=100, config=config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for i in range(59):

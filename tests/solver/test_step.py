@@ -55,8 +55,8 @@ def test_a_hundred_steps_equal_the_slow_twin(geometry):
             close(slow_scores[name], scores[name])
         step.primal(state, PRICES, config), reference.primal(slow, PRICES, config)
         target = max(1.0 - i / 60, 0.3)
-        step.dual(state, norms, PRICES, dense, target, config)
-        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, PRICES, dense, target, config)
+        step.dual(state, norms, PRICES, dense, target, 0.01, config)
+        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, PRICES, dense, target, 0.01, config)
         assert float(soft_cost(state, PRICES)) == pytest.approx(reference.soft_cost(slow, PRICES), rel=1e-9)
         assert float(state.z) == pytest.approx(slow.z, rel=1e-9)
         for name, family in state.families.items():
@@ -80,7 +80,7 @@ def test_the_cost_follows_the_budget_and_z_unwinds_after_an_overshoot():
     for target in (0.8, 0.5, 0.7):
         for _ in range(400):
             step.primal(state, PRICES, config)
-            step.dual(state, norms, PRICES, dense, target, config)
+            step.dual(state, norms, PRICES, dense, target, 0.0, config)
         assert float(soft_cost(state, PRICES)) / dense == pytest.approx(target, abs=0.02)
 
 
@@ -94,7 +94,7 @@ def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one(
     dense = hard_cost(state, PRICES)
     for _ in range(3000):
         step.primal(state, PRICES, config)
-        step.dual(state, norms, PRICES, dense, 0.6, config)
+        step.dual(state, norms, PRICES, dense, 0.6, 0.0, config)
     scores = quantiles(state, PRICES)
     kept = torch.cat([scores[n][~state.families[n].removed()] for n in ("qk", "v", "neuron")])
     removed = torch.cat([scores[n][state.families[n].removed()] for n in ("qk", "v", "neuron")])

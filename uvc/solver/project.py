@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from uvc.budget import Prices
-from uvc.solver.objective import head_cost, masks_cost
+from uvc.solver.objective import head_ratio, masks_cost
 from uvc.solver.state import FAMILIES, State
 
 # q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
@@ -97,14 +97,15 @@ def _walk_up(state: State, masks: Masks, prices: Prices, room: float) -> None:
 def _candidates(state: State, masks: Masks, prices: Prices) -> list[tuple[float, str, tuple[int, ...]]]:
     """(importance per cost, family, index) of every living unit, ascending."""
     qk, v, neuron, _ = masks
-    costs = head_cost(state, prices).clamp_min(1.0)
+    shape = qk.shape
+    ratios = {
+        "qk": state.families["qk"].importance.view(shape) / prices.qk,
+        "v": state.families["v"].importance.view(shape) / prices.v,
+        "neuron": state.families["neuron"].importance / prices.neuron,
+        "head": head_ratio(state, prices),
+    }
     units: list[tuple[float, str, tuple[int, ...]]] = []
-    for name, mask, price in (
-        ("qk", qk, prices.qk),
-        ("v", v, prices.v),
-        ("neuron", neuron, prices.neuron),
-        ("head", v.any(-1), costs),
-    ):
-        ratio = (state.families[name].importance.view(mask.shape) / price)[mask]
+    for name, mask in (("qk", qk), ("v", v), ("neuron", neuron), ("head", v.any(-1))):
+        ratio = ratios[name][mask]
         units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
     return sorted(units)

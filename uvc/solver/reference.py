@@ -53,7 +53,7 @@ class SlowState:
 
     def removed(self, family: str, segment: int) -> set[int]:
         order = self.order(family, segment)
-        return set(order[: round(self.s[family][segment] * len(order))])
+        return set(order[: round(self.s[family][segment] * len(order) - 1e-4)])
 
 
 def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
@@ -91,17 +91,19 @@ def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
         below += price[family]
     for layer in range(state.layers):
         for head in range(state.heads):
-            segment = layer * state.heads + head
-            alive_v = sum(not d for d in state.dead["v"][segment])
-            alive_qk = sum(not d for d in state.dead["qk"][segment]) if alive_v else 0
-            cost = max(prices.qk * alive_qk + prices.v * alive_v, 1.0)
-            ratio = -1.0 if state.dead["head"][layer][head] else state.importance["head"][layer][head] / cost
+            segment, worth, cost = layer * state.heads + head, 0.0, 0.0
+            for family in ("qk", "v"):
+                kept = set(range(state.head_dim)) - state.removed(family, segment)
+                worth += sum(state.importance[family][segment][g] for g in kept)
+                cost += price[family] * len(kept)
+            ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, 1.0)
+            ratio = -1.0 if state.dead["head"][layer][head] else ratio
             score["head"][layer][head] = sum(price[unit[1]] for unit in units if unit[0] < ratio) / whole
     return score
 
 
 def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
-    """One subgradient step of every s and r."""
+    """One step of every s and r towards the minimiser along its segment."""
     scores = quantiles(state, prices)
     removed_heads = [state.removed("head", layer) for layer in range(state.layers)]
     for family in config.families:
@@ -109,14 +111,11 @@ def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
             if family in ("qk", "v") and segment % state.heads in removed_heads[segment // state.heads]:
                 move = 0.0
             else:
-                q, y, s = sorted(row), state.y[family][segment], state.s[family][segment]
-                count = round(s * len(q))
-                up = max(state.z - y * q[count], 0.0) if count < len(q) else 0.0
-                down = max(y * q[count - 1] - state.z, 0.0) if count > 0 else 0.0
-                move = up - down if up > 0 or down > 0 else count / len(q) - s
+                y = state.y[family][segment]
+                best = sum(y * q < state.z for q in row) / len(row)
+                move = best - state.s[family][segment]
             dead = sum(state.dead[family][segment]) / len(row)
-            stepped = state.s[family][segment] + config.primal_rate * min(max(move, -1.0), 1.0)
-            state.s[family][segment] = max(min(stepped, 1.0), dead)
+            state.s[family][segment] = max(state.s[family][segment] + config.primal_rate * move, dead)
 
 
 def soft_cost(state: SlowState, prices: Prices) -> float:
@@ -140,6 +139,7 @@ def dual(
     prices: Prices,
     dense_cost: float,
     target: float,
+    tightened: float,
     config: SolverConfig,
 ) -> None:
     """Multipliers of the norms and of the budget."""
@@ -148,5 +148,6 @@ def dual(
             left = sum(row[g] for g in state.removed(family, segment)) / (state.scale[family] * len(row))
             y = 1.0 + (state.y[family][segment] - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left
             state.y[family][segment] = min(max(y, 1.0), config.dual_max)
-    z = state.z + config.budget_rate * (soft_cost(state, prices) / dense_cost - target)
+    prunable = 1.0 - prices.fixed / dense_cost
+    z = state.z + config.budget_rate * (soft_cost(state, prices) / dense_cost - target) + tightened / prunable
     state.z = min(max(z, 0.0), 2.0)

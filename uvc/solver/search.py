@@ -53,7 +53,7 @@ class Search:
         self.generator = torch.Generator().manual_seed(seed)
         for name, norms in self.groups.norms().items():
             self.state.families[name].scale = max(float(norms.mean()), 1e-30)
-        self.count = 0
+        self.count, self._last_target = 0, 1.0
         self._gates: tuple[Tensor, Tensor] | None = None
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
 
@@ -82,7 +82,7 @@ class Search:
         """Budget of this moment: 1 before the annealing, the given budget after it."""
         start, end = self.config.anneal
         share = min(max((self.progress - start) / max(end - start, 1e-9), 0.0), 1.0)
-        return 1.0 + (self.budget - 1.0) * share
+        return self.budget**share
 
     def before(self) -> None:
         """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where
@@ -136,7 +136,9 @@ class Search:
         self.groups.shrink(prox(state, config))
         primal(state, prices, config)
         norms = self.groups.norms()
-        dual(state, norms, prices, self.dense_cost, self.target(), config)
+        target = self.target()
+        dual(state, norms, prices, self.dense_cost, target, self._last_target - target, config)
+        self._last_target = target
         if project(state, norms, prices, self.budget_cost, config):
             self.bury(optimizer)
 
@@ -192,6 +194,7 @@ class Search:
         return {
             **self.state.tensors(),
             "count": torch.tensor(self.count),
+            "last_target": torch.tensor(self._last_target, dtype=torch.float64),
             "generator": self.generator.get_state(),
         }
 
@@ -199,5 +202,6 @@ class Search:
         """Inverse of ``tensors``; the model must already hold its weights. Skips what was skipped."""
         self.state.load_tensors(flat)
         self.count = int(flat["count"])
+        self._last_target = float(flat["last_target"])
         self.generator.set_state(flat["generator"])
         self._apply(self.state.alive())

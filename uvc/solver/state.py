@@ -60,8 +60,12 @@ class Family:
         )
 
     def removed(self) -> Tensor:
-        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them."""
-        return smallest(self.importance.masked_fill(self.dead, -1.0), (self.s * self.dead.shape[1]).round())
+        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them.
+
+        Halves round down, by more than the last bit of s, which differs between machines.
+        """
+        count = (self.s * self.dead.shape[1] - 1e-4).round()
+        return smallest(self.importance.masked_fill(self.dead, -1.0), count)
 
 
 def smallest(importance: Tensor, count: Tensor) -> Tensor:

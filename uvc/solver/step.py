@@ -42,29 +42,22 @@ def prox(state: State, config: SolverConfig) -> Factors:
 
 
 def primal(state: State, prices: Prices, config: SolverConfig) -> None:
-    """s <- s - rate * clip(subgradient, -1, 1), for s and r.
+    """s <- s + rate * (s* - s), for s and r, with s* the minimiser along the segment.
 
     With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (y q_i -
-    z) over the x smallest: it falls while y q_next < z, rises back while y q_last > z, and between the two x
-    rests on the whole number. Dims move in surviving heads only.
+    z) over the x smallest; it is least at x* = the number of groups with y q < z. Dims move in surviving
+    heads only.
     """
     scores = quantiles(state, prices)
     surviving = ~state.families["head"].removed()
     for name in config.families:
         family = state.families[name]
-        groups = family.dead.shape[1]
-        q = torch.nn.functional.pad(scores[name].sort(dim=1).values, (1, 1))
-        q[:, 0], q[:, -1] = -torch.inf, torch.inf
-        count = (family.s * groups).round().long()[:, None]
-        q_last, q_next = q.gather(1, count)[:, 0], q.gather(1, count + 1)[:, 0]
-        up = (state.z - family.y * q_next).clamp_min(0.0)
-        down = (family.y * q_last - state.z).clamp_min(0.0)
-        move = torch.where((up > 0) | (down > 0), up - down, count[:, 0] / groups - family.s)
+        best = (family.y[:, None] * scores[name] < state.z).to(family.s.dtype).mean(1)
+        move = best - family.s
         if name in ("qk", "v"):
             move = move * surviving.flatten()
         dead = family.dead.to(family.s.dtype).mean(1)
-        family.s.add_(config.primal_rate * move.clamp(-1.0, 1.0)).clamp_(max=1.0)
-        family.s.copy_(torch.maximum(family.s, dead))
+        family.s.copy_(torch.maximum(family.s + config.primal_rate * move, dead))
 
 
 def dual(
@@ -73,10 +66,14 @@ def dual(
     prices: Prices,
     dense_cost: float,
     target: float,
+    tightened: float,
     config: SolverConfig,
 ) -> None:
-    """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target), kept in [0, 2].
+    """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target) + the price of
+    ``tightened``, kept in [0, 2].
 
+    tightened: how far the target has come down since the last step. Groups with q < z are a share z of the
+    prunable cost, so z must rise by that much over the prunable share of the cost.
     norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to
     the segment's size.
     """
@@ -84,7 +81,9 @@ def dual(
         left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
         family.y.copy_(1.0 + (family.y - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left)
         family.y.clamp_(1.0, config.dual_max)
-    state.z.add_(config.budget_rate * (soft_cost(state, prices) / dense_cost - target)).clamp_(0.0, 2.0)
+    error = soft_cost(state, prices) / dense_cost - target
+    prunable = 1.0 - prices.fixed / dense_cost
+    state.z.add_(config.budget_rate * error + tightened / prunable).clamp_(0.0, 2.0)
 
 
 def project(
