@@ -7,6 +7,7 @@ the README and of docs/bench.md. With --check nothing is written; exit code 1 wh
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from uvc.bench.figure import draw
 from uvc.bench.machine import slug
 from uvc.bench.rows import Row, latest, read
+from uvc.bench.table import OPS, SOLVER, fractions, solver_shares
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
@@ -38,18 +40,20 @@ MODELS = {
 def load(results: Path) -> list[Row]:
     """The last row of each setting on each device; the order is that of the files."""
     rows = []
-    for path in sorted([*results.rglob("models.csv"), *results.rglob("kernels.csv")]):
-        rows += read(path)
+    for suite in ("models", "kernels", "quick"):
+        for path in sorted(results.rglob(f"{suite}.csv")):
+            rows += read(path)
     return latest(rows)
 
 
 def training_table(rows: Sequence[Row], device: str) -> list[str]:
     """DeiT-T at keep 0.5, float32, one thread: every way."""
+    case = ("models", "deit_tiny_patch16_224", "training", 0.5)
     chosen = [
         row
         for row in rows
         if row.device == device
-        and (row.model, row.what, row.keep) == ("deit_tiny_patch16_224", "training", 0.5)
+        and (row.suite, row.model, row.what, row.keep) == case
         and (row.dtype, row.threads) in (("float32", 1), ("bfloat16", 0))
     ]
     if not chosen:
@@ -61,16 +65,44 @@ def training_table(rows: Sequence[Row], device: str) -> list[str]:
         f"One training step of DeiT-T, batch {first.batch}, {first.dtype}{threads}, half kept, on {device} "
         f"({first.date}, commit {commits}):",
         "",
-        "| | ms | times as fast as dense | ± | cap | of cap | MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| | ms | times as fast as dense | ± | cap | of cap | as fast as compacted | MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(chosen, key=lambda row: list(NAMES).index(row.way)):
+    ways = list(NAMES)
+    for row in sorted((row for row in chosen if row.way in ways), key=lambda row: ways.index(row.way)):
         name = NAMES[row.way] + ("" if row.backend in ("torch", "auto") else f", {row.backend}")
         out.append(
             f"| {name} | {row.ms:.1f} | {row.speedup:.2f} | {row.noise:.0%} | {row.cap:.2f} | "
-            f"{row.cap_fraction:.0%} | {row.peak_mib:.0f} |"
+            f"{row.cap_fraction:.0%} | {_number(row.speedup_compacted)} | {row.peak_mib:.0f} |"
         )
+    shares = {row.way: share for row, share in solver_shares(chosen)}
+    if len(shares) == len(SOLVER):
+        usual, dearest = (f"{shares[way]:.1%}" for way in SOLVER)
+        out += [
+            "",
+            f"The solver's own work is {usual} of such a search step, {dearest} where groups die in each.",
+        ]
     return out
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def fractions_table(rows: Sequence[Row], device: str) -> list[str]:
+    """What `uvc bench` measured: on the fly beside the compacted model, converted beside dense."""
+    out = [
+        "| model | batch | dtype | threads | keep | | time | ± | memory of the step | with what stands |",
+        "|---" * 10 + "|",
+    ]
+    for f in fractions(row for row in rows if row.device == device and row.suite == "quick"):
+        r = f.row
+        out.append(
+            f"| {MODELS.get(r.model, r.model)} | {r.batch} | {r.dtype} | {r.threads or ''} | {r.keep:g} | "
+            f"{r.way.replace('_', ' ')} / {f.other.way} | {f.time:.3f} | {f.noise:.1%} | {f.memory:.2f} | "
+            f"{f.memory_with_standing:.2f} |"
+        )
+    return out if len(out) > 2 else []
 
 
 def models_table(rows: Sequence[Row], device: str) -> list[str]:
@@ -111,10 +143,29 @@ def layers_table(rows: Sequence[Row], device: str) -> list[str]:
     return out if len(out) > 2 else []
 
 
+def ops_table(rows: Sequence[Row], device: str) -> list[str]:
+    """Each op over all layers, at every kept fraction."""
+    out = [
+        "| model | op | keep | dtype | backend | ms | torch, ms | times as fast | ± | cap | GB/s | of roof |",
+        "|---" * 12 + "|",
+    ]
+    chosen = [row for row in rows if row.device == device and row.way in OPS]
+    plain = {row.key[:3] + row.key[5:]: row for row in chosen if row.way == "plain_torch"}
+    for r in (row for row in chosen if row.way == "kernel" and row.backend != "reference"):
+        out.append(
+            f"| {r.model} | {r.what} | {r.keep:g} | {r.dtype} | {r.backend} | {r.ms:.2f} | "
+            f"{plain[r.key[:3] + r.key[5:]].ms:.2f} | {r.speedup:.2f} | {r.noise:.0%} | {r.cap:.2f} | "
+            f"{r.gbyte_per_s:.1f} | {r.roofline:.0%} |"
+        )
+    return out if len(out) > 2 else []
+
+
 BLOCKS: dict[str, Callable[[Sequence[Row], str], list[str]]] = {
     "training": training_table,
     "models": models_table,
     "layers": layers_table,
+    "ops": ops_table,
+    "fractions": fractions_table,
 }
 
 

@@ -1,11 +1,12 @@
 """docs/scale.md: what training on ImageNet costs, dense and with UVC, from the rows of bench/results.
 
-Where there are rows of a GPU, from those; else from those of a CPU. The limits are computed.
+A section for every device, number of threads and dtype that has rows. The limits are computed.
 
 python bench/scale.py [--results bench/results] [--out docs/scale.md]
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from uvc.recipes import default
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, EPOCHS, KEEP = 1_281_167, 300, 0.5
 GPUS = (1, 8, 64)
+# While the cost shrinks from 1 to KEEP by equal factors it is (KEEP - 1) / ln KEEP on average.
+DENSE_SHARE = ((KEEP - 1) / math.log(KEEP) - KEEP) / (1 - KEEP)
 # Measured elsewhere on one NVIDIA H200: a large bf16 product and a large copy. Only limits follow from them.
 LIMIT = Ceilings(790e3, ((1 << 40, 4300.0),))
 MODELS = {
@@ -40,7 +43,7 @@ class Seconds(NamedTuple):
         c = default()
         epochs = c.warmup_epochs + c.search_epochs + c.post_epochs
         start, end = c.solver.anneal
-        middle = (end - start) * (self.dense + self.kept) / 2
+        middle = (end - start) * (DENSE_SHARE * self.dense + (1 - DENSE_SHARE) * self.kept)
         search = start * self.dense + middle + (1 - end) * self.kept
         spent = c.warmup_epochs * self.dense + c.search_epochs * search + c.post_epochs * self.kept
         return spent / epochs
@@ -56,12 +59,12 @@ FORMULA = """\
 An image costs `d` seconds in a dense training step, `k` in a step at half of the heads' dims and neurons
 (with the solver beside it where that was measured), and `t` in the teacher's forward pass. UVC's recipe
 spends {warmup} of {epochs} epochs on warming up (`d`), {search} on the search and {post} on training what is
-left (`k`). In the search the cost stays at `d` for {start:.0%} of the steps, goes to `k` until {end:.0%},
-counted as the mean of both, and stays there; skipped halves would make it cheaper. So
+left (`k`). In the search the cost stays at `d` for {start:.0%} of the steps, goes to `k` until {end:.0%} by equal
+factors, on average {dense:.2f} d + {kept:.2f} k, and stays there; skipped halves would make it cheaper. So
 
     dense = 1,281,167 images x 300 epochs x d
     UVC   = 1,281,167 images x 300 epochs x (({warmup} d + {search} s + {post} k) / {epochs} + t)
-            s = {start:g} d + {middle:g} (d + k) / 2 + {rest:g} k
+            s = {start:g} d + {middle:g} ({dense:.2f} d + {kept:.2f} k) + {rest:g} k
 
 The recipe is stretched to the 300 epochs of the dense run, so that both see equally many images. Without a
 teacher `t` is 0. Several devices are counted as so many times faster than one: no run on several has been
@@ -82,6 +85,8 @@ def page(results: Path) -> str:
         end=end,
         middle=end - start,
         rest=1 - end,
+        dense=DENSE_SHARE,
+        kept=1 - DENSE_SHARE,
     )
     rows = []
     for path in sorted(results.rglob("models.csv")):
@@ -92,8 +97,8 @@ def page(results: Path) -> str:
         "Written by `python bench/scale.py` from the rows of `bench/results`; no figure was typed by hand.",
         formula.rstrip(),
     ]
-    for device in dict.fromkeys(row.device for row in rows):
-        parts += measured([row for row in rows if row.device == device])
+    for setting in dict.fromkeys((row.device, row.threads, row.dtype) for row in rows):
+        parts += measured([row for row in rows if (row.device, row.threads, row.dtype) == setting])
     parts += limits()
     return "\n\n".join(parts) + "\n"
 
@@ -113,7 +118,7 @@ def seconds(rows: Sequence[Row], model: str) -> tuple[Row, Seconds] | None:
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
-    """The section of one device, from its images per second."""
+    """The section of one device, number of threads and dtype, from its images per second."""
     first = rows[0]
     on_gpu = first.threads == 0
     unit = "GPUs" if on_gpu else "such devices"

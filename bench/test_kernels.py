@@ -1,8 +1,9 @@
-"""Attention and MLP layers, forward and backward, by backend: skipping against what else one could do."""
+"""Attention and MLP layers by backend, against what else one could do; ops over all layers, against torch."""
 
 import pytest
+import torch
 
-from uvc.bench import layer_ways
+from uvc.bench import layer_ways, op_ways
 from uvc.bench.rows import Group
 
 KEEPS = (1.0, 0.75, 0.5, 0.25)
@@ -10,6 +11,9 @@ KEEPS = (1.0, 0.75, 0.5, 0.25)
 BATCH = {"cpu": {"deit_tiny": 8, "deit_small": 4, "deit_base": 1, "t2t_vit_14": 4}}
 BATCH["cuda"] = {"deit_tiny": 256, "deit_small": 256, "deit_base": 128, "t2t_vit_14": 256}
 CACHE = 240e6  # bytes: four times the last-level cache of a large GPU
+# Scores go over all weights, whatever the structure; what keeps everything is not packed.
+OPS = [("group_scores", "forward", 1.0), *(("prox_shrink", "forward", keep) for keep in KEEPS)]
+OPS += [("gather", direction, keep) for direction in ("forward", "backward") for keep in KEEPS[1:]]
 
 
 @pytest.mark.parametrize("keep", KEEPS)
@@ -41,6 +45,40 @@ def test_layer(benchmark, session, model, op, direction, keep):
             what=f"{op} {direction}",
             dtype=session.dtype,
             batch=batch,
+            keep=keep,
+            device=session.device,
+            timings=timings,
+            works=made.works,
+            backends=made.backends,
+            error=made.error,
+            images=False,
+        ),
+    )
+
+
+@pytest.mark.parametrize(("op", "direction", "keep"), OPS)
+@pytest.mark.parametrize("model", layer_ways.SHAPES)
+def test_op(benchmark, session, model, op, direction, keep):
+    if session.quick and (model != "deit_tiny" or keep not in (1.0, 0.5)):
+        pytest.skip("not in --quick")
+    if not session.on_gpu and model != "deit_tiny" and op != "group_scores" and keep != 0.5:
+        pytest.skip("on a GPU only")
+    shape = layer_ways.SHAPES[model]
+    dtype = session.dtype if op == "gather" else torch.float32
+    x_bytes = 4 * shape.depth * shape.dim * (4 * shape.heads * shape.head_dim + 2 * shape.hidden)
+    inputs = max(1, min(8, round(CACHE / x_bytes)))
+    made = op_ways.op(op, shape, keep, session.device, dtype, direction == "backward", inputs)
+    for way, reason in made.left:
+        session.leave_out(way, reason)
+    timings = session.time(benchmark, made.calls, inputs, 15 if session.on_gpu else 7, replay=True)
+    session.add(
+        benchmark,
+        Group(
+            suite="kernels",
+            model=model,
+            what=f"{op} {direction}" if op == "gather" else op,
+            dtype=dtype,
+            batch=0,
             keep=keep,
             device=session.device,
             timings=timings,

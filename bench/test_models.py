@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from uvc.bench.models import models
+from uvc.bench.models import BESIDE, models
 from uvc.bench.rows import Group
 from uvc.bench.steps import peak_mib
 from uvc.bench.ways import WAYS
@@ -34,7 +34,14 @@ def test_model(benchmark, session, phase, model, keep):
         ways.remove("compiled")
     gc.collect()  # models of the group before may hang in reference cycles, gigabytes of them
     made = models(
-        model, phase, keep, batch, session.device, session.dtype, ways, solver=model == TINY and keep == 0.5
+        model,
+        phase,
+        keep,
+        batch,
+        session.device,
+        session.dtype,
+        ways,
+        BESIDE if model == TINY and keep == 0.5 else (),
     )
     for way, reason in made.left:
         session.leave_out(way, reason)
@@ -54,6 +61,7 @@ def test_model(benchmark, session, phase, model, keep):
             works=made.works,
             backends=made.backends,
             peaks=peaks,
+            standing=made.standing,
             error=made.error,
         ),
     )

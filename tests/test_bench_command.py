@@ -47,10 +47,14 @@ def test_it_leaves_rows_and_a_picture(measured):
     rows = read(measured)
     assert [(row.keep, row.way) for row in rows] == [
         (1.0, "dense"), (1.0, "converted"), (0.5, "dense"), (0.5, "compacted"), (0.5, "on_the_fly"),
+        (0.5, "solver"), (0.5, "solver_burying"),
     ]  # fmt: skip
-    fly = rows[-1]
+    fly = rows[-3]
     assert fly.what == "training" and fly.threads == 1 and fly.batch == 4 and fly.rounds == 3
     assert fly.ms > 0 and fly.cap > 1.2 and fly.peak_mib > 0 and fly.error < 1e-4
+    # Full-size weights and two averages of each stay on the fly; the compacted model's are smaller.
+    assert fly.standing_mib == rows[0].standing_mib > 1.2 * rows[-4].standing_mib
+    assert fly.speedup_compacted == pytest.approx(fly.speedup / rows[-4].speedup, rel=0.5)
     assert (measured.parent.parent / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,7 +75,7 @@ def rewritten(path, target, factor):
 def test_slower_than_a_saved_csv_ends_with_1(measured, tmp_path, capsys):
     faster = rewritten(measured, tmp_path / "faster.csv", 100)
     assert cli.run([*SMALL, "--out", str(tmp_path), "--against", str(faster)]) == 1
-    assert "3 of 3 slower than the noise band allows" in capsys.readouterr().out
+    assert "5 of 5 slower than the noise band allows" in capsys.readouterr().out
 
 
 def test_not_slower_than_a_saved_csv_ends_with_0(measured, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Rows and their CSV: append-only, read back as written, refused in one line; the table; regressions."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,61 @@ def test_a_broken_row_is_named_by_its_line(tmp_path):
 def test_the_table_has_a_line_per_row_of_a_model_and_per_kernel_of_a_layer():
     models, layers = measured(), measured(suite="kernels")
     lines = table.lines(models + layers)
-    assert sum("on_the_fly/triton" in line for line in lines) == 1
+    assert sum("on_the_fly/triton  " in line for line in lines) == 1
     (kernel,) = [line for line in lines if "deit training, keep 0.5, triton" in line]
     # Of the layer's other ways only the compiled one; dense is what all is compared with.
     assert kernel.split()[-1] == "1.11"
+
+
+def training_steps(keep=0.5):
+    samples = {"dense": 100.0, "compacted": 50.0, "on_the_fly/auto": 52.0, "solver/auto": 1.0}
+    samples["solver_burying/auto"] = 2.0
+    group = Group(
+        suite="quick", model="deit", what="training", dtype=torch.float32, batch=8, keep=keep,
+        device=torch.device("cpu"), timings={way: Timing((ms,) * 3, "wall") for way, ms in samples.items()},
+        works=dict.fromkeys(samples, work(int(1e9))), backends=dict.fromkeys(list(samples)[2:], "auto"),
+        peaks={"dense": 100.0, "compacted": 80.0, "on_the_fly/auto": 60.0, "solver/auto": 0.0},
+        standing={"dense": 20.0, "compacted": 10.0, "on_the_fly/auto": 20.0, "solver/auto": 20.0},
+    )  # fmt: skip
+    return make_rows(group, CEILINGS)
+
+
+def test_steps_stand_beside_the_compacted_and_the_dense_one_in_time_and_memory():
+    found = table.fractions(training_steps() + training_steps(0.25))
+    assert [(f.row.keep, f.other.way) for f in found] == [
+        (0.5, "compacted"), (0.5, "dense"), (0.25, "compacted"), (0.25, "dense"),
+    ]  # fmt: skip
+    compacted, dense = found[:2]
+    assert (compacted.time, dense.time) == pytest.approx((1.04, 0.52))
+    assert (compacted.memory, dense.memory) == pytest.approx((0.75, 0.6))
+    assert (compacted.memory_with_standing, dense.memory_with_standing) == pytest.approx((80 / 90, 80 / 120))
+    assert compacted.noise == pytest.approx(dense.noise)
+
+
+def test_the_solver_works_in_one_step_of_two():
+    shares = {row.way: share for row, share in table.solver_shares(training_steps())}
+    assert shares == pytest.approx({"solver": 0.5 / 52.5, "solver_burying": 1 / 53})
+    lines = table.lines(training_steps())
+    assert any("keep 0.5  solver / search step" in line and "0.95%" in line for line in lines)
+    assert not any("solver/auto" in line for line in lines)
+
+
+def test_ops_are_compared_with_plain_torch():
+    timings = {"plain_torch": Timing((4.0,) * 3, "wall"), "kernel/cpu": Timing((2.0,) * 3, "wall")}
+    group = Group(
+        suite="kernels", model="deit_tiny", what="gather forward", dtype=torch.float32, batch=0, keep=0.5,
+        device=torch.device("cpu"), timings=timings, works=dict.fromkeys(timings, Work((Pass(0, 10**6),))),
+        backends={"kernel/cpu": "cpu"}, images=False,
+    )  # fmt: skip
+    plain, kernel = make_rows(group, CEILINGS)
+    assert plain.speedup == 1 and kernel.speedup == pytest.approx(2.0) and kernel.cap == 1
+    (line,) = [line for line in table.lines([plain, kernel]) if "gather" in line]
+    assert line.split()[:7] == ["tiny", "gather", "forward,", "keep", "0.5,", "cpu", "2.000"]
+
+
+def test_where_no_kernel_was_built_the_reference_has_the_line():
+    reference = [replace(row, backend="reference") for row in measured(suite="kernels")]
+    assert any("deit training, keep 0.5, reference" in line for line in table.lines(reference))
 
 
 def test_nothing_measured_is_said():
@@ -118,6 +170,11 @@ def test_slower_beyond_the_band_is_a_regression_and_within_it_is_not():
     assert "SLOWER" in str(regression.compare(measured(fly_ms=70.0), saved, Path("x.csv"))[-1])
 
 
+def test_a_band_as_wide_as_the_figure_still_tells_a_tenth_from_it():
+    assert regression.Comparison("x", 1.0, 0.1, 1.5, "x dense").slower
+    assert not regression.Comparison("x", 1.0, 0.5, 1.5, "x dense").slower
+
+
 def test_a_wide_band_is_called_noisy():
     found = regression.compare(measured(fly_ms=70.0, noise=0.2), measured(noise=0.2), Path("x.csv"))
     # The drift of all ways together is no noise of their ratio.
@@ -125,8 +182,20 @@ def test_a_wide_band_is_called_noisy():
     assert "noisy" in str(regression.Comparison("x", 1.0, 0.9, 0.5, "x dense"))
 
 
-def test_nan_is_slower():
-    assert regression.Comparison("x", 1.0, math.nan, 0.5, "x dense").slower
+def test_nan_is_slower_and_agrees_with_nothing():
+    comparison = regression.Comparison("x", 1.0, math.nan, 0.5, "x dense")
+    assert comparison.slower and not comparison.agrees
+
+
+def test_the_last_two_rows_of_a_setting_are_held_against_each_other():
+    runs = [measured(fly_ms=90.0), measured(fly_ms=60.0), measured(keep=0.25), measured(fly_ms=60.5)]
+    found = regression.agreement([row for run in runs for row in run])
+    assert [(c.name, c.agrees) for c in found] == [
+        ("deit training keep 0.5 compiled", True), ("deit training keep 0.5 on_the_fly/triton", True),
+    ]  # fmt: skip
+    (_, fly) = regression.agreement(runs[0] + runs[1])
+    # Faster is no regression, but no agreement either.
+    assert not fly.agrees and not fly.slower
 
 
 def test_a_csv_of_other_settings_is_one_line():

@@ -41,10 +41,10 @@ def suite(tmp_path, *options, hidden=(), tools=True):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """One layer in a container without compilers, GPU, triton and torch-pruning."""
+    """One layer and one op in a container without compilers, GPU, triton and torch-pruning."""
     folder = tmp_path_factory.mktemp("bare")
     run = suite(
-        folder, "-k", "test_layer and deit_tiny and mlp and forward and 0.5", "--quick", "--results",
+        folder, "-k", "tiny and forward and 0.5 and (mlp or gather)", "--quick", "--results",
         str(folder / "results"), hidden=("triton", "torch_pruning"), tools=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
@@ -61,7 +61,9 @@ def test_what_can_run_leaves_rows(bare):
     folder, _ = bare
     (path,) = (folder / "results").glob("*/kernels.csv")
     rows = read(path)
-    assert {"dense", "masked", "pack_torch", "compacted", "on_the_fly"} == {row.way for row in rows}
+    layer, op = ([row for row in rows if (row.batch > 0) == yes] for yes in (True, False))
+    assert {"dense", "masked", "pack_torch", "compacted", "on_the_fly"} == {row.way for row in layer}
+    assert {"plain_torch", "kernel"} == {row.way for row in op}
     assert all(row.ms > 0 and row.cap >= 1 and row.commit and "torch" in row.versions for row in rows)
 
 

@@ -8,11 +8,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import uvc
-from uvc.bench import layer_ways, steps, ways
+from uvc.bench import layer_ways, op_ways, steps, ways
 from uvc.bench.layer_ways import LayerShape
-from uvc.bench.models import models
+from uvc.bench.models import BESIDE, models
 from uvc.bench.ways import PRUNED, build, gate
 from uvc.bench.work import kept_of
+from uvc.solver import Search
 
 CPU = torch.device("cpu")
 EAGER = [way for way in ways.WAYS if way not in ("compiled", "torch_pruning")]
@@ -114,6 +115,62 @@ def test_the_solver_works_beside_a_step_and_keeps_the_structure(small):
     assert not torch.equal(model.blocks[0].mlp.fc1.weight[~removed], weight[~removed])
 
 
+@pytest.mark.parametrize(("way", "parts"), [("solver", 2), ("solver_burying", 3)])
+def test_the_solver_alone_does_its_whole_step_and_keeps_the_structure(small, monkeypatch, way, parts):
+    model = uvc.apply_structure(small.float(), uvc.Structure.random(small, 0.5))
+    structure, done = uvc.structure_of(model), []
+    for name in ("observe", "step", "bury"):
+        run = getattr(Search, name)
+        monkeypatch.setattr(Search, name, lambda *args, run=run, name=name: (done.append(name), run(*args)))
+    step = BESIDE[way](model, *steps.images_and_labels(model, 4, CPU), torch.float32)
+    done.clear()
+    for i in range(20):
+        step(i)
+    assert done == ["observe", "step", "bury"][:parts] * 20 and uvc.structure_of(model) == structure
+
+
+@pytest.mark.parametrize(
+    ("op", "backward"), [("group_scores", False), ("prox_shrink", False), ("gather", False), ("gather", True)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_an_op_over_all_layers_stands_beside_plain_torch(op, backward, dtype):
+    shape = LayerShape(dim=24, heads=2, hidden=20, head_dim=16, depth=3)
+    made = op_ways.op(op, shape, 0.5, CPU, dtype, backward, inputs=2)
+    kernel = next(way for way in made.calls if way != "plain_torch")
+    assert set(made.calls) == {"plain_torch", kernel} and made.backends == {kernel: kernel.partition("/")[2]}
+    assert made.error < 1e-6
+    for call in made.calls.values():
+        for i in range(3):
+            call(i)
+    # 3 layers of (4 x 32 + 2 x 20) x 24 weights with 3 x 32 + 20 biases, in as many groups and twice that.
+    weights, groups = 3 * ((4 * 32 + 2 * 20) * 24 + 3 * 32 + 20), 3 * (6 * 32 + 32 + 3 * 20)
+    size, kept = dtype.itemsize, weights // 2
+    moved = {
+        "group_scores": 8 * weights + 4 * groups,
+        "prox_shrink": 4 * (kept + weights + groups),
+        "gather": size * kept + 4 * (weights if backward else kept),
+    }
+    assert made.works[kernel].bytes == moved[op]
+    assert made.works["plain_torch"].bytes - made.works[kernel].bytes == 4 * kept * (op == "prox_shrink")
+
+
+@pytest.mark.parametrize("op", op_ways.OPS)
+def test_an_op_that_is_wrong_is_not_timed(op, monkeypatch):
+    import uvc_kernels
+
+    right = getattr(uvc_kernels, op)
+
+    def wrong(*args):
+        out = right(*args)
+        with torch.no_grad():
+            (args[0][-1] if op == "prox_shrink" else out[-1]).mul_(1.01)
+        return out
+
+    monkeypatch.setattr(uvc_kernels, op, wrong)
+    with pytest.raises(RuntimeError, match=rf"{op}.*disagree by"):
+        op_ways.op(op, LayerShape(24, 2, 20, head_dim=16, depth=2), 0.5, CPU, torch.float32)
+
+
 def test_a_group_of_models_steps_in_every_way():
     made = models(
         "uvc_vit_digits",
@@ -123,9 +180,10 @@ def test_a_group_of_models_steps_in_every_way():
         CPU,
         torch.float32,
         ["dense", "on_the_fly", "compacted"],
-        solver=True,
+        beside=BESIDE,
     )
-    assert set(made.steps) == {"dense", "compacted", "on_the_fly/auto", "with_solver/auto"}
+    assert set(made.steps) == {"dense", "compacted", "on_the_fly/auto", *(f"{way}/auto" for way in BESIDE)}
+    assert made.standing["on_the_fly/auto"] == made.standing["dense"] > made.standing["compacted"]
     for way, step in made.steps.items():
         step(0)
         assert made.works[way].flops > 0

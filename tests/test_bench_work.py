@@ -21,7 +21,9 @@ from uvc.bench.work import (
     model_work,
     product,
     shape_of,
+    solver_work,
 )
+from uvc.solver.groups import Groups
 
 H200 = Ceilings(790e3, ((1 << 40, 4300.0),))
 
@@ -109,6 +111,16 @@ def test_caps_of_training_on_a_fast_gpu_are_near_those_known(dim, caps):
 
     for keep, cap in zip((0.75, 0.5, 0.25), caps, strict=True):
         assert floor(1.0) / floor(keep) == pytest.approx(cap, rel=0.05)
+
+
+def test_the_solver_goes_over_what_the_model_groups(dense):
+    model = uvc.convert(copy.deepcopy(dense))
+    groups = Groups(model)
+    numbers, gated = (
+        sum(part.of(part.parameter).numel() for part in parts) for parts in (groups.parts, groups.gated)
+    )
+    work = solver_work(shape_of(dense, 1), 2)
+    assert work.bytes == 8 * gated + (8 + 4) * numbers and work.flops == 2 * gated + 3 * numbers
 
 
 def test_a_pass_takes_as_long_as_the_slower_of_arithmetic_and_traffic():

@@ -57,10 +57,10 @@ def compress_run(
             return read_summary(out)
     started = time.monotonic()
     config = _config(options)
-    device = _device(options["device"], options["threads"] or config.threads)
+    device = choose_device(options["device"], options["threads"] or config.threads)
     data_name = options["data"] or DIGITS
     check_name(data_name)
-    model_name = _model_name(options["model"], data_name)
+    model_name = known_model(options["model"], data_name)
     budget, metric = (_given_or_default(options, name) for name in ("budget", "metric"))
     data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
     torch.manual_seed(config.seed)
@@ -116,7 +116,7 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     known = _model_input(summary["model"]) if "model" in summary else {}
     size = (model.in_chans, *model.patch_embed.img_size)
     config = RECIPES.get(data_name, RECIPES["default"])()
-    device = _device(options["device"], options["threads"] or config.threads)
+    device = choose_device(options["device"], options["threads"] or config.threads)
     batch_size = options["batch_size"] or config.batch_size
     data = _data(data_name, {**known, "input_size": size}, batch_size, config.seed, options)
     if data.num_classes != model.num_classes:
@@ -173,7 +173,8 @@ def _config(options: Mapping[str, Any]) -> Config:
     return replace(config, **given)
 
 
-def _device(name: str | None, threads: int | None) -> torch.device:
+def choose_device(name: str | None, threads: int | None) -> torch.device:
+    """The device of --device, with --threads set for torch; ValueError for one that is not here."""
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -193,7 +194,8 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _model_name(name: str | None, data: str) -> str:
+def known_model(name: str | None, data: str) -> str:
+    """`name`, or the model that `data` defaults to; ValueError for one that timm does not have."""
     if name is None and data not in DEFAULT_MODELS:
         raise ValueError(
             f"--model: none given for --data {data!r}; name a timm model such as deit_tiny_patch16_224"

@@ -18,19 +18,21 @@ WAYS = ("dense", "compiled", "masked", "pack_torch", "compacted")
 
 
 class LayerShape(NamedTuple):
-    """Width, heads, neurons and tokens of a model's layers; heads have 64 dims."""
+    """Width, heads, neurons and tokens of a model's layers, and how many there are."""
 
     dim: int
     heads: int
     hidden: int
     tokens: int = 197
+    head_dim: int = 64
+    depth: int = 12
 
 
 SHAPES = {
     "deit_tiny": LayerShape(192, 3, 768),
     "deit_small": LayerShape(384, 6, 1536),
     "deit_base": LayerShape(768, 12, 3072),
-    "t2t_vit_14": LayerShape(384, 6, 1152),
+    "t2t_vit_14": LayerShape(384, 6, 1152, depth=14),
 }
 
 
@@ -59,6 +61,18 @@ def backends(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[st
         except RuntimeError as error:
             left.append(Left(name, str(error).partition("cannot run it: ")[2] or first_line(error)))
     return able, left
+
+
+def forced(run: Callable, provider: str) -> Callable:
+    """`run` with every op of uvc_kernels by `provider`; "auto" leaves the choice to the library."""
+    if provider == "auto":
+        return run
+
+    def forced(*arguments: object) -> object:
+        with uvc_kernels.backend(provider):
+            return run(*arguments)
+
+    return forced
 
 
 def layer(
@@ -97,7 +111,7 @@ def layer(
         way: (module, [p for p in module.parameters() if p.requires_grad]) for way, module in modules.items()
     }
     for provider in able:
-        runs[f"on_the_fly/{provider}"] = (_forced(kernel, provider), list(converted.parameters()))
+        runs[f"on_the_fly/{provider}"] = (forced(kernel, provider), list(converted.parameters()))
     xs, grads = (
         [torch.randn(batch, shape.tokens, shape.dim, device=device, dtype=dtype) for _ in range(inputs)]
         for _ in range(2)
@@ -106,7 +120,7 @@ def layer(
         del runs["compiled"]
         left.append(Left("compiled", fault))
     error = _agree(op, runs, exact, xs[0], grads[0], keep)
-    sizes = Shape(batch, shape.tokens, shape.dim, shape.heads, 64, shape.hidden)
+    sizes = Shape(batch, shape.tokens, shape.dim, shape.heads, shape.head_dim, shape.hidden)
     size = torch.empty((), dtype=dtype).element_size()
     works = {}
     for way in runs:
@@ -169,14 +183,6 @@ def _agree(op: str, runs: dict, exact: nn.Module, x: Tensor, grad: Tensor, keep:
 def exact_names(module: nn.Module) -> list[str]:
     """What the gradients of a layer belong to."""
     return [f"gradient of {name}" for name, _ in module.named_parameters()]
-
-
-def _forced(run: Callable[[Tensor], Tensor], provider: str) -> Callable[[Tensor], Tensor]:
-    def forced(x: Tensor) -> Tensor:
-        with uvc_kernels.backend(provider):
-            return run(x)
-
-    return forced
 
 
 def _forward(run: Callable, xs: list[Tensor], grads: list[Tensor], parameters: list[Tensor]):

@@ -6,22 +6,36 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import uvc_kernels
 from torch import Tensor, nn
 
-from uvc.bench.layer_ways import backends
-from uvc.bench.steps import Step, images_and_labels, inference, precision, searching, training
+from uvc.bench.layer_ways import backends, forced
+from uvc.bench.steps import (
+    Step,
+    burying,
+    images_and_labels,
+    inference,
+    precision,
+    searching,
+    solving,
+    standing_mib,
+    training,
+)
 from uvc.bench.ways import PRUNED, Built, Left, build, fault_of, gate
-from uvc.bench.work import Work, model_work
+from uvc.bench.work import Work, model_work, solver_work
 
-PHASES = ("inference", "training")
+# What may be timed on the fly besides a plain training step.
+BESIDE = {"with_solver": searching, "solver": solving, "solver_burying": burying}
 
 
 class Models(NamedTuple):
-    """The steps of one group, by way. `error`: the worst difference among the pruned ways."""
+    """The steps of one group, by way. `error`: the worst difference among the pruned ways.
+
+    `standing`: MiB that stay between steps, see `standing_mib`.
+    """
 
     steps: dict[str, Step]
     works: dict[str, Work]
+    standing: dict[str, float]
     backends: dict[str, str]
     left: list[Left]
     error: float
@@ -35,12 +49,13 @@ def models(
     device: torch.device,
     dtype: torch.dtype,
     ways: Sequence[str],
-    solver: bool = False,
+    beside: Sequence[str] = (),
 ) -> Models:
     """Everything to time one phase of timm's model `name`. RuntimeError when the pruned ways do not agree.
 
-    `solver`: also a training step with the solver beside it. "on_the_fly" runs with the backend that the
-    library chooses ("auto"), and on a GPU with each that can serve.
+    `beside`: of `BESIDE`, what is also timed on the fly in training: a step with the solver beside it, the
+    solver alone. "on_the_fly" runs with the backend that the library chooses ("auto"), and on a GPU with each
+    that can serve.
     """
     training_phase = phase == "training"
     built, left = build(name, keep, batch, device, ways)
@@ -53,8 +68,7 @@ def models(
         left += without
         forced_ones = [name for name in able if name != "reference"] if device.type == "cuda" else []
         names = [f"on_the_fly/{backend}" for backend in ["auto", *forced_ones]]
-        if solver and training_phase:
-            names.append("with_solver/auto")
+        names += [f"{way}/auto" for way in beside if training_phase]
         for way in names:
             chosen[way] = way.partition("/")[2]
             built[way] = fly._replace(model=copy.deepcopy(fly.model))
@@ -62,32 +76,21 @@ def models(
     for way, b in built.items():
         if not training_phase:
             step = inference(b.model, x, dtype)
-        elif way.startswith("with_solver"):
-            step = searching(b.model, x, y, dtype)
         else:
-            step = training(b.model, x, y, dtype)
+            step = BESIDE.get(way.partition("/")[0], training)(b.model, x, y, dtype)
         steps[way] = forced(step, chosen[way]) if way in chosen else step
     if "compiled" in steps and (fault := fault_of(lambda: steps["compiled"](0))):
         del steps["compiled"], built["compiled"]
         left.append(Left("compiled", fault))
-    works = {way: work(b, dtype, training_phase) for way, b in built.items()}
-    return Models(steps, works, chosen, left, error)
+    works = {way: work(way, b, dtype, training_phase) for way, b in built.items()}
+    standing = {way: standing_mib(b.model, training_phase) for way, b in built.items()}
+    return Models(steps, works, standing, chosen, left, error)
 
 
-def forced(step: Step, backend: str) -> Step:
-    """`step` with every op of uvc_kernels on `backend`; "auto" leaves the choice to the library."""
-    if backend == "auto":
-        return step
-
-    def run(i: int) -> object:
-        with uvc_kernels.backend(backend):
-            return step(i)
-
-    return run
-
-
-def work(built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
+def work(way: str, built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
     """The least work of a model's step; AdamW goes over all the parameters that the way has."""
+    if way.startswith("solver"):
+        return solver_work(built.shape, len(built.kept))
     params = sum(p.numel() for p in built.model.parameters())
     return model_work(built.shape, built.kept, dtype.itemsize, training_phase, params, built.full)
 

@@ -12,12 +12,13 @@ from uvc.bench.measure import Round
 from uvc.bench.models import models
 from uvc.bench.rows import Group, Row
 from uvc.bench.steps import peak_mib
-from uvc.run import _device, _model_name
+from uvc.run import choose_device, known_model
 
 MODEL = "deit_tiny_patch16_224"
 KEEPS = (0.75, 0.5, 0.25)
 ROUNDS = 11
 WAYS = ("dense", "on_the_fly", "compacted")
+BESIDE = ("solver", "solver_burying")
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("runs/bench")
 Say = Callable[[str], None]
@@ -51,8 +52,8 @@ def bench(options: Mapping[str, Any], say: Say) -> int:
 def _setting(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["against"] is not None and options["against_ref"] is not None:
         raise ValueError("--against and --against-ref exclude each other; give one")
-    device = _device(options["device"], options["threads"])
-    model = _model_name(options["model"] or MODEL, "")
+    device = choose_device(options["device"], options["threads"])
+    model = known_model(options["model"] or MODEL, "")
     dtype = options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cpu" and dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; use float32 or bfloat16")
@@ -93,7 +94,7 @@ def measure(
     groups = []
     for keep in (1.0, *(keep for keep in keeps if keep < 1)):
         ways = ("dense", "converted") if keep == 1 else WAYS
-        made = models(model, "training", keep, batch, device, dtype, ways)
+        made = models(model, "training", keep, batch, device, dtype, ways, BESIDE)
         for way, reason in made.left:
             if device.type == "cuda" or way not in ("triton", "cuda", "cuda-host"):
                 say(f"left out: {way}: {reason}")
@@ -115,6 +116,7 @@ def measure(
                 works=made.works,
                 backends=made.backends,
                 peaks=peaks,
+                standing=made.standing,
                 error=made.error,
             )
         )

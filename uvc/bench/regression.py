@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ import uvc_kernels
 import uvc
 from uvc.bench import worker
 from uvc.bench.measure import Timing, ratio
-from uvc.bench.rows import Row, labelled, latest
+from uvc.bench.rows import BASES, Row, labelled, latest
 
 WARM_UPS = 2
 TOO_NOISY = 0.2  # a band this wide says that the machine was busy, not that nothing changed
@@ -37,16 +37,38 @@ class Comparison(NamedTuple):
 
     @property
     def slower(self) -> bool:
-        """Whether it is slower by more than the band. Written so that nan is slower."""
-        return not self.now >= self.before * (1 - self.band)
+        """Whether it is slower by more than the band, however wide. Written so that nan is slower."""
+        return not self.now * (1 + self.band) >= self.before
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are equal but for the noise; nan never is."""
+        return max(self.now / self.before, self.before / self.now) <= 1 + self.band
+
+    @property
+    def change(self) -> str:
+        """From what to what, and by how much."""
+        change = self.now / self.before - 1
+        return f"{self.before:.3f} -> {self.now:.3f} {self.unit} ({change:+.1%}, band ±{self.band:.1%})"
 
     def __str__(self) -> str:
-        change = self.now / self.before - 1
         verdict = "SLOWER" if self.slower else "noisy" if self.band > TOO_NOISY else "ok"
-        return (
-            f"{verdict:7} {self.name}: {self.before:.3f} -> {self.now:.3f} {self.unit} ({change:+.1%}, "
-            f"band ±{self.band:.1%})"
-        )
+        return f"{verdict:7} {self.name}: {self.change}"
+
+
+def compared(old: Row, row: Row) -> Comparison:
+    """Two rows of the same settings, by their speed-up; the wider of their bands counts."""
+    name = f"{row.model} {row.what} keep {row.keep:g} {labelled(row)}"
+    return Comparison(name, old.speedup, row.speedup, max(old.noise, row.noise), "x base")
+
+
+def agreement(rows: Iterable[Row]) -> list[Comparison]:
+    """The last two rows of each setting that was measured at least twice, in the order of `rows`."""
+    pairs: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.way not in BASES:
+            pairs.setdefault((row.device, row.key), []).append(row)
+    return [compared(*found[-2:]) for found in pairs.values() if len(found) > 1]
 
 
 def compare(rows: Sequence[Row], saved: Sequence[Row], source: Path) -> list[Comparison]:
@@ -59,11 +81,9 @@ def compare(rows: Sequence[Row], saved: Sequence[Row], source: Path) -> list[Com
     found = []
     for row in rows:
         old = last.get((row.device, row.key[1:]))
-        # Dense timm is what all is compared with.
-        if old is None or row.way == "dense":
+        if old is None or row.way in BASES:
             continue
-        name = f"{row.model} {row.what} keep {row.keep:g} {labelled(row)}"
-        found.append(Comparison(name, old.speedup, row.speedup, max(old.noise, row.noise), "x dense"))
+        found.append(compared(old, row))
     if not found:
         row = rows[0]
         raise ValueError(

@@ -48,6 +48,9 @@ class Row:
     roofline: float
     images_per_s: float
     peak_mib: float
+    standing_mib: float
+    speedup_compacted: float
+    noise_compacted: float
     error: float
     device: str
     commit: str
@@ -62,6 +65,8 @@ class Row:
         )  # fmt: skip
 
 
+# What the others of a group are compared with: the first of these that the group has.
+BASES = ("dense", "plain_torch")
 TYPES = {column.name: column.type for column in fields(Row)}
 MISSING = math.nan
 
@@ -70,9 +75,9 @@ MISSING = math.nan
 class Group:
     """One group of ways, as measured; `rows` follow once the ceilings are known.
 
-    works, backends, peaks: of each way in `timings`. A way of the name "on_the_fly/triton" is the way before
-    the slash, by that backend. `error`: the worst difference that the correctness gate saw. `images`: whether
-    a call serves `batch` images.
+    works, backends, peaks, standing: of each way in `timings`. A way of the name "on_the_fly/triton" is the
+    way before the slash, by that backend. `error`: the worst difference that the correctness gate saw.
+    `images`: whether a call serves `batch` images.
     """
 
     suite: str
@@ -86,22 +91,26 @@ class Group:
     works: Mapping[str, Work]
     backends: Mapping[str, str]
     peaks: Mapping[str, float] = field(default_factory=dict)
+    standing: Mapping[str, float] = field(default_factory=dict)
     error: float = MISSING
     images: bool = True
     threads: int = field(default_factory=torch.get_num_threads)
 
 
 def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
-    """A row per way; the speed-ups refer to `dense`, `speedup_best` to the faster of it and `compiled`."""
+    """A row per way; the speed-ups refer to the base, `speedup_best` to the faster of it and `compiled`."""
     timings, works = group.timings, group.works
-    base = timings["dense"]
-    floor = works["dense"].floor_ms(ceilings)
-    best = min((timings[way] for way in ("dense", "compiled") if way in timings), key=lambda t: t.ms)
+    base_way = next(way for way in BASES if way in timings)
+    base = timings[base_way]
+    floor = works[base_way].floor_ms(ceilings)
+    best = min((timings[way] for way in (base_way, "compiled") if way in timings), key=lambda t: t.ms)
     rows = []
     for name, timing in timings.items():
         work = works[name]
         speedup, noise = ratio(base, timing)
         speedup_best = speedup if best is base else ratio(best, timing)[0]
+        compacted = timings.get("compacted")
+        beside = (MISSING, MISSING) if compacted is None else ratio(compacted, timing)
         cap = floor / work.floor_ms(ceilings)
         rows.append(
             Row(
@@ -134,6 +143,9 @@ def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
                 roofline=work.floor_ms(ceilings) / timing.ms,
                 images_per_s=1e3 * group.batch / timing.ms if group.images else MISSING,
                 peak_mib=group.peaks.get(name, MISSING),
+                standing_mib=group.standing.get(name, MISSING),
+                speedup_compacted=beside[0],
+                noise_compacted=beside[1],
                 error=group.error,
                 device=machine.device_name(group.device),
                 commit=machine.commit(),

@@ -61,15 +61,7 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
     Skips are off, as they would change from step to step which halves run; the search is long enough that the
     structure stays while it is timed.
     """
-    structure = uvc.structure_of(model)
-    search = Search(model, 0.5, "macs", steps=10**6, config=replace(SolverConfig(), skip="none"))
-    search.count = round(0.06 * search.steps)  # past the start of the annealing: every part is at work
-    adopt(search, structure)
-    optimizer = _optimizer(model)
-    search.bury(optimizer)
-    if uvc.structure_of(model) != structure:
-        raise RuntimeError("the solver did not keep the structure that it was given")
-    model.train()
+    search, optimizer = _search(model, SolverConfig())
 
     def step(_: int) -> None:
         search.before()
@@ -82,6 +74,47 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, burying: bool = False) -> Step:
+    """A step of the solver alone: it reads gradients, prox, primal, dual, project.
+
+    `burying`: as when groups die in it: weights and optimiser are cleared and the structure is set anew.
+    """
+    search, optimizer = _search(model, replace(SolverConfig(), every=1))
+    with precision(x, dtype):
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    # The optimiser's averages exist from its first step on; dead groups are cleared in them too.
+    optimizer.step()
+
+    def step(_: int) -> None:
+        search.before()
+        search.observe()
+        search.step(optimizer)
+        if burying:
+            search.bury(optimizer)
+
+    return step
+
+
+def burying(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
+    """`solving` at its dearest."""
+    return solving(model, x, y, dtype, burying=True)
+
+
+def _search(model: nn.Module, config: SolverConfig) -> tuple[Search, torch.optim.Optimizer]:
+    """A search amid its annealing that has found the structure of `model`, and an optimiser."""
+    structure = uvc.structure_of(model)
+    search = Search(model, 0.5, "macs", steps=10**6, config=replace(config, skip="none"))
+    search.count = round(0.06 * search.steps)  # past the start of the annealing: every part is at work
+    adopt(search, structure)
+    optimizer = _optimizer(model)
+    search.bury(optimizer)
+    if uvc.structure_of(model) != structure:
+        raise RuntimeError("the solver did not keep the structure that it was given")
+    model.train()
+    return search, optimizer
 
 
 def adopt(search: Search, structure: uvc.Structure) -> None:
@@ -115,6 +148,12 @@ def silent() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def standing_mib(model: nn.Module, training_phase: bool) -> float:
+    """MiB of the parameters and, in training, of AdamW's two averages of each: what stands between steps."""
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (3 if training_phase else 1) * parameters / 2**20
 
 
 def peak_mib(step: Step, device: torch.device) -> float:

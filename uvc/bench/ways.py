@@ -12,6 +12,7 @@ torch_pruning  dense widths cut by the package torch-pruning to about the same c
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -223,16 +224,19 @@ def _torch_pruning(dense: nn.Module, keep: float, batch: int) -> Built:
         # The residual stream keeps its width, as in every other way here.
         stream = [module for name, module in model.named_modules() if name in ("patch_embed.proj", "head")]
         stream += [part for block in model.blocks for part in (block.attn.proj, block.mlp.fc2)]
-        pruner = torch_pruning.pruner.BasePruner(
-            model,
-            image,
-            importance=torch_pruning.importance.GroupMagnitudeImportance(),
-            pruning_ratio=1 - keep,
-            ignored_layers=stream,
-            num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
-            prune_num_heads=False,
-            prune_head_dims=True,
-        )
+        with warnings.catch_warnings():
+            # It asks what to do with the embeddings; nothing, as the residual stream keeps its width.
+            warnings.simplefilter("ignore", UserWarning)
+            pruner = torch_pruning.pruner.BasePruner(
+                model,
+                image,
+                importance=torch_pruning.importance.GroupMagnitudeImportance(),
+                pruning_ratio=1 - keep,
+                ignored_layers=stream,
+                num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
+                prune_num_heads=False,
+                prune_head_dims=True,
+            )
         pruner.step()
         for block in model.blocks:
             attn = block.attn

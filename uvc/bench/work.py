@@ -170,6 +170,17 @@ def layer_work(op: str, s: Shape, kept: Kept, size: int, backward: bool, full: b
     return Work(tuple(passes))
 
 
+def solver_work(s: Shape, layers: int) -> Work:
+    """A step of the solver on float32 weights: scores from gradients, the shrink, norms.
+
+    Gradients are read on one side of each group only: of q, of the projection and of the second MLP matrix.
+    """
+    A, F = s.heads * s.head_dim, s.hidden
+    weights = layers * ((4 * A + 2 * F) * s.dim + 3 * A + F)
+    gated = layers * ((2 * A + F) * s.dim + A)
+    return Work((Pass(2 * gated, 8 * gated), Pass(weights, 8 * weights), Pass(2 * weights, 4 * weights)))
+
+
 def model_work(
     s: Shape, kept: Iterable[Kept], size: int, training: bool, params: int = 0, full: bool = True
 ) -> Work:
