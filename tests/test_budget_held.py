@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
-import uvc.models  # noqa: F401  registers T2T-ViT
+import uvc.models
 from uvc.budget import prices
 from uvc.config import SolverConfig
 from uvc.solver import Search
@@ -72,7 +72,7 @@ def macs_counted(model):
 
 
 def cheapest_removed(model, metric):
-    """The price of the cheapest removed unit of a running half and a kept head; None if nothing is removed."""
+    """The price of the cheapest removed unit of a running half and a kept head; None without one."""
     price, sizes = prices(model, metric), sizes_of(model)
     found = []
     for i, block in enumerate(uvc.structure_of(model).blocks):
