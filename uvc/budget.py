@@ -236,6 +236,34 @@ def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str,
     return named
 
 
-def smallest_reachable(model: nn.Module, metric: str) -> float:
-    """The smallest budget that can be met, as a fraction of the dense cost: every block skipped."""
-    return limits(model, 1.0, metric)[0].smallest
+class Reach(NamedTuple):
+    """How far a metric can go: the dense cost, and fractions of it.
+
+    `skipped`: with every block skipped, the smallest budget that can be met. `thin`: with all halves running,
+    on one head of one q/k dim and one v dim, and on one neuron (or on one grain of them).
+    """
+
+    metric: str
+    dense: float
+    skipped: float
+    thin: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric}: {self.skipped:.4f} of the dense cost with every block skipped, {self.thin:.4f} "
+            "with the least in every block"
+        )
+
+
+def reachable(
+    model: nn.Module, latency: Costs | None = None, grain: tuple[int, int] = (1, 1)
+) -> tuple[Reach, ...]:
+    """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
+    whole, found = counts(Structure.dense(model)), []
+    ones, (dims, neurons) = (1,) * len(whole.qk), grain
+    least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
+    for metric in METRICS if latency is not None else LINEAR:
+        costs = latency if metric == "latency" else prices(model, metric)
+        dense = total(costs, whole)
+        found.append(Reach(metric, dense, costs.fixed / dense, total(costs, least) / dense))
+    return tuple(found)

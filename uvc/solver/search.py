@@ -52,7 +52,7 @@ class Search:
         self.limits = limits(model, budget, metric, latency)
         self.groups = Groups(model)
         device = next(model.parameters()).device
-        self.state = State.new(self.groups.geometry, config.gate_init, device, len(self.limits))
+        self.state = State.new(self.groups.geometry, config.gate_init, device, len(self.limits), config.grain)
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True
