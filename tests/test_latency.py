@@ -10,7 +10,7 @@ from test_budget_held import noise_steps
 
 import uvc
 from uvc import latency
-from uvc.budget import BlockCounts, Counts, counts, limits, total
+from uvc.budget import BlockCounts, Counts, counts, limits, reachable, total
 from uvc.config import SolverConfig
 from uvc.latency import LatencyTable, measure, verify
 from uvc.solver import Search
@@ -121,6 +121,14 @@ def test_a_latency_budget_needs_a_table_and_one_that_can_be_met():
     smallest = 1.0 / total(TABLE, counts(Structure.dense(model)))
     with pytest.raises(ValueError, match=f"is below {smallest:.4f}, the smallest reachable latency"):
         limits(model, 0.01, "latency", TABLE)
+
+
+def test_what_latency_can_reach_is_said_beside_the_linear_metrics():
+    model = small_vit()
+    macs, params, time = reachable(model, TABLE)
+    assert [line.metric for line in (macs, params, time)] == ["macs", "params", "latency"]
+    assert time.dense == pytest.approx(1.0 + 3 * (3.0 + 2.0)) and time.skipped == 1.0 / time.dense
+    assert time.thin == pytest.approx((1.0 + 3 * (0.8 + TABLE._mlp(1))) / time.dense)
 
 
 def fits(model, extra):

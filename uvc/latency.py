@@ -7,6 +7,7 @@ attention half, by kept heads and their mean dims, and a time of its MLP half, b
 from __future__ import annotations
 
 import json
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from uvc import report
 from uvc.bench.machine import device_name, versions
 from uvc.budget import BlockCounts, Counts, Prices, counts, total
 from uvc.compact import compacted
-from uvc.report import time_ms
 from uvc.structure import BlockStructure, Sizes, Structure, sizes_of, structure_of
 
 Row = tuple[float, ...]
@@ -172,6 +173,17 @@ def verify(table: LatencyTable, dense: nn.Module, small: nn.Module, rounds: int 
     )
     measured = median(part / full for full, part in times)
     return Check(predicted / whole, measured, *(median(column) for column in zip(*times, strict=True)))
+
+
+def time_ms(model: nn.Module, images: torch.Tensor) -> float:
+    """Milliseconds of one forward pass. On one CPU thread its own clock is read, as the wall's would count
+    the other work of a busy machine too, and more of it the longer the pass.
+    """
+    if images.is_cuda or torch.get_num_threads() > 1:
+        return report.time_ms(model, images)
+    start = time.thread_time()
+    model(images)
+    return 1e3 * (time.thread_time() - start)
 
 
 def _turns(models: Sequence[nn.Module], images: torch.Tensor, rounds: int) -> list[list[float]]:
