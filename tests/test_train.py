@@ -10,7 +10,7 @@ import torch
 
 import uvc
 import uvc.models
-from uvc.config import Config
+from uvc.config import Config, SolverConfig
 from uvc.data import load_data
 from uvc.report import RunLog
 from uvc.train import compress, evaluate, train_teacher
@@ -40,7 +40,7 @@ def test_compress_meets_the_budget_and_learns():
     before = evaluate(model, data.val)
     train_teacher(model, data.train, data.val, CONFIG, RunLog(None))
     result = compress(model, data.train, data.val, budget=0.5, config=CONFIG)
-    unit = max(uvc.budget.prices(result.model, "macs"))
+    unit = max(map(max, uvc.budget.prices(result.model, "macs")[3:]))
     assert 0.5 * result.dense_cost.macs - unit < result.cost.macs <= 0.5 * result.dense_cost.macs
     assert result.final_top1 > before + 20
     small = uvc.compact(result.model)
@@ -76,9 +76,12 @@ def test_a_distilled_model_learns_through_its_distillation_token():
     assert result.cost.macs <= 0.8 * result.dense_cost.macs
 
 
+@pytest.mark.parametrize("regularised", [False, True], ids=["plain", "mixed and averaged"])
 @pytest.mark.parametrize("stop_after", ["warmup", "search", "post-train"])
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after):
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after, regularised):
     config = dataclasses.replace(CONFIG, search_epochs=2, post_epochs=2)
+    if regularised:
+        config = dataclasses.replace(config, mixup=0.8, cutmix=1.0, ema_decay=0.9, label_smoothing=0.1)
 
     class Stop(RunLog):
         def note(self, **fields):
@@ -104,6 +107,35 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after):
     assert {"warmup", "search", "post-train"} <= {line["phase"] for line in lines}
 
 
+def test_averaged_weights_are_the_result_and_those_of_every_step_count():
+    model, data = digits_model(), digits_data()
+    config = dataclasses.replace(CONFIG, teacher_epochs=1, ema_decay=0.6)
+    seen = []
+
+    def watch(*_):
+        """Sees the weights after each step, as they are when the next one begins."""
+        if model.training:
+            seen.append(model.head.weight.detach().clone())
+
+    model.patch_embed.register_forward_pre_hook(watch)
+    train_teacher(model, data.train, data.val, config, RunLog(None))
+    # What timm's warm-up makes of a decay of 0.6 after 1, 2, 3 and more steps.
+    decays = [0.0] + [min(1 - (1 + n) ** (-2 / 3), 0.6) for n in range(1, len(seen))]
+    average = None
+    for decay, weight in zip(decays, seen[1:], strict=False):
+        average = weight if average is None else decay * average + (1 - decay) * weight
+    # The last step is not seen, but its weight in the average is.
+    last = (model.head.weight.detach() - decays[-1] * average) / (1 - decays[-1])
+    assert 0 < float((last - seen[-1]).abs().max()) < 0.02
+    assert float((model.head.weight.detach() - seen[-1]).abs().max()) > 1e-4
+
+
+def test_a_decay_of_one_is_refused():
+    data = digits_data()
+    with pytest.raises(ValueError, match=r"ema_decay: 1\.0 is outside \[0, 1\)"):
+        compress(digits_model(), data.train, data.val, config=dataclasses.replace(CONFIG, ema_decay=1.0))
+
+
 def test_resuming_with_other_settings_is_refused(tmp_path):
     data = digits_data()
     config = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1)
@@ -121,6 +153,38 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: not a readable checkpoint"):
         compress(digits_model(), data.train, data.val, budget=0.6, config=CONFIG, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(budget={}), "names no metric"),
+        (dict(budget={"macs": 0.5, "params": 1e-4}), "budget: 0.0001 is below .* params budget"),
+        (
+            dict(budget={"macs": 0.5, "joules": 0.5}),
+            "metric must be one of macs, params, latency, got 'joules'",
+        ),
+        (dict(latency=object()), "latency: a table is given, but no budget is in it"),
+        (
+            dict(
+                budget={"macs": 0.5, "params": 0.5},
+                config=dataclasses.replace(CONFIG, solver=SolverConfig(method="published")),
+            ),
+            "the published method takes one",
+        ),
+        (
+            dict(config=dataclasses.replace(CONFIG, solver=SolverConfig(grain=(5, 1)))),
+            "grain: 5 does not divide the head dim of this model, 12",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_budget_can_be_is_refused_before_any_training(arguments, says):
+    model, data = digits_model(), digits_data()
+    before = model.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=says):
+        compress(model, data.train, data.val, **arguments)
+    assert torch.equal(model.head.weight, before)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, math.nan, math.inf, 1e-4])

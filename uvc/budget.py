@@ -1,9 +1,10 @@
-"""What a structure costs: one linear formula for every metric, for ints and for tensors with gradients.
+"""What a structure costs, and may cost: MACs and parameters by one linear formula, latency by a table.
 
 N tokens, D width, H heads, K head dim, L blocks.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,32 +13,70 @@ from torch.utils.flop_counter import FlopCounterMode
 from uvc.layers import hollow
 from uvc.structure import Structure, sizes_of, structure_of
 
-METRICS = ("macs", "params")
+LINEAR = ("macs", "params")
+METRICS = (*LINEAR, "latency")
+
+
+class Counts(NamedTuple):
+    """How much each block keeps, as L ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, else 0.
+
+    `qk`, `v`: dims over all heads; `heads`: kept heads.
+    """
+
+    attn: tuple[float, ...] | Tensor
+    mlp: tuple[float, ...] | Tensor
+    qk: tuple[float, ...] | Tensor
+    v: tuple[float, ...] | Tensor
+    neuron: tuple[float, ...] | Tensor
+    heads: tuple[float, ...] | Tensor
+
+
+class BlockCounts(NamedTuple):
+    """The entries of ``Counts`` for one block."""
+
+    attn: float
+    mlp: float
+    qk: float
+    v: float
+    neuron: float
+    heads: float
+
+
+class Costs(Protocol):
+    """How a metric prices a structure. `fixed`: what the model costs without any block."""
+
+    fixed: float
+
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """What block `index` costs when it keeps `kept`."""
+        ...
+
+    def at(self, counts: Counts) -> "Prices":
+        """What one more unit of each kind costs where the blocks keep `counts`."""
+        ...
 
 
 class Prices(NamedTuple):
     """What each part costs in one metric: MACs per image, or parameters.
 
-    `fixed`: everything outside the blocks; `attn`, `mlp`: a half that runs, whatever it keeps; `qk`, `v`: a
-    kept q/k dim or v dim; `neuron`: a kept neuron.
+    `fixed`: everything outside the blocks. The rest has L entries, one per block: `attn`, `mlp`: a half that
+    runs, whatever it keeps; `qk`, `v`: a kept q/k dim or v dim; `neuron`: a kept neuron.
     """
 
-    fixed: int
-    attn: int
-    mlp: int
-    qk: int
-    v: int
-    neuron: int
+    fixed: float
+    attn: tuple[float, ...]
+    mlp: tuple[float, ...]
+    qk: tuple[float, ...]
+    v: tuple[float, ...]
+    neuron: tuple[float, ...]
 
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """What block `index` costs when it keeps `kept`."""
+        return _block_cost(*(part[index] for part in self[1:]), *kept)
 
-class Counts(NamedTuple):
-    """How much each block keeps, as ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, 0 if skipped."""
-
-    attn: tuple[int, ...] | Tensor
-    mlp: tuple[int, ...] | Tensor
-    qk: tuple[int, ...] | Tensor
-    v: tuple[int, ...] | Tensor
-    neuron: tuple[int, ...] | Tensor
+    def at(self, counts: Counts) -> "Prices":
+        """The same everywhere: the cost is linear."""
+        return self
 
 
 class BlockCost(NamedTuple):
@@ -63,24 +102,27 @@ def counts(structure: Structure) -> Counts:
         qk=tuple(sum(map(len, b.qk_dims)) for b in structure.blocks),
         v=tuple(sum(map(len, b.v_dims)) for b in structure.blocks),
         neuron=tuple(len(b.neurons) for b in structure.blocks),
+        heads=tuple(len(b.heads) for b in structure.blocks),
     )
 
 
 def prices(model: nn.Module, metric: str) -> Prices:
     """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size."""
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if metric not in LINEAR:
+        raise ValueError(f"metric must be one of {', '.join(LINEAR)}, got {metric!r}")
     s = sizes_of(model)
     if metric == "params":
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
         row = s.dim + s.qkv_bias
         # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
-        return Prices(fixed, s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
+        parts = (s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
+        return Prices(fixed, *((part,) * s.blocks for part in parts))
     N = model.patch_embed.num_patches + model.num_prefix_tokens
     # A q/k dim: a row of q, one of k, a term of N^2 dot products. A v dim: a row, N^2 products, a column.
     dim = 2 * N * s.dim + N * N
     # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
-    return Prices(fixed_macs(model), 0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
+    parts = (0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
+    return Prices(fixed_macs(model), *((part,) * s.blocks for part in parts))
 
 
 def fixed_macs(model: nn.Module) -> int:
@@ -97,20 +139,29 @@ def fixed_macs(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def block_costs(prices: Prices, counts: Counts) -> int | Tensor:
-    """Cost of one block (counts are ints) or of each block (counts are tensors [L])."""
-    attn = counts.attn * (prices.attn + prices.qk * counts.qk + prices.v * counts.v)
-    return attn + counts.mlp * (prices.mlp + prices.neuron * counts.neuron)
+def block_costs(costs: Costs, counts: Counts) -> tuple[float, ...] | Tensor:
+    """Cost of each block, as `counts` are: L numbers, exact for ints, or a tensor [L].
+
+    The tensor has gradients with respect to counts where the cost is linear.
+    """
+    if not isinstance(counts.qk, Tensor):
+        return tuple(costs.block(i, BlockCounts(*kept)) for i, kept in enumerate(zip(*counts, strict=True)))
+    if isinstance(costs, Prices):
+        return _block_cost(*(counts.qk.new_tensor(part) for part in costs[1:]), *counts)
+    return counts.qk.new_tensor(block_costs(costs, Counts(*(tuple(part.tolist()) for part in counts))))
 
 
-def total(prices: Prices, counts: Counts) -> int | Tensor:
+def _block_cost(p_attn, p_mlp, p_qk, p_v, p_neuron, attn, mlp, qk, v, neuron, heads):
+    return attn * (p_attn + p_qk * qk + p_v * v) + mlp * (p_mlp + p_neuron * neuron)
+
+
+def total(costs: Costs, counts: Counts) -> float | Tensor:
     """R = fixed + sum over blocks of attn (p_attn + p_qk n_qk + p_v n_v) + mlp (p_mlp + p_neuron n_neuron).
 
     Counts are tuples of ints (the exact int comes back) or tensors [L] (a scalar tensor with gradients).
     """
-    if isinstance(counts.qk, Tensor):
-        return prices.fixed + block_costs(prices, counts).sum()
-    return prices.fixed + sum(block_costs(prices, Counts(*block)) for block in zip(*counts, strict=True))
+    blocks = block_costs(costs, counts)
+    return costs.fixed + (blocks.sum() if isinstance(blocks, Tensor) else sum(blocks))
 
 
 def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
@@ -120,15 +171,99 @@ def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
     counts on the compacted model. Parameters are those of the compacted model.
     """
     kept = counts(structure_of(model) if structure is None else structure)
-    macs, params = (prices(model, metric) for metric in METRICS)
-    blocks = tuple(
-        BlockCost(block_costs(macs, Counts(*block)), block_costs(params, Counts(*block)))
-        for block in zip(*kept, strict=True)
-    )
-    return Cost(total(macs, kept), total(params, kept), blocks)
+    macs, params = (prices(model, metric) for metric in LINEAR)
+    blocks = map(BlockCost, block_costs(macs, kept), block_costs(params, kept))
+    return Cost(total(macs, kept), total(params, kept), tuple(blocks))
 
 
-def smallest_reachable(model: nn.Module, metric: str) -> float:
-    """The smallest budget that can be met, as a fraction of the dense cost: every block skipped."""
-    p = prices(model, metric)
-    return p.fixed / total(p, counts(Structure.dense(model)))
+class Limit(NamedTuple):
+    """One budget: a fraction of what the dense model costs in one metric."""
+
+    metric: str
+    costs: Costs
+    dense: float
+    budget: float
+
+    @property
+    def most(self) -> float:
+        """What may be spent; a whole number where costs are."""
+        return int(self.budget * self.dense) if isinstance(self.dense, int) else self.budget * self.dense
+
+    @property
+    def smallest(self) -> float:
+        """The smallest budget that can be met: every block skipped."""
+        return self.costs.fixed / self.dense
+
+
+def limits(
+    model: nn.Module,
+    budget: float | Mapping[str, float],
+    metric: str = "macs",
+    latency: Costs | None = None,
+) -> tuple[Limit, ...]:
+    """The limits that `budget` sets: a fraction in `metric`, or a fraction for each metric that it names.
+
+    `latency` is the table behind the metric "latency". ValueError for a fraction outside (0, 1], an unknown
+    metric, a latency without its table, or a budget below the smallest that can be met.
+    """
+    dense, found = counts(Structure.dense(model)), []
+    for name, fraction in named_budgets(budget, metric).items():
+        if name == "latency" and latency is None:
+            raise ValueError("budget: one in latency needs a table; make one with uvc.latency.measure(model)")
+        costs = latency if name == "latency" else prices(model, name)
+        limit = Limit(name, costs, total(costs, dense), fraction)
+        if fraction < limit.smallest:
+            raise ValueError(
+                f"budget: {fraction} is below {limit.smallest:.4f}, the smallest reachable {name} budget of "
+                "this model"
+            )
+        found.append(limit)
+    return tuple(found)
+
+
+def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str, float]:
+    """{metric: fraction} of a budget given either way; ValueError for what is no fraction or no metric."""
+    named = dict(budget) if isinstance(budget, Mapping) else {metric: budget}
+    if not named:
+        raise ValueError('budget: {} names no metric; give a fraction, or a dict such as {"macs": 0.5}')
+    for name, fraction in named.items():
+        if name not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
+        if not 0.0 < fraction <= 1.0:  # so that nan fails too
+            raise ValueError(
+                f"budget: {fraction} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost"
+            )
+    return named
+
+
+class Reach(NamedTuple):
+    """How far a metric can go: the dense cost, and fractions of it.
+
+    `skipped`: with every block skipped, the smallest budget that can be met. `thin`: with all halves running,
+    on one head of one q/k dim and one v dim, and on one neuron (or on one grain of them).
+    """
+
+    metric: str
+    dense: float
+    skipped: float
+    thin: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric}: {self.skipped:.4f} of the dense cost with every block skipped, {self.thin:.4f} "
+            "with the least in every block"
+        )
+
+
+def reachable(
+    model: nn.Module, latency: Costs | None = None, grain: tuple[int, int] = (1, 1)
+) -> tuple[Reach, ...]:
+    """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
+    whole, found = counts(Structure.dense(model)), []
+    ones, (dims, neurons) = (1,) * len(whole.qk), grain
+    least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
+    for metric in METRICS if latency is not None else LINEAR:
+        costs = latency if metric == "latency" else prices(model, metric)
+        dense = total(costs, whole)
+        found.append(Reach(metric, dense, costs.fixed / dense, total(costs, least) / dense))
+    return tuple(found)

@@ -42,6 +42,9 @@ class SolverConfig:
     # to remove heads whole, too, cost 2 to 15 points at small budgets, since the best dims went with the
     # rest.
     families: tuple[str, ...] = ("qk", "v", "neuron")
+    # Dims of a head and neurons of an MLP are kept in multiples of these, as in (16, 64), since hardware runs
+    # finer structures slower than they count; each divides the whole.
+    grain: tuple[int, int] = (1, 1)
     skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
     gate_every: int = 4  # training steps per gate update; only there all branches run
     gate_rate: float = 0.1
@@ -69,6 +72,11 @@ class Config:
     weight_decay: float = 0.05
     clip_grad: float = 1.0
     label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of the blend of two images; 0: none
+    cutmix: float = 0.0  # alpha of the patch of one image in another; with mixup, each step draws one of them
+    # Above 0, the teacher and the result are averages of the weights over the steps, this much of the old one
+    # at each step, less in the first.
+    ema_decay: float = 0.0
     seed: int = 0
     threads: int | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)

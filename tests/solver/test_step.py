@@ -3,14 +3,18 @@
 import pytest
 import torch
 
-from uvc.budget import Prices
+from uvc.budget import Limit, Prices
 from uvc.config import SolverConfig
 from uvc.solver import reference, step
-from uvc.solver.objective import hard_cost, quantiles, soft_cost
+from uvc.solver.objective import hard_cost, marginal, quantiles, soft_cost
 from uvc.solver.reference import SlowState
 from uvc.solver.state import FAMILIES, Geometry, State, ranks, smallest
 
-PRICES = Prices(fixed=500, attn=3, mlp=2, qk=11, v=13, neuron=7)
+
+def prices_of(layers):
+    """Prices that differ from block to block."""
+    parts = {"attn": (3, 5), "mlp": (2, 4), "qk": (11, 10), "v": (13, 12), "neuron": (7, 9)}
+    return Prices(fixed=500, **{name: (pair * layers)[:layers] for name, pair in parts.items()})
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +24,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def random_state(geometry, seed=0):
+def random_state(geometry, seed=0, limits=1, grain=(1, 1)):
     torch.manual_seed(seed)
-    state = State.new(geometry, gate_init=3.0)
+    state = State.new(geometry, gate_init=3.0, limits=limits, grain=grain)
     state.theta.normal_(2.0, 1.0)
     for family in state.families.values():
         # some ties on purpose
@@ -35,14 +39,32 @@ def close(rows, tensor):
     torch.testing.assert_close(torch.tensor(rows), tensor.detach().clone(), rtol=1e-9, atol=1e-12)
 
 
+def second_prices(layers):
+    """Another metric, in another unit: neurons are dear."""
+    parts = {"attn": (0, 1), "mlp": (1, 0), "qk": (0.5, 0.4), "v": (0.3, 0.3), "neuron": (2.5, 3.5)}
+    return Prices(fixed=20.0, **{name: (pair * layers)[:layers] for name, pair in parts.items()})
+
+
+def limits_of(state, budgets):
+    """Limits in as many metrics as there are budgets."""
+    costs = (prices_of(state.geometry.layers), second_prices(state.geometry.layers))
+    return [
+        Limit("macs", price, hard_cost(state, price), budget)
+        for price, budget in zip(costs, budgets, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("budgets", [(0.3,), (0.4, 0.3)], ids=["one budget", "two budgets"])
 @pytest.mark.parametrize(
     "geometry", [Geometry(3, 4, 5, 17), Geometry(1, 1, 1, 1), Geometry(2, 3, 8, 0 + 7)], ids=str
 )
-def test_a_hundred_steps_equal_the_slow_twin(geometry):
+@pytest.mark.parametrize("grained", [False, True], ids=["any size", "multiples of a grain"])
+def test_a_hundred_steps_equal_the_slow_twin(geometry, budgets, grained):
     config = SolverConfig()
-    state = random_state(geometry)
+    grain = (geometry.head_dim, geometry.hidden) if grained else (1, 1)
+    state = random_state(geometry, limits=len(budgets), grain=grain)
+    limits = limits_of(state, budgets)
     slow = SlowState.of(state)
-    dense = hard_cost(state, PRICES)
     norms = {name: torch.rand_like(family.importance) for name, family in state.families.items()}
     moved = 0.0
     for i in range(100):
@@ -50,15 +72,21 @@ def test_a_hundred_steps_equal_the_slow_twin(geometry):
         for name in ("qk", "v", "neuron"):
             rows = slow_factors[name]
             close(rows, getattr(factors, name).reshape(len(rows), -1))
-        scores, slow_scores = quantiles(state, PRICES), reference.quantiles(slow, PRICES)
+        prices, slow_prices = marginal(state, limits), reference.marginal(slow, limits)
+        for part, slow_part in zip(prices[1:], slow_prices[1:], strict=True):
+            assert part == pytest.approx(slow_part, rel=1e-9)
+        scores, slow_scores = quantiles(state, prices), reference.quantiles(slow, prices)
         for name in FAMILIES:
             close(slow_scores[name], scores[name])
-        step.primal(state, PRICES, config), reference.primal(slow, PRICES, config)
-        target = max(1.0 - i / 60, 0.3)
-        step.dual(state, norms, PRICES, dense, target, 0.01, config)
-        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, PRICES, dense, target, 0.01, config)
-        assert float(soft_cost(state, PRICES)) == pytest.approx(reference.soft_cost(slow, PRICES), rel=1e-9)
-        assert float(state.z) == pytest.approx(slow.z, rel=1e-9)
+        step.primal(state, prices, config), reference.primal(slow, prices, config)
+        targets, tightened = [max(1.0 - i / 60, b) for b in budgets], [0.01] * len(budgets)
+        step.dual(state, norms, limits, targets, tightened, config)
+        slow_norms = {n: t.tolist() for n, t in norms.items()}
+        reference.dual(slow, slow_norms, limits, targets, tightened, config)
+        for limit in limits:
+            slow_cost = reference.soft_cost(slow, limit.costs)
+            assert float(soft_cost(state, limit.costs)) == pytest.approx(slow_cost, rel=1e-9)
+        assert state.z.tolist() == pytest.approx(slow.z, rel=1e-9, abs=1e-12)
         for name, family in state.families.items():
             close(slow.s[name], family.s)
             close(slow.y[name], family.y)
@@ -74,28 +102,31 @@ def test_a_hundred_steps_equal_the_slow_twin(geometry):
 def test_the_cost_follows_the_budget_and_z_unwinds_after_an_overshoot():
     config = SolverConfig()
     state = random_state(Geometry(4, 3, 16, 64))
+    prices = prices_of(state.geometry.layers)
     state.theta.fill_(8.0)
     norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
-    dense = hard_cost(state, PRICES)
+    dense = hard_cost(state, prices)
+    limit = Limit("macs", prices, dense, 0.5)
     for target in (0.8, 0.5, 0.7):
         for _ in range(400):
-            step.primal(state, PRICES, config)
-            step.dual(state, norms, PRICES, dense, target, 0.0, config)
-        assert float(soft_cost(state, PRICES)) / dense == pytest.approx(target, abs=0.02)
+            step.primal(state, prices, config)
+            step.dual(state, norms, [limit], [target], [0.0], config)
+        assert float(soft_cost(state, prices)) / dense == pytest.approx(target, abs=0.02)
 
 
 def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one():
     config = SolverConfig(primal_rate=0.1, budget_rate=0.01)
     state = random_state(Geometry(4, 3, 16, 64))
+    prices = prices_of(state.geometry.layers)
     for family in state.families.values():
         family.importance.uniform_(0.1, 5.0)
     state.families["head"].importance.fill_(1e6)  # heads out of play
     norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
-    dense = hard_cost(state, PRICES)
+    limit = Limit("macs", prices, hard_cost(state, prices), 0.6)
     for _ in range(3000):
-        step.primal(state, PRICES, config)
-        step.dual(state, norms, PRICES, dense, 0.6, 0.0, config)
-    scores = quantiles(state, PRICES)
+        step.primal(state, prices, config)
+        step.dual(state, norms, [limit], [0.6], [0.0], config)
+    scores = quantiles(state, prices)
     kept = torch.cat([scores[n][~state.families[n].removed()] for n in ("qk", "v", "neuron")])
     removed = torch.cat([scores[n][state.families[n].removed()] for n in ("qk", "v", "neuron")])
     assert len(removed) > 50 and removed.max() < kept.min() + 0.05
@@ -105,28 +136,31 @@ def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one(
 def test_burying_never_passes_the_budget_and_settles_within_one_unit_of_it(budget):
     config = SolverConfig()
     state = random_state(Geometry(3, 4, 5, 17))
+    prices = prices_of(state.geometry.layers)
     state.theta.fill_(6.0)
     state.hard = True
     norms = {name: torch.rand_like(family.importance) * 1e-6 for name, family in state.families.items()}
-    budget_cost = int(budget * hard_cost(state, PRICES))
+    limit = Limit("macs", prices, hard_cost(state, prices), budget)
     for family in state.families.values():
         family.s.fill_(1.0)
-    assert step.project(state, norms, PRICES, budget_cost, config)
+    assert step.project(state, norms, [limit], config)
     for _ in range(40):
         for family in state.families.values():
             family.s.fill_(1.0)
-        step.project(state, norms, PRICES, budget_cost, config)
+        step.project(state, norms, [limit], config)
     assert state.settled
-    assert budget_cost <= hard_cost(state, PRICES) < budget_cost + max(PRICES[3:])
+    assert limit.most <= hard_cost(state, prices) < limit.most + max(map(max, prices[3:]))
     assert all(torch.equal(f.s, f.dead.double().mean(1)) for f in state.families.values())
 
 
 def test_groups_with_norm_left_are_not_buried():
     state = random_state(Geometry(2, 2, 4, 8))
+    prices = prices_of(state.geometry.layers)
     norms = {name: torch.ones_like(family.importance) for name, family in state.families.items()}
     for family in state.families.values():
         family.s.fill_(0.5)
-    assert not step.project(state, norms, PRICES, 0, SolverConfig())
+    nothing = Limit("macs", prices, 1, 1.0)
+    assert not step.project(state, norms, [nothing], SolverConfig())
     assert not any(family.dead.any() for family in state.families.values())
 
 

@@ -4,9 +4,10 @@ Tests step both together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uvc.budget import Prices
+from uvc.budget import BlockCounts, Costs, Counts, Limit, Prices
 from uvc.config import SolverConfig
 from uvc.solver.state import FAMILIES, State
 
@@ -26,8 +27,9 @@ class SlowState:
     y: dict[str, list[float]]
     dead: dict[str, list[list[bool]]]
     scale: dict[str, float]
+    grain: dict[str, int]
     gate: Rows
-    z: float
+    z: list[float]
 
     @classmethod
     def of(cls, state: State) -> SlowState:
@@ -42,8 +44,9 @@ class SlowState:
             {n: families[n].y.tolist() for n in FAMILIES},
             {n: families[n].dead.tolist() for n in FAMILIES},
             {n: families[n].scale for n in FAMILIES},
+            {n: families[n].grain for n in FAMILIES},
             state.gates().tolist(),
-            float(state.z),
+            state.z.tolist(),
         )
 
     def order(self, family: str, segment: int) -> list[int]:
@@ -53,7 +56,8 @@ class SlowState:
 
     def removed(self, family: str, segment: int) -> set[int]:
         order = self.order(family, segment)
-        return set(order[: round(self.s[family][segment] * len(order) - 1e-4)])
+        grain = self.grain[family]
+        return set(order[: round(self.s[family][segment] * len(order) - 1e-4) // grain * grain])
 
 
 def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
@@ -75,30 +79,31 @@ def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
 
 def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
     """Share of the prunable cost with lower importance per cost, per group."""
-    price = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
     units = []
     for family in ("qk", "v", "neuron"):
         for segment, dead in enumerate(state.dead[family]):
+            price = getattr(prices, family)[segment if family == "neuron" else segment // state.heads]
             for g in range(len(dead)):
-                ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price[family]
-                units.append((ratio, family, segment, g))
+                ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price
+                units.append((ratio, price, family, segment, g))
     units.sort(key=lambda unit: unit[0])
-    whole = sum(price[family] for _, family, _, _ in units)
+    whole = sum(unit[1] for unit in units)
     score = {n: [[0.0] * len(dead) for dead in state.dead[n]] for n in FAMILIES}
     below = 0.0
-    for _, family, segment, g in units:
+    for _, price, family, segment, g in units:
         score[family][segment][g] = below / whole
-        below += price[family]
+        below += price
     for layer in range(state.layers):
         for head in range(state.heads):
             segment, worth, cost = layer * state.heads + head, 0.0, 0.0
+            least = min(prices.qk[layer], prices.v[layer])
             for family in ("qk", "v"):
                 kept = set(range(state.head_dim)) - state.removed(family, segment)
                 worth += sum(state.importance[family][segment][g] for g in kept)
-                cost += price[family] * len(kept)
-            ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, 1.0)
+                cost += getattr(prices, family)[layer] * len(kept)
+            ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, least)
             ratio = -1.0 if state.dead["head"][layer][head] else ratio
-            score["head"][layer][head] = sum(price[unit[1]] for unit in units if unit[0] < ratio) / whole
+            score["head"][layer][head] = sum(unit[1] for unit in units if unit[0] < ratio) / whole
     return score
 
 
@@ -112,42 +117,66 @@ def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
                 move = 0.0
             else:
                 y = state.y[family][segment]
-                best = sum(y * q < state.z for q in row) / len(row)
+                best = sum(y * q < sum(state.z) for q in row) / len(row)
                 move = best - state.s[family][segment]
             dead = sum(state.dead[family][segment]) / len(row)
             state.s[family][segment] = max(state.s[family][segment] + config.primal_rate * move, dead)
 
 
-def soft_cost(state: SlowState, prices: Prices) -> float:
-    """R(s, r, g), not yet divided by the dense cost."""
-    cost = float(prices.fixed)
+def marginal(state: SlowState, limits: Sequence[Limit]) -> Prices:
+    """Price of a unit: of every limit, as a share of the dense cost, weighed by its z."""
+    whole, kept = sum(state.z), soft_counts(state)
+    parts = {name: [0.0] * state.layers for name in ("attn", "mlp", "qk", "v", "neuron")}
+    fixed = 0.0
+    for m, limit in enumerate(limits):
+        share = state.z[m] / whole if whole > 0.0 else 1.0 / len(limits)
+        prices = limit.costs.at(kept)
+        fixed += share * prices.fixed / limit.dense * limits[0].dense
+        for name, row in parts.items():
+            for layer in range(state.layers):
+                row[layer] += share * getattr(prices, name)[layer] / limit.dense * limits[0].dense
+    return Prices(fixed, **{name: tuple(row) for name, row in parts.items()})
+
+
+def soft_counts(state: SlowState) -> Counts:
+    """What s, r and g keep of every layer."""
+    rows = []
     for layer in range(state.layers):
-        attn = float(prices.attn)
+        n_qk = n_v = heads = 0.0
         for place, head in enumerate(state.order("head", layer)):
             survive = min(max(place + 1 - state.s["head"][layer] * state.heads, 0.0), 1.0)
             segment = layer * state.heads + head
-            n_qk, n_v = ((1.0 - state.s[name][segment]) * state.head_dim for name in ("qk", "v"))
-            attn += survive * (prices.qk * n_qk + prices.v * n_v)
-        mlp = prices.mlp + prices.neuron * (1.0 - state.s["neuron"][layer]) * state.hidden
-        cost += state.gate[layer][0] * attn + state.gate[layer][1] * mlp
-    return cost
+            heads += survive
+            n_qk += survive * (1.0 - state.s["qk"][segment]) * state.head_dim
+            n_v += survive * (1.0 - state.s["v"][segment]) * state.head_dim
+        rows.append((*state.gate[layer], n_qk, n_v, (1.0 - state.s["neuron"][layer]) * state.hidden, heads))
+    return Counts(*zip(*rows, strict=True))
+
+
+def soft_cost(state: SlowState, costs: Costs) -> float:
+    """R(s, r, g), not yet divided by the dense cost."""
+    blocks = enumerate(zip(*soft_counts(state), strict=True))
+    return costs.fixed + sum(costs.block(layer, BlockCounts(*kept)) for layer, kept in blocks)
 
 
 def dual(
     state: SlowState,
     norms: dict[str, Rows],
-    prices: Prices,
-    dense_cost: float,
-    target: float,
-    tightened: float,
+    limits: Sequence[Limit],
+    targets: Sequence[float],
+    tightened: Sequence[float],
     config: SolverConfig,
 ) -> None:
-    """Multipliers of the norms and of the budget."""
+    """Multipliers of the norms and of the budgets."""
     for family in FAMILIES:
         for segment, row in enumerate(norms[family]):
             left = sum(row[g] for g in state.removed(family, segment)) / (state.scale[family] * len(row))
             y = 1.0 + (state.y[family][segment] - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left
             state.y[family][segment] = min(max(y, 1.0), config.dual_max)
-    prunable = 1.0 - prices.fixed / dense_cost
-    z = state.z + config.budget_rate * (soft_cost(state, prices) / dense_cost - target) + tightened / prunable
-    state.z = min(max(z, 0.0), 2.0)
+    whole = sum(state.z)
+    shares = [z / whole if whole > 0.0 else 1.0 / len(limits) for z in state.z]
+    for m, limit in enumerate(limits):
+        prunable = 1.0 - limit.costs.fixed / limit.dense
+        error = soft_cost(state, limit.costs) / limit.dense - targets[m]
+        z = state.z[m] + config.budget_rate * error + shares[m] * tightened[m] / prunable
+        state.z[m] = min(max(z, 0.0), 2.0)
