@@ -1,0 +1,154 @@
+"""Token slimming: on the fly = compacted = a dense model that drops the tokens itself; limits and cost."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import MODELS, TOLERANCE, error, gradient_error, gradients, images, small_vit, structures
+from torch import Tensor, nn
+
+import uvc
+from uvc.structure import BlockStructure, Structure
+
+
+def by_hand(model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
+    """The plain timm `model` without what `structure` removes; ranks by whole attention maps."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    p = model.num_prefix_tokens
+    for block, kept in zip(model.blocks, structure.blocks, strict=True):
+        post, attn = not hasattr(block, "ls1"), block.attn
+        A, K = attn.attn_dim, attn.head_dim
+        scores = torch.zeros(x.shape[:2], dtype=x.dtype)
+        if kept.attn:
+            y = x if post else block.norm1(x)
+            q, k, v = attn.qkv(y).split(A, -1)
+            branch = torch.zeros_like(x)
+            for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
+                qk, columns = [head * K + d for d in qk_dims], [head * K + d for d in v_dims]
+                logits = attn.scale * q[..., qk] @ k[..., qk].transpose(1, 2)
+                branch = branch + logits.softmax(-1) @ v[..., columns] @ attn.proj.weight[:, columns].T
+                if qk:
+                    row = logits[:, 0] if model.global_pool == "token" else logits.mean(1)
+                    scores = scores + row.softmax(-1)
+            branch = branch if attn.proj.bias is None else branch + attn.proj.bias
+            x = x + (block.norm1(branch) if post else block.ls1(branch))
+        if kept.tokens is not None:
+            scores = scores if scores.any() else x.norm(dim=-1)
+            rows = []
+            for image, score in zip(x, scores.tolist(), strict=True):
+                order = sorted(range(p, len(score)), key=lambda i: -score[i])
+                rows.append(image[list(range(p)) + sorted(order[: kept.tokens])])
+            x = torch.stack(rows)
+        if kept.mlp:
+            fc2 = torch.zeros_like(block.mlp.fc2.weight)
+            fc2[:, list(kept.neurons)] = block.mlp.fc2.weight[:, list(kept.neurons)]
+            y = x if post else block.norm2(x)
+            branch = torch.func.functional_call(block.mlp, {"fc2.weight": fc2}, (y,))
+            x = x + (block.norm2(branch) if post else block.ls2(branch))
+    return model.forward_head(model.norm(x))
+
+
+def agree(model: nn.Module, structure: Structure) -> None:
+    x = images(model, batch=3, dtype=torch.float64)
+    model = model.double().eval()
+    truth = by_hand(model, structure, x)
+    expected = gradients(model, truth)
+    converted = uvc.apply_structure(copy.deepcopy(model), structure)
+    out = converted(x)
+    assert out.shape == truth.shape and error(out, truth) < TOLERANCE[torch.float64]
+    assert gradient_error(gradients(converted, out), expected) < TOLERANCE[torch.float64]
+    assert error(uvc.compact(converted)(x), truth) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_on_the_fly_and_compacted_equal_a_model_that_drops_the_tokens_by_hand(name):
+    model = MODELS[name]()
+    agree(model, Structure.random(model, 0.5, seed=3).with_tokens(model, 0.6))
+
+
+@pytest.mark.parametrize("case", structures(small_vit()))
+def test_tokens_go_along_with_everything_else_that_goes(case):
+    model = small_vit()
+    agree(model, structures(model)[case].with_tokens(model, 0.6))
+
+
+def test_dropping_tokens_changes_the_output_and_keeping_all_does_not():
+    model, x = small_vit().eval(), torch.randn(2, 3, 16, 16)
+    dense = model(x)
+    everything = Structure.dense(model).with_tokens(model, 1.0)
+    assert torch.equal(uvc.apply_structure(model, everything)(x), dense)
+    uvc.apply_structure(model, Structure.dense(model).with_tokens(model, 0.6))
+    assert error(model(x), dense) > 1e-3
+    assert model.forward_features(x).shape[1] == 1 + 4  # 16 -> 10 -> 6 -> 4
+    assert torch.equal(uvc.apply_structure(model, Structure.dense(model))(x), dense)
+
+
+def test_json_says_tokens_only_where_some_go_and_gives_them_back():
+    dense = Structure.dense(small_vit())
+    assert "tokens" not in dense.to_json()
+    structure = dense.with_tokens(small_vit(), 0.5, at=(1,))
+    assert structure.to_json().count("tokens") == 1
+    assert Structure.from_json(structure.to_json()) == structure != dense
+    assert [block.tokens for block in structure.blocks] == [None, 8, None]
+
+
+def test_a_model_and_its_compacted_form_give_the_structure_back():
+    model = small_vit()
+    structure = Structure.random(model, 0.5, seed=1).with_tokens(model, (0.5, 0.3), at=(0, 2))
+    uvc.apply_structure(model, structure)
+    assert uvc.structure_of(model) == uvc.structure_of(uvc.compact(model)) == structure
+    assert [block.tokens for block in structure.blocks] == [8, None, 2]
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 1.5, True, "8"])
+def test_a_faulty_number_of_tokens_is_one_clear_line(tokens):
+    with pytest.raises(ValueError, match="tokens must be a number of patch tokens, at least 1, got"):
+        BlockStructure(True, True, (), (), (), (), tokens)
+
+
+def test_more_tokens_than_arrive_change_nothing():
+    model = small_vit()
+    blocks = Structure.dense(model).blocks
+    for faulty, says in (
+        ((replace(blocks[0], tokens=17), *blocks[1:]), "tokens of block 0 is 17, but 16 reach it"),
+        (
+            (replace(blocks[0], tokens=9), blocks[1], replace(blocks[2], tokens=10)),
+            "tokens of block 2 is 10, but 9 reach it",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            uvc.apply_structure(model, Structure(faulty))
+    assert not any(isinstance(module, uvc.UVCAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(keep=0.0), r"keep must be a fraction in \(0, 1\]"),
+        (dict(keep=1.1), r"keep must be a fraction in \(0, 1\]"),
+        (dict(keep=(0.5, 0.5)), "or 3 of them"),
+        (dict(keep=0.5, at=(3,)), "at names block 3, the model has only 3"),
+        (dict(keep=(0.5, 0.5), at=(1, 0)), "at must ascend"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_faulty_wish_for_tokens_is_one_clear_line(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        Structure.dense(small_vit()).with_tokens(small_vit(), **arguments)
+
+
+def test_a_model_that_returns_every_token_keeps_them():
+    model = small_vit(global_pool="", class_token=True)
+    structure = Structure.dense(small_vit()).with_tokens(small_vit(), 0.5)
+    with pytest.raises(ValueError, match="global_pool '' and returns every token"):
+        uvc.apply_structure(model, structure)
+
+
+@pytest.mark.parametrize("arguments", [dict(attn_mask=torch.ones(17, 17).bool()), dict(is_causal=True)])
+def test_masks_over_tokens_that_go_are_refused(arguments):
+    model = small_vit()
+    uvc.apply_structure(model, Structure.dense(model).with_tokens(model, 0.5))
+    for either in (model, uvc.compact(model)):
+        with pytest.raises(ValueError, match="the structure drops tokens, which leaves no place for"):
+            either(torch.randn(2, 3, 16, 16), **arguments)
