@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import uvc
-from uvc.budget import Counts, counts, prices, smallest_reachable, total
+from uvc.budget import Counts, Prices, block_costs, counts, prices, smallest_reachable, total
 from uvc.structure import Structure
 
 
@@ -101,6 +101,7 @@ def test_total_is_the_same_for_ints_and_tensors_and_its_gradients_are_the_prices
     )
     cost.backward()
     attn, mlp = (torch.tensor(c, dtype=torch.float64) for c in (n.attn, n.mlp))
+    p = Prices(p.fixed, *(torch.tensor(part) for part in p[1:]))
     assert torch.equal(tensors.qk.grad, attn * p.qk)
     assert torch.equal(tensors.v.grad, attn * p.v)
     assert torch.equal(tensors.neuron.grad, mlp * p.neuron)
@@ -115,6 +116,15 @@ def test_nothing_costs_less_than_the_smallest_reachable_budget(metric):
     costs = [getattr(uvc.budget.cost(model, s), metric) for s in structures(model).values()]
     assert min(costs) == smallest * getattr(uvc.cost(model), metric)
     assert 0 < smallest < 1
+
+
+def test_blocks_may_cost_differently():
+    n = Counts(attn=(1, 0), mlp=(1, 1), qk=(2, 3), v=(5, 7), neuron=(11, 13))
+    p = Prices(100, attn=(1, 2), mlp=(3, 4), qk=(5, 6), v=(7, 8), neuron=(9, 10))
+    assert block_costs(p, n) == (1 + 5 * 2 + 7 * 5 + 3 + 9 * 11, 4 + 10 * 13)
+    tensors = Counts(*(torch.tensor(c, dtype=torch.float64) for c in n))
+    assert block_costs(p, tensors).tolist() == list(block_costs(p, n))
+    assert total(p, n) == 100 + sum(block_costs(p, n)) == float(total(p, tensors))
 
 
 def test_an_unknown_metric_is_refused():

@@ -18,20 +18,20 @@ METRICS = ("macs", "params")
 class Prices(NamedTuple):
     """What each part costs in one metric: MACs per image, or parameters.
 
-    `fixed`: everything outside the blocks; `attn`, `mlp`: a half that runs, whatever it keeps; `qk`, `v`: a
-    kept q/k dim or v dim; `neuron`: a kept neuron.
+    `fixed`: everything outside the blocks. The rest has L entries, one per block: `attn`, `mlp`: a half that
+    runs, whatever it keeps; `qk`, `v`: a kept q/k dim or v dim; `neuron`: a kept neuron.
     """
 
-    fixed: int
-    attn: int
-    mlp: int
-    qk: int
-    v: int
-    neuron: int
+    fixed: float
+    attn: tuple[float, ...]
+    mlp: tuple[float, ...]
+    qk: tuple[float, ...]
+    v: tuple[float, ...]
+    neuron: tuple[float, ...]
 
 
 class Counts(NamedTuple):
-    """How much each block keeps, as ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, 0 if skipped."""
+    """How much each block keeps, as L ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, else 0."""
 
     attn: tuple[int, ...] | Tensor
     mlp: tuple[int, ...] | Tensor
@@ -75,12 +75,14 @@ def prices(model: nn.Module, metric: str) -> Prices:
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
         row = s.dim + s.qkv_bias
         # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
-        return Prices(fixed, s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
+        parts = (s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
+        return Prices(fixed, *((part,) * s.blocks for part in parts))
     N = model.patch_embed.num_patches + model.num_prefix_tokens
     # A q/k dim: a row of q, one of k, a term of N^2 dot products. A v dim: a row, N^2 products, a column.
     dim = 2 * N * s.dim + N * N
     # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
-    return Prices(fixed_macs(model), 0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
+    parts = (0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
+    return Prices(fixed_macs(model), *((part,) * s.blocks for part in parts))
 
 
 def fixed_macs(model: nn.Module) -> int:
@@ -97,20 +99,25 @@ def fixed_macs(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def block_costs(prices: Prices, counts: Counts) -> int | Tensor:
-    """Cost of one block (counts are ints) or of each block (counts are tensors [L])."""
-    attn = counts.attn * (prices.attn + prices.qk * counts.qk + prices.v * counts.v)
-    return attn + counts.mlp * (prices.mlp + prices.neuron * counts.neuron)
+def block_costs(prices: Prices, counts: Counts) -> tuple[float, ...] | Tensor:
+    """Cost of each block, as `counts` are: L exact ints, or a tensor [L] with gradients."""
+    if isinstance(counts.qk, Tensor):
+        parts = (counts.qk.new_tensor(part) for part in prices[1:])
+        return _block_cost(*parts, *counts)
+    return tuple(_block_cost(*block) for block in zip(*prices[1:], *counts, strict=True))
 
 
-def total(prices: Prices, counts: Counts) -> int | Tensor:
+def _block_cost(p_attn, p_mlp, p_qk, p_v, p_neuron, attn, mlp, qk, v, neuron):
+    return attn * (p_attn + p_qk * qk + p_v * v) + mlp * (p_mlp + p_neuron * neuron)
+
+
+def total(prices: Prices, counts: Counts) -> float | Tensor:
     """R = fixed + sum over blocks of attn (p_attn + p_qk n_qk + p_v n_v) + mlp (p_mlp + p_neuron n_neuron).
 
     Counts are tuples of ints (the exact int comes back) or tensors [L] (a scalar tensor with gradients).
     """
-    if isinstance(counts.qk, Tensor):
-        return prices.fixed + block_costs(prices, counts).sum()
-    return prices.fixed + sum(block_costs(prices, Counts(*block)) for block in zip(*counts, strict=True))
+    blocks = block_costs(prices, counts)
+    return prices.fixed + (blocks.sum() if isinstance(blocks, Tensor) else sum(blocks))
 
 
 def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
@@ -121,11 +128,8 @@ def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
     """
     kept = counts(structure_of(model) if structure is None else structure)
     macs, params = (prices(model, metric) for metric in METRICS)
-    blocks = tuple(
-        BlockCost(block_costs(macs, Counts(*block)), block_costs(params, Counts(*block)))
-        for block in zip(*kept, strict=True)
-    )
-    return Cost(total(macs, kept), total(params, kept), blocks)
+    blocks = map(BlockCost, block_costs(macs, kept), block_costs(params, kept))
+    return Cost(total(macs, kept), total(params, kept), tuple(blocks))
 
 
 def smallest_reachable(model: nn.Module, metric: str) -> float:

@@ -18,7 +18,7 @@ from torch import nn
 from bench.quality.arms import ARMS, context_of
 from bench.quality.context import COMPUTE_EPOCHS, Context, converted, locked, macs_of
 from bench.quality.tasks import TASKS
-from uvc.budget import Counts, block_costs, counts
+from uvc.budget import block_costs, counts
 from uvc.report import measure_latency
 from uvc.structure import Structure, structure_of
 
@@ -123,23 +123,24 @@ def anatomy(context: Context, model: nn.Module) -> dict[str, object]:
     if not converted(model):
         return dict.fromkeys(("off_blocks", "off_heads", "off_dims", "off_neurons", "structure"), "")
     price, structure = context.prices, structure_of(model)
-    dense = Counts(*counts(Structure.dense(model)))
+    dense = counts(Structure.dense(model))
     width = [dense.qk[0] // model.blocks[0].attn.num_heads] * 2
+    none = (0,) * len(structure.blocks)
+    attns, mlps = block_costs(price, dense._replace(mlp=none)), block_costs(price, dense._replace(attn=none))
     off = dict.fromkeys(("blocks", "heads", "dims", "neurons"), 0)
     parts = []
-    for block in structure.blocks:
-        whole = Counts(*(column[0] for column in dense))
+    for i, block in enumerate(structure.blocks):
         if block.attn:
             lost = model.blocks[0].attn.num_heads - len(block.heads)
-            off["heads"] += lost * (price.qk * width[0] + price.v * width[1])
-            off["dims"] += sum(price.qk * (width[0] - len(d)) for d in block.qk_dims)
-            off["dims"] += sum(price.v * (width[1] - len(d)) for d in block.v_dims)
+            off["heads"] += lost * (price.qk[i] * width[0] + price.v[i] * width[1])
+            off["dims"] += sum(price.qk[i] * (width[0] - len(d)) for d in block.qk_dims)
+            off["dims"] += sum(price.v[i] * (width[1] - len(d)) for d in block.v_dims)
         else:
-            off["blocks"] += block_costs(price, whole._replace(mlp=0))
+            off["blocks"] += attns[i]
         if block.mlp:
-            off["neurons"] += price.neuron * (whole.neuron - len(block.neurons))
+            off["neurons"] += price.neuron[i] * (dense.neuron[i] - len(block.neurons))
         else:
-            off["blocks"] += block_costs(price, whole._replace(attn=0))
+            off["blocks"] += mlps[i]
         heads = "+".join(f"{len(q)}/{len(v)}" for q, v in zip(block.qk_dims, block.v_dims, strict=True))
         parts.append(f"{heads if block.attn else '-'} {len(block.neurons) if block.mlp else '-'}")
     everything = macs_of(context.dense)

@@ -10,7 +10,14 @@ from uvc.solver.objective import hard_cost, masks_cost
 from uvc.solver.project import project_to_budget
 from uvc.solver.state import Geometry, State
 
-PRICES = Prices(fixed=400, attn=3, mlp=2, qk=11, v=13, neuron=7)
+
+def prices_of(layers):
+    """Prices that differ from block to block."""
+    parts = {"attn": (3, 5), "mlp": (2, 4), "qk": (11, 10), "v": (13, 12), "neuron": (7, 9)}
+    return Prices(fixed=400, **{name: (pair * layers)[:layers] for name, pair in parts.items()})
+
+
+PRICES = prices_of(2)
 
 
 def state_of(geometry, seed):
@@ -28,19 +35,19 @@ def state_of(geometry, seed):
 )
 def test_cost_is_at_most_the_budget_and_no_unit_fits_any_more(budget, seed, layers, heads):
     geometry = Geometry(layers, heads, 5, 11)
-    state = state_of(geometry, seed)
-    dense = hard_cost(state, PRICES)
-    budget_cost = int(budget * dense)
-    if budget_cost < PRICES.fixed:
+    state, prices = state_of(geometry, seed), prices_of(layers)
+    budget_cost = int(budget * hard_cost(state, prices))
+    if budget_cost < prices.fixed:
         return
-    qk, v, neuron, running = project_to_budget(state, PRICES, budget_cost)
-    cost = masks_cost(qk, v, neuron, running, PRICES)
+    qk, v, neuron, running = project_to_budget(state, prices, budget_cost)
+    cost = masks_cost(qk, v, neuron, running, prices)
     assert cost <= budget_cost
     living = v.any(-1, keepdim=True) & running[:, :1, None]
     room = budget_cost - cost
-    assert room < PRICES.qk or not (living & ~qk).any()
-    assert room < PRICES.v or not (living & ~v).any()
-    assert room < PRICES.neuron or not (~neuron & running[:, 1:]).any()
+    for layer in range(layers):
+        assert room < prices.qk[layer] or not (living & ~qk)[layer].any()
+        assert room < prices.v[layer] or not (living & ~v)[layer].any()
+        assert room < prices.neuron[layer] or not (~neuron & running[:, 1:])[layer].any()
 
 
 def test_the_least_important_units_per_cost_go_first():
@@ -48,7 +55,8 @@ def test_the_least_important_units_per_cost_go_first():
     state.families["head"].importance.fill_(1e9)
     for name in ("qk", "v"):
         state.families[name].importance.fill_(1e9)
-    _, _, neuron, _ = project_to_budget(state, PRICES, hard_cost(state, PRICES) - 10 * PRICES.neuron)
+    same = PRICES._replace(neuron=(7, 7))
+    _, _, neuron, _ = project_to_budget(state, same, hard_cost(state, same) - 10 * 7)
     importance = state.families["neuron"].importance
     assert int((~neuron).sum()) == 10
     assert importance[~neuron].max() < importance[neuron].min()

@@ -10,7 +10,11 @@ from uvc.solver.objective import hard_cost, quantiles, soft_cost
 from uvc.solver.reference import SlowState
 from uvc.solver.state import FAMILIES, Geometry, State, ranks, smallest
 
-PRICES = Prices(fixed=500, attn=3, mlp=2, qk=11, v=13, neuron=7)
+
+def prices_of(layers):
+    """Prices that differ from block to block."""
+    parts = {"attn": (3, 5), "mlp": (2, 4), "qk": (11, 10), "v": (13, 12), "neuron": (7, 9)}
+    return Prices(fixed=500, **{name: (pair * layers)[:layers] for name, pair in parts.items()})
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +45,9 @@ def close(rows, tensor):
 def test_a_hundred_steps_equal_the_slow_twin(geometry):
     config = SolverConfig()
     state = random_state(geometry)
+    prices = prices_of(state.geometry.layers)
     slow = SlowState.of(state)
-    dense = hard_cost(state, PRICES)
+    dense = hard_cost(state, prices)
     norms = {name: torch.rand_like(family.importance) for name, family in state.families.items()}
     moved = 0.0
     for i in range(100):
@@ -50,14 +55,14 @@ def test_a_hundred_steps_equal_the_slow_twin(geometry):
         for name in ("qk", "v", "neuron"):
             rows = slow_factors[name]
             close(rows, getattr(factors, name).reshape(len(rows), -1))
-        scores, slow_scores = quantiles(state, PRICES), reference.quantiles(slow, PRICES)
+        scores, slow_scores = quantiles(state, prices), reference.quantiles(slow, prices)
         for name in FAMILIES:
             close(slow_scores[name], scores[name])
-        step.primal(state, PRICES, config), reference.primal(slow, PRICES, config)
+        step.primal(state, prices, config), reference.primal(slow, prices, config)
         target = max(1.0 - i / 60, 0.3)
-        step.dual(state, norms, PRICES, dense, target, 0.01, config)
-        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, PRICES, dense, target, 0.01, config)
-        assert float(soft_cost(state, PRICES)) == pytest.approx(reference.soft_cost(slow, PRICES), rel=1e-9)
+        step.dual(state, norms, prices, dense, target, 0.01, config)
+        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, prices, dense, target, 0.01, config)
+        assert float(soft_cost(state, prices)) == pytest.approx(reference.soft_cost(slow, prices), rel=1e-9)
         assert float(state.z) == pytest.approx(slow.z, rel=1e-9)
         for name, family in state.families.items():
             close(slow.s[name], family.s)
@@ -74,28 +79,30 @@ def test_a_hundred_steps_equal_the_slow_twin(geometry):
 def test_the_cost_follows_the_budget_and_z_unwinds_after_an_overshoot():
     config = SolverConfig()
     state = random_state(Geometry(4, 3, 16, 64))
+    prices = prices_of(state.geometry.layers)
     state.theta.fill_(8.0)
     norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
-    dense = hard_cost(state, PRICES)
+    dense = hard_cost(state, prices)
     for target in (0.8, 0.5, 0.7):
         for _ in range(400):
-            step.primal(state, PRICES, config)
-            step.dual(state, norms, PRICES, dense, target, 0.0, config)
-        assert float(soft_cost(state, PRICES)) / dense == pytest.approx(target, abs=0.02)
+            step.primal(state, prices, config)
+            step.dual(state, norms, prices, dense, target, 0.0, config)
+        assert float(soft_cost(state, prices)) / dense == pytest.approx(target, abs=0.02)
 
 
 def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one():
     config = SolverConfig(primal_rate=0.1, budget_rate=0.01)
     state = random_state(Geometry(4, 3, 16, 64))
+    prices = prices_of(state.geometry.layers)
     for family in state.families.values():
         family.importance.uniform_(0.1, 5.0)
     state.families["head"].importance.fill_(1e6)  # heads out of play
     norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
-    dense = hard_cost(state, PRICES)
+    dense = hard_cost(state, prices)
     for _ in range(3000):
-        step.primal(state, PRICES, config)
-        step.dual(state, norms, PRICES, dense, 0.6, 0.0, config)
-    scores = quantiles(state, PRICES)
+        step.primal(state, prices, config)
+        step.dual(state, norms, prices, dense, 0.6, 0.0, config)
+    scores = quantiles(state, prices)
     kept = torch.cat([scores[n][~state.families[n].removed()] for n in ("qk", "v", "neuron")])
     removed = torch.cat([scores[n][state.families[n].removed()] for n in ("qk", "v", "neuron")])
     assert len(removed) > 50 and removed.max() < kept.min() + 0.05
@@ -105,28 +112,30 @@ def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one(
 def test_burying_never_passes_the_budget_and_settles_within_one_unit_of_it(budget):
     config = SolverConfig()
     state = random_state(Geometry(3, 4, 5, 17))
+    prices = prices_of(state.geometry.layers)
     state.theta.fill_(6.0)
     state.hard = True
     norms = {name: torch.rand_like(family.importance) * 1e-6 for name, family in state.families.items()}
-    budget_cost = int(budget * hard_cost(state, PRICES))
+    budget_cost = int(budget * hard_cost(state, prices))
     for family in state.families.values():
         family.s.fill_(1.0)
-    assert step.project(state, norms, PRICES, budget_cost, config)
+    assert step.project(state, norms, prices, budget_cost, config)
     for _ in range(40):
         for family in state.families.values():
             family.s.fill_(1.0)
-        step.project(state, norms, PRICES, budget_cost, config)
+        step.project(state, norms, prices, budget_cost, config)
     assert state.settled
-    assert budget_cost <= hard_cost(state, PRICES) < budget_cost + max(PRICES[3:])
+    assert budget_cost <= hard_cost(state, prices) < budget_cost + max(map(max, prices[3:]))
     assert all(torch.equal(f.s, f.dead.double().mean(1)) for f in state.families.values())
 
 
 def test_groups_with_norm_left_are_not_buried():
     state = random_state(Geometry(2, 2, 4, 8))
+    prices = prices_of(state.geometry.layers)
     norms = {name: torch.ones_like(family.importance) for name, family in state.families.items()}
     for family in state.families.values():
         family.s.fill_(0.5)
-    assert not step.project(state, norms, PRICES, 0, SolverConfig())
+    assert not step.project(state, norms, prices, 0, SolverConfig())
     assert not any(family.dead.any() for family in state.families.values())
 
 

@@ -9,6 +9,12 @@ from uvc.budget import Counts, Prices, total
 from uvc.solver.state import State, ranks
 
 
+def group_prices(state: State, prices: Prices) -> dict[str, Tensor]:
+    """[S, 1] per family: what a q/k dim, a v dim and a neuron of each segment costs."""
+    row = {name: state.theta.new_tensor(getattr(prices, name))[:, None] for name in ("qk", "v", "neuron")}
+    return {n: p if n == "neuron" else p.repeat_interleave(state.geometry.heads, 0) for n, p in row.items()}
+
+
 def head_ratio(state: State, prices: Prices) -> Tensor:
     """[L, H]: importance per cost of a head, both of the dims that it keeps.
 
@@ -17,11 +23,12 @@ def head_ratio(state: State, prices: Prices) -> Tensor:
     small digits at a tenth of the cost).
     """
     worth = cost = torch.zeros_like(state.families["head"].importance)
-    for name, price in (("qk", prices.qk), ("v", prices.v)):
+    price = group_prices(state, prices)
+    for name in ("qk", "v"):
         family = state.families[name]
         kept = ~family.removed()
         worth = worth + (family.importance * kept).sum(1).view_as(worth)
-        cost = cost + float(price) * kept.sum(1).view_as(worth)
+        cost = cost + (price[name] * kept).sum(1).view_as(worth)
     # Units of the same ratio do not count as lower, whatever the order of the sum left in its last bits.
     return (1.0 - 1e-6) * torch.maximum(worth, state.families["head"].importance) / cost.clamp_min(1.0)
 
@@ -33,7 +40,7 @@ def quantiles(state: State, prices: Prices) -> dict[str, Tensor]:
     where q < z, and z is then close to the removed share of the cost. Dead groups rank lowest. A head is
     weighed by the dims that it keeps.
     """
-    units = {"qk": float(prices.qk), "v": float(prices.v), "neuron": float(prices.neuron)}
+    units = group_prices(state, prices)
     ratio = torch.cat(
         [
             (state.families[name].importance / price).masked_fill(state.families[name].dead, -1.0).flatten()
@@ -41,7 +48,7 @@ def quantiles(state: State, prices: Prices) -> dict[str, Tensor]:
         ]
     )
     weight = torch.cat(
-        [ratio.new_full((state.families[name].dead.numel(),), price) for name, price in units.items()]
+        [price.expand_as(state.families[name].dead).flatten() for name, price in units.items()]
     )
     order = ratio.argsort(stable=True)
     below = weight[order].cumsum(0)

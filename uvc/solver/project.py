@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from uvc.budget import Prices
-from uvc.solver.objective import head_ratio, masks_cost
+from uvc.solver.objective import group_prices, head_ratio, masks_cost
 from uvc.solver.state import FAMILIES, State
 
 # q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
@@ -49,19 +49,19 @@ def _walk_down(
             continue
         if name == "neuron":
             neuron[index] = False
-            cost -= prices.neuron
+            cost -= prices.neuron[layer]
             continue
         head = index[:2]
         if not v[head].any() or (name != "head" and not {"qk": qk, "v": v}[name][index]):
             continue
         n_qk, n_v = int(qk[head].sum()), int(v[head].sum())
         if name == "head" or (name == "v" and n_v == 1):
-            saved = prices.qk * n_qk + prices.v * n_v
+            saved = prices.qk[layer] * n_qk + prices.v[layer] * n_v
             if name == "head" and cost - saved < budget_cost:
                 continue
             qk[head], v[head] = False, False
         else:
-            saved = prices.qk if name == "qk" else prices.v
+            saved = getattr(prices, name)[layer]
             {"qk": qk, "v": v}[name][index] = False
         cost -= saved
     for half in state.theta.flatten().argsort(stable=True).tolist():
@@ -81,31 +81,27 @@ def _walk_up(state: State, masks: Masks, prices: Prices, room: float) -> None:
     qk, v, neuron, running = masks
     living = v.any(-1, keepdim=True) & running[:, :1, None]
     open_ = {"qk": living & ~qk, "v": living & ~v, "neuron": running[:, 1:] & ~neuron}
-    price = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
-    if room < min(price.values()):
+    if room < min(min(getattr(prices, name)) for name in open_):
         return
+    price = group_prices(state, prices)
     units = []
     for name, mask in open_.items():
-        ratio = state.families[name].importance.view(mask.shape)[mask] / price[name]
+        ratio = (state.families[name].importance / price[name]).view(mask.shape)[mask]
         units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
     for _, name, index in sorted(units, reverse=True):
-        if price[name] <= room:
+        unit = getattr(prices, name)[index[0]]
+        if unit <= room:
             {"qk": qk, "v": v, "neuron": neuron}[name][index] = True
-            room -= price[name]
+            room -= unit
 
 
 def _candidates(state: State, masks: Masks, prices: Prices) -> list[tuple[float, str, tuple[int, ...]]]:
     """(importance per cost, family, index) of every living unit, ascending."""
     qk, v, neuron, _ = masks
-    shape = qk.shape
-    ratios = {
-        "qk": state.families["qk"].importance.view(shape) / prices.qk,
-        "v": state.families["v"].importance.view(shape) / prices.v,
-        "neuron": state.families["neuron"].importance / prices.neuron,
-        "head": head_ratio(state, prices),
-    }
+    ratios = {name: state.families[name].importance / p for name, p in group_prices(state, prices).items()}
+    ratios["head"] = head_ratio(state, prices)
     units: list[tuple[float, str, tuple[int, ...]]] = []
     for name, mask in (("qk", qk), ("v", v), ("neuron", neuron), ("head", v.any(-1))):
-        ratio = ratios[name][mask]
+        ratio = ratios[name].view(mask.shape)[mask]
         units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
     return sorted(units)

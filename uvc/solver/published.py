@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from uvc.budget import Counts, total
 from uvc.budget import prices as prices_of
 from uvc.config import SolverConfig
 from uvc.layers import convert
@@ -165,12 +166,12 @@ class PublishedSearch:
 
     def _cost(self, gates: Tensor, s: dict[str, Tensor] | None = None) -> Tensor:
         """R in the unit of the prices, with counts as they are; a removed head takes its q/k dims along."""
-        geo, price = self.groups.geometry, self.prices
+        geo = self.groups.geometry
         s = s or {name: self.state.families[name].s for name in CHOSEN}
         heads = geo.heads - s["head"]
         dims = (geo.head_dim - s["v"]).view(geo.layers, geo.heads).mean(1)
-        attn = price.attn + heads * (price.qk * geo.head_dim + price.v * dims)
-        return price.fixed + (gates * (attn + price.mlp + price.neuron * (geo.hidden - s["neuron"]))).sum()
+        counts = Counts(gates, gates, heads * geo.head_dim, heads * dims, geo.hidden - s["neuron"])
+        return total(self.prices, counts)
 
     def _count_gradients(self) -> dict[str, Tensor]:
         """dR/ds, R a fraction of the dense cost; zero while the constraint is clipped."""

@@ -75,30 +75,30 @@ def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
 
 def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
     """Share of the prunable cost with lower importance per cost, per group."""
-    price = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
     units = []
     for family in ("qk", "v", "neuron"):
         for segment, dead in enumerate(state.dead[family]):
+            price = getattr(prices, family)[segment if family == "neuron" else segment // state.heads]
             for g in range(len(dead)):
-                ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price[family]
-                units.append((ratio, family, segment, g))
+                ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price
+                units.append((ratio, price, family, segment, g))
     units.sort(key=lambda unit: unit[0])
-    whole = sum(price[family] for _, family, _, _ in units)
+    whole = sum(unit[1] for unit in units)
     score = {n: [[0.0] * len(dead) for dead in state.dead[n]] for n in FAMILIES}
     below = 0.0
-    for _, family, segment, g in units:
+    for _, price, family, segment, g in units:
         score[family][segment][g] = below / whole
-        below += price[family]
+        below += price
     for layer in range(state.layers):
         for head in range(state.heads):
             segment, worth, cost = layer * state.heads + head, 0.0, 0.0
             for family in ("qk", "v"):
                 kept = set(range(state.head_dim)) - state.removed(family, segment)
                 worth += sum(state.importance[family][segment][g] for g in kept)
-                cost += price[family] * len(kept)
+                cost += getattr(prices, family)[layer] * len(kept)
             ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, 1.0)
             ratio = -1.0 if state.dead["head"][layer][head] else ratio
-            score["head"][layer][head] = sum(price[unit[1]] for unit in units if unit[0] < ratio) / whole
+            score["head"][layer][head] = sum(unit[1] for unit in units if unit[0] < ratio) / whole
     return score
 
 
@@ -122,13 +122,13 @@ def soft_cost(state: SlowState, prices: Prices) -> float:
     """R(s, r, g), not yet divided by the dense cost."""
     cost = float(prices.fixed)
     for layer in range(state.layers):
-        attn = float(prices.attn)
+        attn = float(prices.attn[layer])
         for place, head in enumerate(state.order("head", layer)):
             survive = min(max(place + 1 - state.s["head"][layer] * state.heads, 0.0), 1.0)
             segment = layer * state.heads + head
             n_qk, n_v = ((1.0 - state.s[name][segment]) * state.head_dim for name in ("qk", "v"))
-            attn += survive * (prices.qk * n_qk + prices.v * n_v)
-        mlp = prices.mlp + prices.neuron * (1.0 - state.s["neuron"][layer]) * state.hidden
+            attn += survive * (prices.qk[layer] * n_qk + prices.v[layer] * n_v)
+        mlp = prices.mlp[layer] + prices.neuron[layer] * (1.0 - state.s["neuron"][layer]) * state.hidden
         cost += state.gate[layer][0] * attn + state.gate[layer][1] * mlp
     return cost
 

@@ -102,10 +102,15 @@ def project(
         ready = family.removed() & small & ~family.dead
         if ready.any():
             changed |= _bury(state, name, ready, norms[name], prices, budget_cost)
-    unit = {"qk": prices.qk, "v": prices.v, "neuron": prices.neuron}
-    open_ = [name for name in unit if name in config.families and not state.families[name].dead.all()]
-    cheapest = min((unit[name] for name in open_), default=0)
-    state.settled = hard_cost(state, prices) - cheapest < budget_cost
+    alive = dict(zip(("qk", "v", "neuron"), state.alive()[:3], strict=True))
+    open_ = [
+        price
+        for name, mask in alive.items()
+        if name in config.families
+        for price, any_left in zip(getattr(prices, name), mask.flatten(1).any(1).tolist(), strict=True)
+        if any_left
+    ]
+    state.settled = hard_cost(state, prices) - min(open_, default=0) < budget_cost
     for family in state.families.values():
         dead = family.dead.to(family.s.dtype).mean(1)
         family.s.copy_(dead if state.settled else torch.maximum(family.s, dead))
