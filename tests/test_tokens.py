@@ -7,6 +7,8 @@ import pytest
 import torch
 from oracle import MODELS, TOLERANCE, error, gradient_error, gradients, images, small_vit, structures
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
 from uvc.structure import BlockStructure, Structure
@@ -152,3 +154,49 @@ def test_masks_over_tokens_that_go_are_refused(arguments):
     for either in (model, uvc.compact(model)):
         with pytest.raises(ValueError, match="the structure drops tokens, which leaves no place for"):
             either(torch.randn(2, 3, 16, 16), **arguments)
+
+
+def counted_macs(model: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+        model.eval().requires_grad_(False)(images(model, batch=1))
+    return counter.get_total_flops() // 2
+
+
+def hold(model: nn.Module, structure: Structure) -> None:
+    """Formula and flop counter agree to the integer, block by block, however the cost is asked for."""
+    cost = uvc.budget.cost(model, structure)
+    small = uvc.compact(uvc.apply_structure(model, structure))
+    assert cost == uvc.cost(model) == uvc.cost(small)
+    assert cost.macs == counted_macs(small)
+    fixed = uvc.budget.prices(model, "macs").fixed
+    assert cost.macs == fixed + sum(block.macs for block in cost.blocks)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cost_is_what_the_compacted_model_counts(name):
+    model = MODELS[name]()
+    hold(model, Structure.random(model, 0.5, seed=3).with_tokens(model, (0.8, 0.5), at=(0, 2)))
+
+
+@pytest.mark.parametrize("case", structures(small_vit()))
+def test_cost_is_exact_whatever_else_goes(case):
+    model = small_vit()
+    hold(model, structures(model)[case].with_tokens(model, 0.6))
+
+
+def test_cost_is_exact_where_nothing_but_tokens_goes_and_where_all_stay():
+    model = small_vit()
+    hold(small_vit(), Structure.dense(model).with_tokens(model, 0.5, at=(1,)))
+    hold(small_vit(), Structure.dense(model).with_tokens(model, 1.0))
+
+
+def test_a_dropped_token_is_cheaper_in_every_later_block_and_costs_one_row_where_it_is_dropped():
+    model = small_vit()
+    dense = uvc.cost(model)
+    slim = uvc.budget.cost(model, Structure.dense(model).with_tokens(model, 0.5, at=(1,)))
+    assert slim.blocks[0] == dense.blocks[0]
+    N, D, A, hidden = 17, 24, 24, 40
+    assert slim.blocks[1].macs == dense.blocks[1].macs + A * N - 2 * 8 * D * hidden
+    assert slim.blocks[2].macs == 2 * A * (2 * 9 * D + 9 * 9) + 2 * 9 * D * hidden
+    assert slim.params == dense.params

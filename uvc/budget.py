@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvc.layers import hollow
-from uvc.structure import Structure, sizes_of, structure_of
+from uvc.structure import Structure, patch_tokens, sizes_of, structure_of
 
 METRICS = ("macs", "params")
 
@@ -66,8 +66,11 @@ def counts(structure: Structure) -> Counts:
     )
 
 
-def prices(model: nn.Module, metric: str) -> Prices:
-    """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size."""
+def prices(model: nn.Module, metric: str, structure: Structure | None = None) -> Prices:
+    """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size.
+
+    They hold while as many tokens go on from block to block as in `structure`, by default the model's own.
+    """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
     s = sizes_of(model)
@@ -77,25 +80,44 @@ def prices(model: nn.Module, metric: str) -> Prices:
         # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
         parts = (s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
         return Prices(fixed, *((part,) * s.blocks for part in parts))
-    N = model.patch_embed.num_patches + model.num_prefix_tokens
-    # A q/k dim: a row of q, one of k, a term of N^2 dot products. A v dim: a row, N^2 products, a column.
-    dim = 2 * N * s.dim + N * N
-    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
-    parts = (0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
-    return Prices(fixed_macs(model), *((part,) * s.blocks for part in parts))
-
-
-def fixed_macs(model: nn.Module) -> int:
-    """MACs per image outside the blocks, by torch's flop counter, on a copy that holds no weights."""
-    size = model.patch_embed.img_size
-    if size is None:
+    if s.patches is None:
         raise ValueError(
             "the model has no input size of its own, so its cost is undefined; give it an img_size"
         )
-    stem_and_head = hollow(model, {id(model.blocks): nn.Sequential()}).eval().requires_grad_(False)
+    # Tokens N that reach a block, and those that go on from its attention half to its MLP.
+    tokens = patch_tokens(structure_of(model) if structure is None else structure, s.patches)
+    tokens = [(s.prefix + arriving, s.prefix + leaving) for arriving, leaving in tokens]
+    # A v dim: a row, N^2 products, a column. A q/k dim: a row of q, one of k, a term of N^2 dot products, and
+    # where tokens are dropped one more row of them, which ranks the tokens.
+    v = tuple(2 * N * s.dim + N * N for N, _ in tokens)
+    qk = tuple(dim + (N if left < N else 0) for dim, (N, left) in zip(v, tokens, strict=True))
+    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
+    neuron = tuple((s.neuron_rows + 1) * left * s.dim for _, left in tokens)
+    free = (0,) * s.blocks
+    return Prices(fixed_macs(model, tokens[-1][1]), free, free, qk, v, neuron)
+
+
+class _FirstTokens(nn.Module):
+    """Blocks that compute nothing and drop tokens."""
+
+    def __init__(self, tokens: int | None):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.tokens]
+
+
+def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
+    """MACs per image outside the blocks, which leave so many tokens (None: all) to the head.
+
+    By torch's flop counter, on a copy that holds no weights.
+    """
+    blocks = nn.Sequential(_FirstTokens(tokens))
+    stem_and_head = hollow(model, {id(model.blocks): blocks}).eval().requires_grad_(False)
     dtype = next(stem_and_head.patch_embed.parameters()).dtype
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stem_and_head(torch.empty(1, model.in_chans, *size, dtype=dtype, device="meta"))
+        stem_and_head(torch.empty(1, model.in_chans, *model.patch_embed.img_size, dtype=dtype, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -126,13 +148,15 @@ def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
     MACs count patch embedding, linear layers, attention products and head: half of what torch's flop counter
     counts on the compacted model. Parameters are those of the compacted model.
     """
-    kept = counts(structure_of(model) if structure is None else structure)
-    macs, params = (prices(model, metric) for metric in METRICS)
+    structure = structure_of(model) if structure is None else structure
+    kept = counts(structure)
+    macs, params = (prices(model, metric, structure) for metric in METRICS)
     blocks = map(BlockCost, block_costs(macs, kept), block_costs(params, kept))
     return Cost(total(macs, kept), total(params, kept), tuple(blocks))
 
 
 def smallest_reachable(model: nn.Module, metric: str) -> float:
     """The smallest budget that can be met, as a fraction of the dense cost: every block skipped."""
-    p = prices(model, metric)
-    return p.fixed / total(p, counts(Structure.dense(model)))
+    dense = Structure.dense(model)
+    p = prices(model, metric, dense)
+    return p.fixed / total(p, counts(dense))

@@ -54,7 +54,8 @@ def sizes_of(model: nn.Module) -> Sizes:
     for name, parameter in block.named_parameters():
         child = name.split(".")[0]
         halves["1" if child == "attn" else "2" if child == "mlp" else child[-1]] += parameter.numel()
-    neuron, tokens = (qkv_bias, rows, neuron_params), (model.patch_embed.num_patches, model.num_prefix_tokens)
+    neuron, stem = (qkv_bias, rows, neuron_params), model.patch_embed
+    tokens = (None if stem.img_size is None else stem.num_patches, model.num_prefix_tokens)
     return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, *neuron, *halves.values(), *tokens)
 
 
