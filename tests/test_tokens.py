@@ -1,16 +1,19 @@
 """Token slimming: on the fly = compacted = a dense model that drops the tokens itself; limits and cost."""
 
+import contextlib
 import copy
 from dataclasses import replace
 
 import pytest
 import torch
+import uvc_kernels
 from oracle import MODELS, TOLERANCE, error, gradient_error, gradients, images, small_vit, structures
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
+from uvc.export import export
 from uvc.structure import BlockStructure, Structure
 
 
@@ -200,3 +203,65 @@ def test_a_dropped_token_is_cheaper_in_every_later_block_and_costs_one_row_where
     assert slim.blocks[1].macs == dense.blocks[1].macs + A * N - 2 * 8 * D * hidden
     assert slim.blocks[2].macs == 2 * A * (2 * 9 * D + 9 * 9) + 2 * 9 * D * hidden
     assert slim.params == dense.params
+
+
+@pytest.fixture
+def pruned():
+    """A small ViT of which half of everything and some tokens are gone, and images for it."""
+    torch.manual_seed(0)
+    model = small_vit()
+    structure = Structure.random(model, 0.5, seed=2).with_tokens(model, 0.6)
+    return uvc.apply_structure(model, structure).eval(), torch.randn(5, 3, 16, 16)
+
+
+@pytest.mark.parametrize("way", ["recompute", "checkpointing", "packing"])
+def test_tokens_go_the_same_way_however_the_pass_is_run(pruned, way):
+    model, x = pruned
+    truth = gradients(model, model(x))
+    if way == "recompute":
+        uvc.layers.set_recompute(model)
+    if way == "checkpointing":
+        model.set_grad_checkpointing()
+    with uvc_kernels.backend("cuda-host") if way == "packing" else contextlib.nullcontext():
+        out = model(x)
+        assert gradient_error(gradients(model, out), truth) < 1e-4
+
+
+def test_under_autocast_tokens_go_and_gradients_come_back_in_float32(pruned):
+    model, x = pruned
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        assert model.forward_features(x).shape[1] == 1 + 4
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_training_step_with_patch_dropout_keeps_what_there_is():
+    model = small_vit(patch_drop_rate=0.5)
+    uvc.apply_structure(model, Structure.dense(model).with_tokens(model, 0.6))
+    assert model.train().forward_features(torch.randn(2, 3, 16, 16)).shape[1] == 1 + 4
+    assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["converted", "compacted"])
+def test_a_saved_model_drops_the_same_tokens_when_it_is_loaded(pruned, form, tmp_path):
+    model, x = pruned
+    model = uvc.compact(model) if form == "compacted" else model
+    uvc.save(model, tmp_path)
+    loaded = uvc.load(tmp_path)
+    assert uvc.structure_of(loaded) == uvc.structure_of(model)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
+def test_an_exported_program_drops_the_same_tokens_at_any_batch(pruned, format, tmp_path):
+    model, x = pruned
+    if format == "onnx":
+        pytest.importorskip("onnxscript"), pytest.importorskip("onnxruntime")
+    uvc.save(uvc.compact(model), tmp_path / "run")
+    target, _ = export(tmp_path / "run", format, tmp_path / "out")
+    if format == "torch-export":
+        assert error(torch.export.load(target).module()(x), model(x)) < 1e-5
+    if format == "onnx":
+        session = __import__("onnxruntime").InferenceSession(target, providers=["CPUExecutionProvider"])
+        assert error(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), model(x)) < 1e-4
