@@ -13,12 +13,14 @@ class Slimming(NamedTuple):
     """How many patch tokens go on from a block's attention half, and whose attention ranks them.
 
     `prefix`: tokens before the patches, which always stay. `by_class`: the class token's attention decides,
-    else that of the tokens' mean query, where the model reads out all tokens.
+    else that of the tokens' mean query, where the model reads out all tokens. `always`:
+    order the tokens even where all may go on.
     """
 
     tokens: int
     prefix: int
     by_class: bool
+    always: bool = False
 
     def reader(self, x: Tensor) -> Tensor:
         """What attends, of tokens or queries x [..., N, d]: [..., 1, d]."""
@@ -38,11 +40,11 @@ def slimming(model: nn.Module, tokens: int | None) -> Slimming | None:
 
 
 def due(slimming: Slimming | None, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Slimming | None:
-    """`slimming` if x [B, N, D] has more patch tokens than may go on, else None.
+    """`slimming` if x [B, N, D] has more patch tokens than may go on, or they are ordered anyway; else None.
 
     ValueError if tokens are to go under an attention mask, which is over all of them.
     """
-    if slimming is None or x.shape[1] <= slimming.prefix + slimming.tokens:
+    if slimming is None or not (slimming.always or x.shape[1] > slimming.prefix + slimming.tokens):
         return None
     if attn_mask is not None or is_causal:
         raise ValueError(
@@ -61,16 +63,18 @@ def row_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def slim(x: Tensor, scores: Tensor | None, slimming: Slimming) -> Tensor:
-    """The prefix and the best `slimming.tokens` patch tokens of every image of x [B, N, D], in their order.
+    """The prefix and the best `slimming.tokens` patch tokens of every image of x [B, N, D], the best first.
 
-    scores [B, N]; None, where no attention ran, ranks by the tokens' norm. Gradients reach the kept tokens.
+    Blocks and heads do not ask for their order. scores [B, N]; None, where no attention ran, ranks by the
+    tokens' norm. Gradients reach the kept tokens.
     """
     B, N, D = x.shape
     if scores is None:
         scores = x.detach().square().sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
     first = slimming.prefix
-    best = scores[:, first:].topk(slimming.tokens, sorted=False).indices.sort().values + first
+    tokens = min(slimming.tokens, N - first)
+    best = scores[:, first:].topk(tokens).indices + first
     always = torch.arange(first, device=x.device).expand(B, first)
     index = torch.cat([always, best], dim=1) + N * torch.arange(B, device=x.device)[:, None]
     # Whole rows take half the time of an element-wise gather, forwards and backwards.
-    return x.reshape(B * N, D).index_select(0, index.flatten()).view(B, first + slimming.tokens, D)
+    return x.reshape(B * N, D).index_select(0, index.flatten()).view(B, first + tokens, D)
