@@ -119,7 +119,7 @@ def test_nothing_costs_less_than_the_smallest_reachable_budget(metric):
 
 
 def test_blocks_may_cost_differently():
-    n = Counts(attn=(1, 0), mlp=(1, 1), qk=(2, 3), v=(5, 7), neuron=(11, 13))
+    n = Counts(attn=(1, 0), mlp=(1, 1), qk=(2, 3), v=(5, 7), neuron=(11, 13), heads=(1, 2))
     p = Prices(100, attn=(1, 2), mlp=(3, 4), qk=(5, 6), v=(7, 8), neuron=(9, 10))
     assert block_costs(p, n) == (1 + 5 * 2 + 7 * 5 + 3 + 9 * 11, 4 + 10 * 13)
     tensors = Counts(*(torch.tensor(c, dtype=torch.float64) for c in n))

@@ -52,6 +52,13 @@ def mistakes(tmp_path):
         "a budget above one": (["--budget", "1.5"], "--budget", "1.5"),
         "a budget of nan": (["--budget", "nan"], "--budget", "nan"),
         "a budget that is no number": (["--budget", "half"], "--budget", "half"),
+        "two budgets without metrics": (["--budget", "0.5,0.4"], "--budget", "0.5,0.4"),
+        "a budget for an unknown metric": (["--budget", "macs=0.5,joules=0.4"], "metric", "joules"),
+        "one of two budgets below the smallest reachable": (
+            ["--budget", "macs=0.5,params=0.0001"],
+            "budget",
+            "params",
+        ),
         "a budget below the smallest reachable": (["--budget", "0.0001"], "budget", "0.0001"),
         "an unknown metric": (["--metric", "joules"], "--metric", "joules"),
         "an unknown model": (["--model", "deit_tiny_patch16_225"], "--model", "deit_tiny_patch16_224"),
@@ -77,7 +84,9 @@ def mistakes(tmp_path):
 
 NAMES = """\
 a budget of zero; a budget above one; a budget of nan; a budget that is no number;
-a budget below the smallest reachable; an unknown metric; an unknown model; an unsupported model;
+two budgets without metrics; a budget for an unknown metric;
+one of two budgets below the smallest reachable; a budget below the smallest reachable;
+an unknown metric; an unknown model; an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
 a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
 a teacher that lacks weights; no such teacher; an output that is a file; an output below a file;
@@ -170,6 +179,17 @@ def test_run_meets_the_budget_and_says_what_it_did(finished):
     # Warm-up, search and post-training: four epochs of 6 steps.
     assert figures["steps"] == 24 and figures["seconds"] > 0
     assert [entry["batch"] for entry in figures["latency"]] == [1, 64]
+
+
+def test_two_budgets_are_both_met(tmp_path):
+    both = {"macs": 0.5, "params": 0.4}
+    assert cli.run(["compress", "--out", str(tmp_path), "--budget", "macs=0.5,params=0.4", *SHORT]) == 0
+    figures = summary(tmp_path)
+    assert figures["budget"] == both
+    ratios = {name: figures[f"final_{name}"] / figures[f"dense_{name}"] for name in both}
+    assert all(ratios[name] <= both[name] for name in both)
+    # One of them is used up: a neuron of this model is 0.3% of its parameters.
+    assert any(ratios[name] >= 0.99 * both[name] for name in both)
 
 
 def test_saved_model_loads_and_is_what_was_measured(finished):

@@ -1,18 +1,59 @@
-"""What a structure costs: one linear formula for every metric, for ints and for tensors with gradients.
+"""What a structure costs, and may cost: MACs and parameters by one linear formula, latency by a table.
 
 N tokens, D width, H heads, K head dim, L blocks.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvc.layers import hollow
-from uvc.structure import Structure, patch_tokens, sizes_of, structure_of
+from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
-METRICS = ("macs", "params")
+LINEAR = ("macs", "params")
+METRICS = (*LINEAR, "latency")
+
+
+class Counts(NamedTuple):
+    """How much each block keeps, as L ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, else 0.
+
+    `qk`, `v`: dims over all heads; `heads`: kept heads.
+    """
+
+    attn: tuple[float, ...] | Tensor
+    mlp: tuple[float, ...] | Tensor
+    qk: tuple[float, ...] | Tensor
+    v: tuple[float, ...] | Tensor
+    neuron: tuple[float, ...] | Tensor
+    heads: tuple[float, ...] | Tensor
+
+
+class BlockCounts(NamedTuple):
+    """The entries of ``Counts`` for one block."""
+
+    attn: float
+    mlp: float
+    qk: float
+    v: float
+    neuron: float
+    heads: float
+
+
+class Costs(Protocol):
+    """How a metric prices a structure. `fixed`: what the model costs without any block."""
+
+    fixed: float
+
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """What block `index` costs when it keeps `kept`."""
+        ...
+
+    def at(self, counts: Counts) -> "Prices":
+        """What one more unit of each kind costs where the blocks keep `counts`."""
+        ...
 
 
 class Prices(NamedTuple):
@@ -29,15 +70,13 @@ class Prices(NamedTuple):
     v: tuple[float, ...]
     neuron: tuple[float, ...]
 
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """What block `index` costs when it keeps `kept`."""
+        return _block_cost(*(part[index] for part in self[1:]), *kept)
 
-class Counts(NamedTuple):
-    """How much each block keeps, as L ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, else 0."""
-
-    attn: tuple[int, ...] | Tensor
-    mlp: tuple[int, ...] | Tensor
-    qk: tuple[int, ...] | Tensor
-    v: tuple[int, ...] | Tensor
-    neuron: tuple[int, ...] | Tensor
+    def at(self, counts: Counts) -> "Prices":
+        """The same everywhere: the cost is linear."""
+        return self
 
 
 class BlockCost(NamedTuple):
@@ -63,6 +102,7 @@ def counts(structure: Structure) -> Counts:
         qk=tuple(sum(map(len, b.qk_dims)) for b in structure.blocks),
         v=tuple(sum(map(len, b.v_dims)) for b in structure.blocks),
         neuron=tuple(len(b.neurons) for b in structure.blocks),
+        heads=tuple(len(b.heads) for b in structure.blocks),
     )
 
 
@@ -71,8 +111,8 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
 
     They hold while as many tokens go on from block to block as in `structure`, by default the model's own.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if metric not in LINEAR:
+        raise ValueError(f"metric must be one of {', '.join(LINEAR)}, got {metric!r}")
     s = sizes_of(model)
     if metric == "params":
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
@@ -84,17 +124,22 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
         raise ValueError(
             "the model has no input size of its own, so its cost is undefined; give it an img_size"
         )
-    # Tokens N that reach a block, and those that go on from its attention half to its MLP.
     tokens = patch_tokens(structure_of(model) if structure is None else structure, s.patches)
+    return macs_at(s, tokens, fixed_macs(model, s.prefix + tokens[-1][1]))
+
+
+def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Prices:
+    """The prices in MACs where so many patch tokens reach each block and go on from its attention half."""
+    # N tokens in the attention half, M in the MLP.
     tokens = [(s.prefix + arriving, s.prefix + leaving) for arriving, leaving in tokens]
     # A v dim: a row, N^2 products, a column. A q/k dim: a row of q, one of k, a term of N^2 dot products, and
     # where tokens are dropped one more row of them, which ranks the tokens.
     v = tuple(2 * N * s.dim + N * N for N, _ in tokens)
-    qk = tuple(dim + (N if left < N else 0) for dim, (N, left) in zip(v, tokens, strict=True))
+    qk = tuple(dim + (N if M < N else 0) for dim, (N, M) in zip(v, tokens, strict=True))
     # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
-    neuron = tuple((s.neuron_rows + 1) * left * s.dim for _, left in tokens)
+    neuron = tuple((s.neuron_rows + 1) * M * s.dim for _, M in tokens)
     free = (0,) * s.blocks
-    return Prices(fixed_macs(model, tokens[-1][1]), free, free, qk, v, neuron)
+    return Prices(fixed, free, free, qk, v, neuron)
 
 
 class _FirstTokens(nn.Module):
@@ -121,25 +166,29 @@ def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
     return counter.get_total_flops() // 2
 
 
-def block_costs(prices: Prices, counts: Counts) -> tuple[float, ...] | Tensor:
-    """Cost of each block, as `counts` are: L exact ints, or a tensor [L] with gradients."""
-    if isinstance(counts.qk, Tensor):
-        parts = (counts.qk.new_tensor(part) for part in prices[1:])
-        return _block_cost(*parts, *counts)
-    return tuple(_block_cost(*block) for block in zip(*prices[1:], *counts, strict=True))
+def block_costs(costs: Costs, counts: Counts) -> tuple[float, ...] | Tensor:
+    """Cost of each block, as `counts` are: L numbers, exact for ints, or a tensor [L].
+
+    The tensor has gradients with respect to counts where the cost is linear.
+    """
+    if not isinstance(counts.qk, Tensor):
+        return tuple(costs.block(i, BlockCounts(*kept)) for i, kept in enumerate(zip(*counts, strict=True)))
+    if isinstance(costs, Prices):
+        return _block_cost(*(counts.qk.new_tensor(part) for part in costs[1:]), *counts)
+    return counts.qk.new_tensor(block_costs(costs, Counts(*(tuple(part.tolist()) for part in counts))))
 
 
-def _block_cost(p_attn, p_mlp, p_qk, p_v, p_neuron, attn, mlp, qk, v, neuron):
+def _block_cost(p_attn, p_mlp, p_qk, p_v, p_neuron, attn, mlp, qk, v, neuron, heads):
     return attn * (p_attn + p_qk * qk + p_v * v) + mlp * (p_mlp + p_neuron * neuron)
 
 
-def total(prices: Prices, counts: Counts) -> float | Tensor:
+def total(costs: Costs, counts: Counts) -> float | Tensor:
     """R = fixed + sum over blocks of attn (p_attn + p_qk n_qk + p_v n_v) + mlp (p_mlp + p_neuron n_neuron).
 
     Counts are tuples of ints (the exact int comes back) or tensors [L] (a scalar tensor with gradients).
     """
-    blocks = block_costs(prices, counts)
-    return prices.fixed + (blocks.sum() if isinstance(blocks, Tensor) else sum(blocks))
+    blocks = block_costs(costs, counts)
+    return costs.fixed + (blocks.sum() if isinstance(blocks, Tensor) else sum(blocks))
 
 
 def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
@@ -150,9 +199,75 @@ def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
     """
     structure = structure_of(model) if structure is None else structure
     kept = counts(structure)
-    macs, params = (prices(model, metric, structure) for metric in METRICS)
+    macs, params = (prices(model, metric, structure) for metric in LINEAR)
     blocks = map(BlockCost, block_costs(macs, kept), block_costs(params, kept))
     return Cost(total(macs, kept), total(params, kept), tuple(blocks))
+
+
+class Limit(NamedTuple):
+    """One budget: a fraction of what the dense model costs in one metric."""
+
+    metric: str
+    costs: Costs
+    dense: float
+    budget: float
+
+    @property
+    def most(self) -> float:
+        """What may be spent; a whole number where costs are."""
+        return int(self.budget * self.dense) if isinstance(self.dense, int) else self.budget * self.dense
+
+    @property
+    def smallest(self) -> float:
+        """The smallest budget that can be met: every block skipped."""
+        return self.costs.fixed / self.dense
+
+
+def limits(
+    model: nn.Module,
+    budget: float | Mapping[str, float],
+    metric: str = "macs",
+    latency: Costs | None = None,
+) -> tuple[Limit, ...]:
+    """The limits that `budget` sets: a fraction in `metric`, or a fraction for each metric that it names.
+
+    `latency` is the table behind the metric "latency". ValueError for a fraction outside (0, 1], an unknown
+    metric, a latency without its table, or a budget below the smallest that can be met.
+    """
+    dense, found = Structure.dense(model), []
+    slim = any(block.tokens is not None for block in structure_of(model).blocks)
+    for name, fraction in named_budgets(budget, metric).items():
+        if name == "latency" and latency is None:
+            raise ValueError("budget: one in latency needs a table; make one with uvc.latency.measure(model)")
+        if name == "latency" and slim:
+            raise ValueError("budget: the latency table is of all tokens, the model drops some; budget macs")
+        # A fraction of the cost with all tokens; what the blocks keep is priced at the model's own tokens.
+        costs, whole = (
+            (latency,) * 2 if name == "latency" else (prices(model, name, at) for at in (None, dense))
+        )
+        limit = Limit(name, costs, total(whole, counts(dense)), fraction)
+        if fraction < limit.smallest:
+            raise ValueError(
+                f"budget: {fraction} is below {limit.smallest:.4f}, the smallest reachable {name} budget of "
+                "this model"
+            )
+        found.append(limit)
+    return tuple(found)
+
+
+def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str, float]:
+    """{metric: fraction} of a budget given either way; ValueError for what is no fraction or no metric."""
+    named = dict(budget) if isinstance(budget, Mapping) else {metric: budget}
+    if not named:
+        raise ValueError('budget: {} names no metric; give a fraction, or a dict such as {"macs": 0.5}')
+    for name, fraction in named.items():
+        if name not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
+        if not 0.0 < fraction <= 1.0:  # so that nan fails too
+            raise ValueError(
+                f"budget: {fraction} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost"
+            )
+    return named
 
 
 def smallest_reachable(model: nn.Module, metric: str) -> float:

@@ -30,13 +30,31 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-def _fraction(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
-    # Written so that nan fails too.
-    if value is not None and not 0 < value <= 1:
+def _budget(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> float | dict[str, float] | None:
+    """0.5, or a fraction for each of several metrics, as in macs=0.5,params=0.6."""
+    if value is None:
+        return None
+    named = [part.rpartition("=") for part in value.split(",")]
+    found = {metric.strip(): _fraction(value, fraction) for metric, _, fraction in named}
+    if len(found) < len(named) or ("" in found and len(found) > 1):
+        raise click.UsageError(f"--budget: {value!r}; name each metric once, as in macs=0.5,params=0.6")
+    return found.get("", found)
+
+
+def _fraction(value: str, text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
         raise click.UsageError(
-            f"--budget: {value:g}; it is a fraction of the dense cost, above 0 and at most 1"
+            f"--budget: {value!r}; give a fraction such as 0.5, or macs=0.5,params=0.6"
+        ) from None
+    if not 0 < fraction <= 1:  # written so that nan fails too
+        raise click.UsageError(
+            f"--budget: {text.strip()}; it is a fraction of the dense cost, above 0 and at most 1"
         )
-    return value
+    return fraction
 
 
 def _positive(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -64,8 +82,10 @@ def _data_options(command: Callable) -> Callable:
 )
 @click.option("--model", help="A timm model name; digits has a small ViT of its own.")
 @_data_options
-@click.option("--budget", type=float, callback=_fraction, help="Fraction of the dense cost that may remain.")
-@click.option("--metric", type=click.Choice(["macs", "params"]), help="What the budget counts.")
+@click.option(
+    "--budget", callback=_budget, help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6."
+)
+@click.option("--metric", type=click.Choice(["macs", "params"]), help="What a single fraction counts.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
 @click.option("--recipe", help="Named settings: default, digits.")
 @click.option(

@@ -166,20 +166,21 @@ def measure_latency(
         with torch.inference_mode():
             for model in models.values():
                 # Caches and allocators warm up.
-                _time_ms(model.eval(), images)
+                time_ms(model.eval(), images)
             start = time.monotonic()
             for i in range(repeats):
                 if i >= 3 and time.monotonic() - start > seconds:
                     break
                 for name, model in models.items():
-                    times[name].append(_time_ms(model, images))
+                    times[name].append(time_ms(model, images))
     finally:
         for name, model in models.items():
             model.train(modes[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _time_ms(model: nn.Module, images: Tensor) -> float:
+def time_ms(model: nn.Module, images: Tensor) -> float:
+    """Milliseconds of one forward pass, until the device is done."""
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     start = time.perf_counter()
@@ -193,7 +194,10 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     """Teacher beside compressed model, from the fields of `summary.json`."""
     from rich.table import Table
 
-    title = f"{summary['model']} on {summary['data']}, budget {summary['budget']:g} of {summary['metric']}"
+    budget = summary["budget"]
+    budgets = budget if isinstance(budget, Mapping) else {summary["metric"]: budget}
+    asked = " and ".join(f"{fraction:g} of {metric}" for metric, fraction in budgets.items())
+    title = f"{summary['model']} on {summary['data']}, budget {asked}"
     # Wide enough that the title stays on one line.
     table = Table(title=title, min_width=len(title))
     for name in ("", "teacher", "compressed", "ratio"):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import uvc.models  # noqa: F401  registers the models that timm does not have
-from uvc.budget import cost
+from uvc.budget import cost, limits
 from uvc.checkpoint import describe, load
 from uvc.compact import compact
 from uvc.config import Config
@@ -27,7 +27,7 @@ from uvc.recipes import RECIPES
 from uvc.report import RunLog, draw_structure, measure_latency, write_json
 from uvc.rundir import SUMMARY, check_out, load_weights, merge_options, open_out, read_json, save_weights
 from uvc.structure import Structure
-from uvc.train import check_budget, compress, evaluate, train_teacher
+from uvc.train import compress, evaluate, train_teacher
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
@@ -65,7 +65,7 @@ def compress_run(
     data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
     torch.manual_seed(config.seed)
     model = convert(timm.create_model(model_name, num_classes=data.num_classes))
-    check_budget(model, budget, metric)
+    limits(model, budget, metric)
     describe(model)  # what cannot be saved is better said now than after the training
     if options["teacher"]:
         load_weights(model, Path(options["teacher"]))
@@ -85,7 +85,7 @@ def compress_run(
         "data": data.name,
         "seed": config.seed,
         "budget": budget,
-        "metric": metric,
+        "metric": metric if isinstance(budget, float) else ",".join(budget),
         "dense_macs": result.dense_cost.macs,
         "final_macs": result.cost.macs,
         "macs_ratio": result.cost.macs / result.dense_cost.macs,

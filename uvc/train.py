@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from uvc.budget import Cost, cost, smallest_reachable
+from uvc.budget import Cost, cost, limits
 from uvc.checkpoint import save
 from uvc.compact import compact
 from uvc.config import Config
@@ -246,7 +246,7 @@ def compress(
     model: nn.Module,
     train_loader: DataLoader,
     val_loader: DataLoader,
-    budget: float = 0.5,
+    budget: float | Mapping[str, float] = 0.5,
     metric: str = "macs",
     teacher: nn.Module | None = None,
     config: Config | None = None,
@@ -259,8 +259,9 @@ def compress(
     Args:
         model: trained model; converted and trained in place.
         train_loader, val_loader: yield (images [B, C, H, W] float, labels [B] int64).
-        budget: fraction in (0, 1] of the dense cost; the result costs at most that.
-        metric: "macs" or "params".
+        budget: fraction in (0, 1] of the dense cost; the result costs at most that. Or several at once:
+            {"macs": 0.5, "params": 0.6}.
+        metric: "macs" or "params": what a single fraction counts.
         teacher: distilled from; None = a frozen copy of ``model`` as given.
         config: ``uvc.config.Config``; None = the default recipe.
         out: folder for log, checkpoint and, at the end, the compacted model (for ``uvc.load``) and
@@ -272,7 +273,7 @@ def compress(
         ValueError: a bad argument, named; a budget below the smallest reachable one, before any training.
     """
     config = config or Config()
-    check_budget(model, budget, metric)
+    limits(model, budget, metric)
     check_loader(train_loader)
     if config.solver.method not in METHODS:
         known = " and ".join(repr(name) for name in METHODS)
@@ -340,17 +341,6 @@ def check_loader(loader: DataLoader) -> None:
         raise ValueError("train_loader: it has no length; the schedules need the number of batches") from None
     if batches == 0:
         raise ValueError("train_loader: it yields no batch; use a smaller batch size or more images")
-
-
-def check_budget(model: nn.Module, budget: float, metric: str) -> None:
-    """ValueError unless ``budget`` is in (0, 1] and reachable for this model."""
-    if not (math.isfinite(budget) and 0.0 < budget <= 1.0):
-        raise ValueError(f"budget: {budget} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost")
-    smallest = smallest_reachable(model, metric)
-    if budget < smallest:
-        raise ValueError(
-            f"budget: {budget} is below {smallest:.4f}, the smallest reachable {metric} budget of this model"
-        )
 
 
 def _json_like(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.quality.context import Context
-from uvc.budget import prices
+from uvc.budget import Limit, prices
 from uvc.solver.groups import Groups
 from uvc.solver.objective import masks_cost
 from uvc.solver.project import project_to_budget
@@ -48,7 +48,8 @@ class Greedy:
 
     def prune(self, ratio: float) -> None:
         """Removes the least important per MAC, and begins a new collection."""
-        masks = project_to_budget(self.state, self.prices, int(ratio * self.dense_cost), GROUPS)
+        limit = Limit("macs", self.prices, self.dense_cost, ratio)
+        masks = project_to_budget(self.state, [limit], GROUPS)
         self.groups.apply(masks)
         qk, v, neuron, _ = masks
         for name, mask in (("qk", qk), ("v", v), ("neuron", neuron), ("head", v.any(-1))):

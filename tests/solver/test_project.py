@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uvc.budget import Prices
+from uvc.budget import Limit, Prices
 from uvc.solver.objective import hard_cost, masks_cost
 from uvc.solver.project import project_to_budget
 from uvc.solver.state import Geometry, State
@@ -18,6 +18,11 @@ def prices_of(layers):
 
 
 PRICES = prices_of(2)
+
+
+def up_to(most):
+    """A limit of `most`, whatever the dense cost."""
+    return Limit("macs", PRICES, most, 1.0)
 
 
 def state_of(geometry, seed):
@@ -36,14 +41,14 @@ def state_of(geometry, seed):
 def test_cost_is_at_most_the_budget_and_no_unit_fits_any_more(budget, seed, layers, heads):
     geometry = Geometry(layers, heads, 5, 11)
     state, prices = state_of(geometry, seed), prices_of(layers)
-    budget_cost = int(budget * hard_cost(state, prices))
-    if budget_cost < prices.fixed:
+    limit = Limit("macs", prices, hard_cost(state, prices), budget)
+    if limit.most < prices.fixed:
         return
-    qk, v, neuron, running = project_to_budget(state, prices, budget_cost)
+    qk, v, neuron, running = project_to_budget(state, [limit])
     cost = masks_cost(qk, v, neuron, running, prices)
-    assert cost <= budget_cost
+    assert cost <= limit.most
     living = v.any(-1, keepdim=True) & running[:, :1, None]
-    room = budget_cost - cost
+    room = limit.most - cost
     for layer in range(layers):
         assert room < prices.qk[layer] or not (living & ~qk)[layer].any()
         assert room < prices.v[layer] or not (living & ~v)[layer].any()
@@ -56,7 +61,8 @@ def test_the_least_important_units_per_cost_go_first():
     for name in ("qk", "v"):
         state.families[name].importance.fill_(1e9)
     same = PRICES._replace(neuron=(7, 7))
-    _, _, neuron, _ = project_to_budget(state, same, hard_cost(state, same) - 10 * 7)
+    dense = hard_cost(state, same)
+    _, _, neuron, _ = project_to_budget(state, [Limit("macs", same, dense, (dense - 70) / dense)])
     importance = state.families["neuron"].importance
     assert int((~neuron).sum()) == 10
     assert importance[~neuron].max() < importance[neuron].min()
@@ -64,12 +70,12 @@ def test_the_least_important_units_per_cost_go_first():
 
 def test_everything_goes_when_only_the_fixed_part_fits():
     state = state_of(Geometry(2, 2, 3, 4), seed=2)
-    qk, v, neuron, running = project_to_budget(state, PRICES, PRICES.fixed)
+    qk, v, neuron, running = project_to_budget(state, [up_to(PRICES.fixed)])
     assert masks_cost(qk, v, neuron, running, PRICES) == PRICES.fixed
     assert not running.any()
 
 
 def test_less_than_the_fixed_part_is_refused():
     state = state_of(Geometry(2, 2, 3, 4), seed=2)
-    with pytest.raises(ValueError, match="budget: 399 cannot be met"):
-        project_to_budget(state, PRICES, PRICES.fixed - 1)
+    with pytest.raises(ValueError, match="budget: 399 macs cannot be met"):
+        project_to_budget(state, [up_to(PRICES.fixed - 1)])

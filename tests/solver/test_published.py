@@ -109,7 +109,7 @@ def test_it_ends_within_the_budget_although_it_hardly_compresses():
     train(model, search, 60)
     assert search.metrics()["soft_cost"] > 0.8
     search.harden()
-    unit = max(map(max, search.prices[3:]))
+    unit = max(map(max, search.limits[0].costs[3:]))
     assert 0.4 * dense - unit < cost(model).macs <= 0.4 * dense
 
 

@@ -50,8 +50,29 @@ def test_a_search_ends_at_most_at_the_budget_and_within_one_unit(budget, metric)
     assert hard < 1.0 and hard >= budget - 1e-9
     search.harden()
     final = getattr(cost(model), metric)
-    unit = max(map(max, search.prices[3:]))
+    unit = max(map(max, search.limits[0].costs[3:]))
     assert budget * dense - unit < final <= budget * dense
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.7, "params": 0.5}, {"macs": 0.4, "params": 0.8}])
+def test_two_budgets_are_both_met_and_the_tighter_one_within_one_unit(budget):
+    model = small_vit()
+    dense = cost(model)
+    search = Search(model, budget, "macs", steps=120, config=CONFIG)
+    train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
+    search.harden()
+    final = cost(model)
+    room = [budget[name] * getattr(dense, name) - getattr(final, name) for name in ("macs", "params")]
+    assert min(room) >= 0
+    assert any(left < max(map(max, limit.costs[3:])) for left, limit in zip(room, search.limits, strict=True))
+
+
+def test_of_two_budgets_the_slack_one_ends_without_a_price():
+    model = small_vit()
+    search = Search(model, {"macs": 0.95, "params": 0.4}, "macs", steps=120, config=CONFIG)
+    train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
+    slack, tight = search.state.z.tolist()
+    assert slack < 0.05 < tight
 
 
 def test_dead_groups_are_skipped_and_stay_at_exact_zero_during_the_search():

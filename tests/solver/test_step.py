@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from uvc.budget import Prices
+from uvc.budget import Limit, Prices
 from uvc.config import SolverConfig
 from uvc.solver import reference, step
-from uvc.solver.objective import hard_cost, quantiles, soft_cost
+from uvc.solver.objective import hard_cost, marginal, quantiles, soft_cost
 from uvc.solver.reference import SlowState
 from uvc.solver.state import FAMILIES, Geometry, State, ranks, smallest
 
@@ -24,9 +24,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def random_state(geometry, seed=0):
+def random_state(geometry, seed=0, limits=1):
     torch.manual_seed(seed)
-    state = State.new(geometry, gate_init=3.0)
+    state = State.new(geometry, gate_init=3.0, limits=limits)
     state.theta.normal_(2.0, 1.0)
     for family in state.families.values():
         # some ties on purpose
@@ -39,15 +39,30 @@ def close(rows, tensor):
     torch.testing.assert_close(torch.tensor(rows), tensor.detach().clone(), rtol=1e-9, atol=1e-12)
 
 
+def second_prices(layers):
+    """Another metric, in another unit: neurons are dear."""
+    parts = {"attn": (0, 1), "mlp": (1, 0), "qk": (0.5, 0.4), "v": (0.3, 0.3), "neuron": (2.5, 3.5)}
+    return Prices(fixed=20.0, **{name: (pair * layers)[:layers] for name, pair in parts.items()})
+
+
+def limits_of(state, budgets):
+    """Limits in as many metrics as there are budgets."""
+    costs = (prices_of(state.geometry.layers), second_prices(state.geometry.layers))
+    return [
+        Limit("macs", price, hard_cost(state, price), budget)
+        for price, budget in zip(costs, budgets, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("budgets", [(0.3,), (0.4, 0.3)], ids=["one budget", "two budgets"])
 @pytest.mark.parametrize(
     "geometry", [Geometry(3, 4, 5, 17), Geometry(1, 1, 1, 1), Geometry(2, 3, 8, 0 + 7)], ids=str
 )
-def test_a_hundred_steps_equal_the_slow_twin(geometry):
+def test_a_hundred_steps_equal_the_slow_twin(geometry, budgets):
     config = SolverConfig()
-    state = random_state(geometry)
-    prices = prices_of(state.geometry.layers)
+    state = random_state(geometry, limits=len(budgets))
+    limits = limits_of(state, budgets)
     slow = SlowState.of(state)
-    dense = hard_cost(state, prices)
     norms = {name: torch.rand_like(family.importance) for name, family in state.families.items()}
     moved = 0.0
     for i in range(100):
@@ -55,15 +70,21 @@ def test_a_hundred_steps_equal_the_slow_twin(geometry):
         for name in ("qk", "v", "neuron"):
             rows = slow_factors[name]
             close(rows, getattr(factors, name).reshape(len(rows), -1))
+        prices, slow_prices = marginal(state, limits), reference.marginal(slow, limits)
+        for part, slow_part in zip(prices[1:], slow_prices[1:], strict=True):
+            assert part == pytest.approx(slow_part, rel=1e-9)
         scores, slow_scores = quantiles(state, prices), reference.quantiles(slow, prices)
         for name in FAMILIES:
             close(slow_scores[name], scores[name])
         step.primal(state, prices, config), reference.primal(slow, prices, config)
-        target = max(1.0 - i / 60, 0.3)
-        step.dual(state, norms, prices, dense, target, 0.01, config)
-        reference.dual(slow, {n: t.tolist() for n, t in norms.items()}, prices, dense, target, 0.01, config)
-        assert float(soft_cost(state, prices)) == pytest.approx(reference.soft_cost(slow, prices), rel=1e-9)
-        assert float(state.z) == pytest.approx(slow.z, rel=1e-9)
+        targets, tightened = [max(1.0 - i / 60, b) for b in budgets], [0.01] * len(budgets)
+        step.dual(state, norms, limits, targets, tightened, config)
+        slow_norms = {n: t.tolist() for n, t in norms.items()}
+        reference.dual(slow, slow_norms, limits, targets, tightened, config)
+        for limit in limits:
+            slow_cost = reference.soft_cost(slow, limit.costs)
+            assert float(soft_cost(state, limit.costs)) == pytest.approx(slow_cost, rel=1e-9)
+        assert state.z.tolist() == pytest.approx(slow.z, rel=1e-9, abs=1e-12)
         for name, family in state.families.items():
             close(slow.s[name], family.s)
             close(slow.y[name], family.y)
@@ -83,10 +104,11 @@ def test_the_cost_follows_the_budget_and_z_unwinds_after_an_overshoot():
     state.theta.fill_(8.0)
     norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
     dense = hard_cost(state, prices)
+    limit = Limit("macs", prices, dense, 0.5)
     for target in (0.8, 0.5, 0.7):
         for _ in range(400):
             step.primal(state, prices, config)
-            step.dual(state, norms, prices, dense, target, 0.0, config)
+            step.dual(state, norms, [limit], [target], [0.0], config)
         assert float(soft_cost(state, prices)) / dense == pytest.approx(target, abs=0.02)
 
 
@@ -98,10 +120,10 @@ def test_at_rest_every_kept_group_is_worth_more_per_cost_than_every_removed_one(
         family.importance.uniform_(0.1, 5.0)
     state.families["head"].importance.fill_(1e6)  # heads out of play
     norms = {name: torch.zeros_like(family.importance) for name, family in state.families.items()}
-    dense = hard_cost(state, prices)
+    limit = Limit("macs", prices, hard_cost(state, prices), 0.6)
     for _ in range(3000):
         step.primal(state, prices, config)
-        step.dual(state, norms, prices, dense, 0.6, 0.0, config)
+        step.dual(state, norms, [limit], [0.6], [0.0], config)
     scores = quantiles(state, prices)
     kept = torch.cat([scores[n][~state.families[n].removed()] for n in ("qk", "v", "neuron")])
     removed = torch.cat([scores[n][state.families[n].removed()] for n in ("qk", "v", "neuron")])
@@ -116,16 +138,16 @@ def test_burying_never_passes_the_budget_and_settles_within_one_unit_of_it(budge
     state.theta.fill_(6.0)
     state.hard = True
     norms = {name: torch.rand_like(family.importance) * 1e-6 for name, family in state.families.items()}
-    budget_cost = int(budget * hard_cost(state, prices))
+    limit = Limit("macs", prices, hard_cost(state, prices), budget)
     for family in state.families.values():
         family.s.fill_(1.0)
-    assert step.project(state, norms, prices, budget_cost, config)
+    assert step.project(state, norms, [limit], config)
     for _ in range(40):
         for family in state.families.values():
             family.s.fill_(1.0)
-        step.project(state, norms, prices, budget_cost, config)
+        step.project(state, norms, [limit], config)
     assert state.settled
-    assert budget_cost <= hard_cost(state, prices) < budget_cost + max(map(max, prices[3:]))
+    assert limit.most <= hard_cost(state, prices) < limit.most + max(map(max, prices[3:]))
     assert all(torch.equal(f.s, f.dead.double().mean(1)) for f in state.families.values())
 
 
@@ -135,7 +157,8 @@ def test_groups_with_norm_left_are_not_buried():
     norms = {name: torch.ones_like(family.importance) for name, family in state.families.items()}
     for family in state.families.values():
         family.s.fill_(0.5)
-    assert not step.project(state, norms, prices, 0, SolverConfig())
+    nothing = Limit("macs", prices, 1, 1.0)
+    assert not step.project(state, norms, [nothing], SolverConfig())
     assert not any(family.dead.any() for family in state.families.values())
 
 

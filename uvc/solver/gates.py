@@ -8,12 +8,14 @@ mean is the loss change of removing the branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from uvc.budget import Prices
+from uvc.budget import Limit
 from uvc.config import SolverConfig
-from uvc.solver.objective import hard_cost
+from uvc.solver.objective import used
 from uvc.solver.state import State
 
 
@@ -37,20 +39,20 @@ def update(state: State, gate_grad: Tensor, config: SolverConfig) -> None:
         gate_grad = gate_grad.sum(1, keepdim=True).expand_as(gate_grad)
     state.gate_usefulness.mul_(config.gate_momentum).sub_(gate_grad, alpha=1.0 - config.gate_momentum)
     rms = state.gate_usefulness.square().mean().sqrt().clamp_min(1e-12)
-    drift = state.gate_usefulness / rms - config.gate_weight * state.z
+    drift = state.gate_usefulness / rms - config.gate_weight * state.z.sum()
     state.theta.add_(config.gate_rate * drift.clamp(-1.0, 1.0)).clamp_(-6.0, 6.0)
 
 
-def freeze(state: State, prices: Prices, budget_cost: float) -> None:
+def freeze(state: State, limits: Sequence[Limit]) -> None:
     """Makes gates hard: the least probable first, a half with probability below 1/2 is skipped while the cost
-    stays above the budget.
+    stays above the budget (of several: above one of them).
     """
     wanted = [i for i in state.theta.flatten().argsort(stable=True).tolist() if state.theta.view(-1)[i] < 0]
     state.theta.abs_().clamp_min_(1e-3)
     state.hard = True
     for i in wanted:
         state.theta.view(-1)[i] *= -1.0
-        if hard_cost(state, prices) < budget_cost:
+        if used(state, limits) < 1.0:
             state.theta.view(-1)[i] *= -1.0
     empty(state, state.theta < 0)
 
@@ -65,7 +67,7 @@ def empty(state: State, skipped: Tensor) -> None:
         state.families[name].dead |= attn.repeat_interleave(heads)[:, None]
 
 
-def close_empty(state: State, prices: Prices, budget_cost: float) -> None:
+def close_empty(state: State, limits: Sequence[Limit]) -> None:
     """Skips halves that have nothing left but their output bias, which goes too, while the cost stays at or
     above the budget. For hard gates.
     """
@@ -73,5 +75,5 @@ def close_empty(state: State, prices: Prices, budget_cost: float) -> None:
     empty = torch.stack([~v.any(-1).any(-1), ~neuron.any(-1)], 1) & running
     for layer, half in empty.nonzero().tolist():
         state.theta[layer, half].neg_()
-        if hard_cost(state, prices) < budget_cost:
+        if used(state, limits) < 1.0:
             state.theta[layer, half].neg_()

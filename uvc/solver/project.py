@@ -1,107 +1,166 @@
-"""The last step of a search: from what is alive to a structure that meets the budget exactly.
+"""The last step of a search: from what is alive to a structure that meets every budget exactly.
 
-A greedy walk in both directions over units (q/k dims, v dims, neurons, whole heads) by first-order importance
-per cost. Afterwards the cost is at most the budget and no removed unit of a living half and head fits any
-more.
+A greedy walk in both directions by first-order importance per cost, over bundles: the groups of a segment in
+the order of their importance, ``grain`` at a time (one, unless the hardware wants multiples), and whole
+heads. Afterwards no budget is exceeded and no removed bundle of a living half and head fits any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
+import torch
 from torch import Tensor
 
-from uvc.budget import Prices
-from uvc.solver.objective import group_prices, head_ratio, masks_cost
+from uvc.budget import BlockCounts, Limit
+from uvc.solver.objective import group_prices, head_ratio, marginal, masks_counts
 from uvc.solver.state import FAMILIES, State
 
 # q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
 Masks = tuple[Tensor, Tensor, Tensor, Tensor]
+# importance per cost, family, segment, place of the bundle in its segment
+Bundle = tuple[float, str, int, int]
 
 
 def project_to_budget(
-    state: State, prices: Prices, budget_cost: float, families: Sequence[str] = FAMILIES
+    state: State,
+    limits: Sequence[Limit],
+    families: Sequence[str] = FAMILIES,
+    grain: tuple[int, int] = (1, 1),
 ) -> Masks:
-    """Masks of the kept units, of cost at most ``budget_cost``; units of other families than the given ones
-    stay.
+    """Masks of the kept groups, which cost at most what the limits allow; groups of other families than the
+    given ones stay.
 
-    ValueError when even a model without any unit costs more.
+    grain: dims of a head and neurons are kept in multiples of these, which divide the sizes. ValueError when
+    even a model without any block costs more.
     """
-    masks = tuple(mask.clone() for mask in state.alive())
-    cost = _walk_down(state, masks, prices, budget_cost, families)
-    _walk_up(state, masks, prices, budget_cost - cost)
-    return masks
+    walk = _Walk(state, limits, grain)
+    walk.down(families)
+    while walk.up():
+        pass
+    return walk.masks()
 
 
-def _walk_down(
-    state: State, masks: Masks, prices: Prices, budget_cost: float, families: Sequence[str]
-) -> float:
-    """Removes units, least importance per cost first, until the budget holds; returns the cost."""
-    qk, v, neuron, running = masks
-    cost = masks_cost(*masks, prices)
-    for _, name, index in _candidates(state, masks, prices):
-        if name not in families:
-            continue
-        if cost <= budget_cost:
-            return cost
-        layer = index[0]
-        if not running[layer, 1 if name == "neuron" else 0]:
-            continue
-        if name == "neuron":
-            neuron[index] = False
-            cost -= prices.neuron[layer]
-            continue
-        head = index[:2]
-        if not v[head].any() or (name != "head" and not {"qk": qk, "v": v}[name][index]):
-            continue
-        n_qk, n_v = int(qk[head].sum()), int(v[head].sum())
-        if name == "head" or (name == "v" and n_v == 1):
-            saved = prices.qk[layer] * n_qk + prices.v[layer] * n_v
-            if name == "head" and cost - saved < budget_cost:
+class _Walk:
+    """The structure on its way: kept bundles, and what every block keeps and costs."""
+
+    def __init__(self, state: State, limits: Sequence[Limit], grain: tuple[int, int]) -> None:
+        self.state, self.limits, self.heads = state, limits, state.geometry.heads
+        self.size = {"qk": grain[0], "v": grain[0], "neuron": grain[1]}
+        self.prices = marginal(state, limits)
+        self.order, self.ratio, self.kept = {}, {}, {}
+        for (name, price), alive in zip(
+            group_prices(state, self.prices).items(), state.alive()[:3], strict=True
+        ):
+            family, shape = state.families[name], (-1, self.size[name])
+            alive = alive.reshape(family.dead.shape)
+            # Dead groups come first; a bundle with a living group is kept whole.
+            order = family.importance.masked_fill(~alive, -1.0).argsort(dim=1, stable=True)
+            self.order[name] = order
+            self.ratio[name] = (family.importance / price).gather(1, order).unflatten(1, shape).mean(2)
+            self.kept[name] = alive.gather(1, order).unflatten(1, shape).any(2).tolist()
+        self.running = state.alive()[3].tolist()
+        self.blocks = [BlockCounts(*kept) for kept in zip(*masks_counts(*self.masks()), strict=True)]
+        self.costs = [[limit.costs.block(*block) for block in enumerate(self.blocks)] for limit in limits]
+
+    def masks(self) -> Masks:
+        """The kept groups."""
+        geo, found = self.state.geometry, {}
+        for name, order in self.order.items():
+            kept = torch.tensor(self.kept[name], device=order.device)
+            kept = kept.repeat_interleave(self.size[name], 1)
+            found[name] = torch.zeros_like(kept).scatter_(1, order, kept)
+        shape = (geo.layers, geo.heads, geo.head_dim)
+        v = found["v"].view(shape)
+        qk = found["qk"].view(shape) & v.any(-1, keepdim=True)
+        return qk, v, found["neuron"], torch.tensor(self.running, device=v.device)
+
+    def used(self, layer: int = 0, block: BlockCounts | None = None) -> float:
+        """Cost over what may be spent, of the limit furthest from being met, if ``layer`` kept ``block``."""
+        most = 0.0
+        for limit, costs in zip(self.limits, self.costs, strict=True):
+            now = costs[layer]
+            costs[layer] = now if block is None else limit.costs.block(layer, block)
+            most = max(most, (limit.costs.fixed + sum(costs)) / limit.most)
+            costs[layer] = now
+        return most
+
+    def down(self, families: Sequence[str]) -> None:
+        """Removes bundles, least importance per cost first, then halves, until every limit holds."""
+        heads = enumerate(head_ratio(self.state, self.prices).flatten().tolist())
+        candidates = self._bundles(True) + [(ratio, "head", head, 0) for head, ratio in heads]
+        for _, name, segment, place in sorted(c for c in candidates if c[1] in families):
+            if self.used() <= 1.0:
+                return
+            layer = self._layer(name, segment)
+            if not self.running[layer][name == "neuron"] or not self._living(name, segment):
                 continue
-            qk[head], v[head] = False, False
-        else:
-            saved = getattr(prices, name)[layer]
-            {"qk": qk, "v": v}[name][index] = False
-        cost -= saved
-    for half in state.theta.flatten().argsort(stable=True).tolist():
-        if cost <= budget_cost:
-            return cost
-        running.view(-1)[half] = False
-        cost = masks_cost(*masks, prices)
-    if cost > budget_cost:
-        raise ValueError(
-            f"budget: {budget_cost:.0f} cannot be met; a model with every block skipped costs {cost:.0f}"
-        )
-    return cost
+            if name == "head" or (name == "v" and sum(self.kept["v"][segment]) == 1):
+                block = self._without_head(layer, segment)
+                if name == "head" and self.used(layer, block) < 1.0:
+                    continue
+                for part in ("qk", "v"):
+                    self.kept[part][segment] = [False] * len(self.kept[part][segment])
+            else:
+                block = self._changed(layer, name, -self.size[name])
+                self.kept[name][segment][place] = False
+            self._keep(layer, block)
+        for half in self.state.theta.flatten().argsort(stable=True).tolist():
+            if self.used() <= 1.0:
+                return
+            layer, which = divmod(half, 2)
+            self.running[layer][which] = False
+            self._keep(layer, self.blocks[layer]._replace(**{("attn", "mlp")[which]: 0}))
+        for limit, costs in zip(self.limits, self.costs, strict=True):
+            if (cost := limit.costs.fixed + sum(costs)) > limit.most:
+                raise ValueError(
+                    f"budget: {limit.most:.8g} {limit.metric} cannot be met; a model with every block "
+                    f"skipped costs {cost:.8g}"
+                )
 
+    def up(self) -> bool:
+        """Puts back the most important removed bundles that fit, in living halves and heads; whether any
+        did.
+        """
+        full, added = set(), False
+        for _, name, segment, place in sorted(self._bundles(False), reverse=True):
+            layer = self._layer(name, segment)
+            if (name, layer) in full or not self.running[layer][name == "neuron"]:
+                continue
+            if not self._living(name, segment):
+                continue
+            block = self._changed(layer, name, self.size[name])
+            if self.used(layer, block) > 1.0:
+                full.add((name, layer))
+                continue
+            self.kept[name][segment][place] = added = True
+            self._keep(layer, block)
+        return added
 
-def _walk_up(state: State, masks: Masks, prices: Prices, room: float) -> None:
-    """Puts back the most important removed units that fit, in living halves and heads."""
-    qk, v, neuron, running = masks
-    living = v.any(-1, keepdim=True) & running[:, :1, None]
-    open_ = {"qk": living & ~qk, "v": living & ~v, "neuron": running[:, 1:] & ~neuron}
-    if room < min(min(getattr(prices, name)) for name in open_):
-        return
-    price = group_prices(state, prices)
-    units = []
-    for name, mask in open_.items():
-        ratio = (state.families[name].importance / price[name]).view(mask.shape)[mask]
-        units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
-    for _, name, index in sorted(units, reverse=True):
-        unit = getattr(prices, name)[index[0]]
-        if unit <= room:
-            {"qk": qk, "v": v, "neuron": neuron}[name][index] = True
-            room -= unit
+    def _bundles(self, kept: bool) -> list[Bundle]:
+        found: list[Bundle] = []
+        for name, ratio in self.ratio.items():
+            mask = torch.tensor(self.kept[name], device=ratio.device) == kept
+            found += zip(ratio[mask].tolist(), repeat(name), *mask.nonzero().T.tolist(), strict=False)
+        return found
 
+    def _layer(self, name: str, segment: int) -> int:
+        return segment if name == "neuron" else segment // self.heads
 
-def _candidates(state: State, masks: Masks, prices: Prices) -> list[tuple[float, str, tuple[int, ...]]]:
-    """(importance per cost, family, index) of every living unit, ascending."""
-    qk, v, neuron, _ = masks
-    ratios = {name: state.families[name].importance / p for name, p in group_prices(state, prices).items()}
-    ratios["head"] = head_ratio(state, prices)
-    units: list[tuple[float, str, tuple[int, ...]]] = []
-    for name, mask in (("qk", qk), ("v", v), ("neuron", neuron), ("head", v.any(-1))):
-        ratio = ratios[name].view(mask.shape)[mask]
-        units += zip(ratio.tolist(), [name] * len(ratio), map(tuple, mask.nonzero().tolist()), strict=True)
-    return sorted(units)
+    def _living(self, name: str, segment: int) -> bool:
+        return name == "neuron" or any(self.kept["v"][segment])
+
+    def _changed(self, layer: int, name: str, by: int) -> BlockCounts:
+        block = self.blocks[layer]
+        return block._replace(**{name: getattr(block, name) + by})
+
+    def _without_head(self, layer: int, segment: int) -> BlockCounts:
+        qk, v = (self.size[name] * sum(self.kept[name][segment]) for name in ("qk", "v"))
+        block = self.blocks[layer]
+        return block._replace(heads=block.heads - 1, qk=block.qk - qk, v=block.v - v)
+
+    def _keep(self, layer: int, block: BlockCounts) -> None:
+        self.blocks[layer] = block
+        for limit, costs in zip(self.limits, self.costs, strict=True):
+            costs[layer] = limit.costs.block(layer, block)

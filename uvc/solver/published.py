@@ -15,15 +15,15 @@ it, by its own norms. Symbols as in ``uvc.solver``, with s, r in counts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from uvc.budget import Counts, total
-from uvc.budget import prices as prices_of
+from uvc.budget import Costs, Counts, Prices, limits, total
 from uvc.config import SolverConfig
 from uvc.layers import convert
 from uvc.solver.groups import Groups
-from uvc.solver.objective import hard_cost
 from uvc.solver.project import project_to_budget
 from uvc.solver.state import State, smallest
 from uvc.solver.step import Factors
@@ -38,16 +38,27 @@ class PublishedSearch:
     """Stands in for ``Search``: same arguments, same calls."""
 
     def __init__(
-        self, model: nn.Module, budget: float, metric: str, steps: int, config: SolverConfig, seed: int = 0
+        self,
+        model: nn.Module,
+        budget: float | Mapping[str, float],
+        metric: str,
+        steps: int,
+        config: SolverConfig,
+        seed: int = 0,
+        latency: Costs | None = None,
     ) -> None:
         self.model, self.groups = convert(model), Groups(model)
-        self.prices, self.budget = prices_of(model, metric), budget
+        self.limits = limits(model, budget, metric, latency)
+        if len(self.limits) > 1 or not isinstance(self.limits[0].costs, Prices):
+            raise ValueError(
+                f"budget: {budget} in {metric}; the published method takes one, in macs or params"
+            )
+        _, self.prices, self.dense_cost, self.budget = self.limits[0]
         device = next(model.parameters()).device
         self.state = State.new(self.groups.geometry, 6.0, device)
         self.state.hard = True
         for family in self.state.families.values():
             family.y.zero_()  # here s holds counts, and y starts at 0
-        self.dense_cost = hard_cost(self.state, self.prices)
         layers = self.groups.geometry.layers
         self.gate = torch.tensor([0.0, 3.0], device=device).repeat(
             layers, 1
@@ -112,7 +123,7 @@ class PublishedSearch:
         for name in ("v", "qk"):
             state.families[name].dead |= heads
         state.theta.copy_(torch.where(self.gate[:, 1] > self.gate[:, 0], 6.0, -6.0)[:, None].expand(-1, 2))
-        masks = project_to_budget(state, self.prices, int(self.budget * self.dense_cost), CHOSEN)
+        masks = project_to_budget(state, self.limits, CHOSEN)
         self.groups.apply(masks)
         for block, running in zip(self.groups.blocks, masks[3].tolist(), strict=True):
             block.set_skip(*(not r for r in running))
@@ -170,7 +181,7 @@ class PublishedSearch:
         s = s or {name: self.state.families[name].s for name in CHOSEN}
         heads = geo.heads - s["head"]
         dims = (geo.head_dim - s["v"]).view(geo.layers, geo.heads).mean(1)
-        counts = Counts(gates, gates, heads * geo.head_dim, heads * dims, geo.hidden - s["neuron"])
+        counts = Counts(gates, gates, heads * geo.head_dim, heads * dims, geo.hidden - s["neuron"], heads)
         return total(self.prices, counts)
 
     def _count_gradients(self) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ Tests step both together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uvc.budget import Prices
+from uvc.budget import BlockCounts, Costs, Counts, Limit, Prices
 from uvc.config import SolverConfig
 from uvc.solver.state import FAMILIES, State
 
@@ -27,7 +28,7 @@ class SlowState:
     dead: dict[str, list[list[bool]]]
     scale: dict[str, float]
     gate: Rows
-    z: float
+    z: list[float]
 
     @classmethod
     def of(cls, state: State) -> SlowState:
@@ -43,7 +44,7 @@ class SlowState:
             {n: families[n].dead.tolist() for n in FAMILIES},
             {n: families[n].scale for n in FAMILIES},
             state.gates().tolist(),
-            float(state.z),
+            state.z.tolist(),
         )
 
     def order(self, family: str, segment: int) -> list[int]:
@@ -92,11 +93,12 @@ def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
     for layer in range(state.layers):
         for head in range(state.heads):
             segment, worth, cost = layer * state.heads + head, 0.0, 0.0
+            least = min(prices.qk[layer], prices.v[layer])
             for family in ("qk", "v"):
                 kept = set(range(state.head_dim)) - state.removed(family, segment)
                 worth += sum(state.importance[family][segment][g] for g in kept)
                 cost += getattr(prices, family)[layer] * len(kept)
-            ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, 1.0)
+            ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, least)
             ratio = -1.0 if state.dead["head"][layer][head] else ratio
             score["head"][layer][head] = sum(unit[1] for unit in units if unit[0] < ratio) / whole
     return score
@@ -112,42 +114,66 @@ def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
                 move = 0.0
             else:
                 y = state.y[family][segment]
-                best = sum(y * q < state.z for q in row) / len(row)
+                best = sum(y * q < sum(state.z) for q in row) / len(row)
                 move = best - state.s[family][segment]
             dead = sum(state.dead[family][segment]) / len(row)
             state.s[family][segment] = max(state.s[family][segment] + config.primal_rate * move, dead)
 
 
-def soft_cost(state: SlowState, prices: Prices) -> float:
-    """R(s, r, g), not yet divided by the dense cost."""
-    cost = float(prices.fixed)
+def marginal(state: SlowState, limits: Sequence[Limit]) -> Prices:
+    """Price of a unit: of every limit, as a share of the dense cost, weighed by its z."""
+    whole, kept = sum(state.z), soft_counts(state)
+    parts = {name: [0.0] * state.layers for name in ("attn", "mlp", "qk", "v", "neuron")}
+    fixed = 0.0
+    for m, limit in enumerate(limits):
+        share = state.z[m] / whole if whole > 0.0 else 1.0 / len(limits)
+        prices = limit.costs.at(kept)
+        fixed += share * prices.fixed / limit.dense * limits[0].dense
+        for name, row in parts.items():
+            for layer in range(state.layers):
+                row[layer] += share * getattr(prices, name)[layer] / limit.dense * limits[0].dense
+    return Prices(fixed, **{name: tuple(row) for name, row in parts.items()})
+
+
+def soft_counts(state: SlowState) -> Counts:
+    """What s, r and g keep of every layer."""
+    rows = []
     for layer in range(state.layers):
-        attn = float(prices.attn[layer])
+        n_qk = n_v = heads = 0.0
         for place, head in enumerate(state.order("head", layer)):
             survive = min(max(place + 1 - state.s["head"][layer] * state.heads, 0.0), 1.0)
             segment = layer * state.heads + head
-            n_qk, n_v = ((1.0 - state.s[name][segment]) * state.head_dim for name in ("qk", "v"))
-            attn += survive * (prices.qk[layer] * n_qk + prices.v[layer] * n_v)
-        mlp = prices.mlp[layer] + prices.neuron[layer] * (1.0 - state.s["neuron"][layer]) * state.hidden
-        cost += state.gate[layer][0] * attn + state.gate[layer][1] * mlp
-    return cost
+            heads += survive
+            n_qk += survive * (1.0 - state.s["qk"][segment]) * state.head_dim
+            n_v += survive * (1.0 - state.s["v"][segment]) * state.head_dim
+        rows.append((*state.gate[layer], n_qk, n_v, (1.0 - state.s["neuron"][layer]) * state.hidden, heads))
+    return Counts(*zip(*rows, strict=True))
+
+
+def soft_cost(state: SlowState, costs: Costs) -> float:
+    """R(s, r, g), not yet divided by the dense cost."""
+    blocks = enumerate(zip(*soft_counts(state), strict=True))
+    return costs.fixed + sum(costs.block(layer, BlockCounts(*kept)) for layer, kept in blocks)
 
 
 def dual(
     state: SlowState,
     norms: dict[str, Rows],
-    prices: Prices,
-    dense_cost: float,
-    target: float,
-    tightened: float,
+    limits: Sequence[Limit],
+    targets: Sequence[float],
+    tightened: Sequence[float],
     config: SolverConfig,
 ) -> None:
-    """Multipliers of the norms and of the budget."""
+    """Multipliers of the norms and of the budgets."""
     for family in FAMILIES:
         for segment, row in enumerate(norms[family]):
             left = sum(row[g] for g in state.removed(family, segment)) / (state.scale[family] * len(row))
             y = 1.0 + (state.y[family][segment] - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left
             state.y[family][segment] = min(max(y, 1.0), config.dual_max)
-    prunable = 1.0 - prices.fixed / dense_cost
-    z = state.z + config.budget_rate * (soft_cost(state, prices) / dense_cost - target) + tightened / prunable
-    state.z = min(max(z, 0.0), 2.0)
+    whole = sum(state.z)
+    shares = [z / whole if whole > 0.0 else 1.0 / len(limits) for z in state.z]
+    for m, limit in enumerate(limits):
+        prunable = 1.0 - limit.costs.fixed / limit.dense
+        error = soft_cost(state, limit.costs) / limit.dense - targets[m]
+        z = state.z[m] + config.budget_rate * error + shares[m] * tightened[m] / prunable
+        state.z[m] = min(max(z, 0.0), 2.0)

@@ -7,15 +7,17 @@ importance is collected.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from uvc.budget import prices as prices_of
+from uvc.budget import Costs, limits
 from uvc.config import SolverConfig
 from uvc.layers import convert
 from uvc.solver import gates
 from uvc.solver.groups import Groups
-from uvc.solver.objective import hard_cost, soft_cost
+from uvc.solver.objective import hard_cost, marginal, soft_cost
 from uvc.solver.project import Masks, project_to_budget
 from uvc.solver.state import State
 from uvc.solver.step import Factors, dual, primal, project, prox
@@ -26,34 +28,39 @@ class Search:
 
     Args:
         model: a timm model that ``uvc.convert`` serves; converted in place.
-        budget: fraction in (0, 1] of the dense cost.
-        metric: "macs" or "params".
+        budget: fraction in (0, 1] of the dense cost, or one for each metric: {"macs": 0.5, "params": 0.6}.
+        metric: "macs", "params" or "latency", for a single fraction.
         steps: number of training steps of the search.
         config: solver settings.
         seed: of the skip samples.
+        latency: the table that prices latency.
     """
 
     def __init__(
-        self, model: nn.Module, budget: float, metric: str, steps: int, config: SolverConfig, seed: int = 0
+        self,
+        model: nn.Module,
+        budget: float | Mapping[str, float],
+        metric: str,
+        steps: int,
+        config: SolverConfig,
+        seed: int = 0,
+        latency: Costs | None = None,
     ) -> None:
         self.model = convert(model)
         self.config = config
         self.steps = max(steps, 1)
-        self.prices = prices_of(model, metric)
+        self.limits = limits(model, budget, metric, latency)
         self.groups = Groups(model)
         device = next(model.parameters()).device
-        self.state = State.new(self.groups.geometry, config.gate_init, device)
-        self.dense_cost = hard_cost(self.state, self.prices)
+        self.state = State.new(self.groups.geometry, config.gate_init, device, len(self.limits))
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True
         self._continue()
-        self.budget = budget
-        self.budget_cost = int(budget * self.dense_cost)
         self.generator = torch.Generator().manual_seed(seed)
         for name, norms in self.groups.norms().items():
             self.state.families[name].scale = max(float(norms.mean()), 1e-30)
-        self.count, self._last_target = 0, 1.0
+        self.count, self._last_targets = 0, [1.0] * len(self.limits)
         self._gates: tuple[Tensor, Tensor] | None = None
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
 
@@ -78,11 +85,11 @@ class Search:
         """Finished fraction of the search."""
         return self.count / self.steps
 
-    def target(self) -> float:
-        """Budget of this moment: 1 before the annealing, the given budget after it."""
+    def targets(self) -> list[float]:
+        """Budgets of this moment: 1 before the annealing, the given ones after it."""
         start, end = self.config.anneal
         share = min(max((self.progress - start) / max(end - start, 1e-9), 0.0), 1.0)
-        return self.budget**share
+        return [limit.budget**share for limit in self.limits]
 
     def before(self) -> None:
         """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where
@@ -126,7 +133,7 @@ class Search:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One solver step on every ``config.every``-th training step: prox, primal, dual, project."""
-        config, state, prices = self.config, self.state, self.prices
+        config, state = self.config, self.state
         self.count += 1
         self._run_all()
         if not state.hard and self.progress >= config.gate_freeze:
@@ -134,24 +141,25 @@ class Search:
         if state.settled or (self.count - 1) % config.every or self.progress < config.anneal[0]:
             return
         self.groups.shrink(prox(state, config))
-        primal(state, prices, config)
+        primal(state, marginal(state, self.limits), config)
         norms = self.groups.norms()
-        target = self.target()
-        dual(state, norms, prices, self.dense_cost, target, self._last_target - target, config)
-        self._last_target = target
-        if project(state, norms, prices, self.budget_cost, config):
+        targets = self.targets()
+        tightened = [last - now for last, now in zip(self._last_targets, targets, strict=True)]
+        dual(state, norms, self.limits, targets, tightened, config)
+        self._last_targets = targets
+        if project(state, norms, self.limits, config):
             self.bury(optimizer)
 
     def freeze_gates(self, optimizer: torch.optim.Optimizer) -> None:
         """From here on a half runs always or never."""
-        gates.freeze(self.state, self.prices, self.budget_cost)
+        gates.freeze(self.state, self.limits)
         self._gates = None
         self.bury(optimizer)
 
     def bury(self, optimizer: torch.optim.Optimizer) -> None:
         """Dead groups: zero in weights and optimiser, and skipped from the next step on; empty halves too."""
         if self.state.hard and self.config.skip != "none":
-            gates.close_empty(self.state, self.prices, self.budget_cost)
+            gates.close_empty(self.state, self.limits)
         qk, v, neuron, _ = self.state.alive()
         self.groups.clear(Factors(~qk, ~v, ~neuron), optimizer)
         self._apply(self.state.alive())
@@ -161,8 +169,8 @@ class Search:
         most the budget.
         """
         if not self.state.hard:
-            gates.freeze(self.state, self.prices, self.budget_cost)
-        self._apply(project_to_budget(self.state, self.prices, self.budget_cost, self.config.families))
+            gates.freeze(self.state, self.limits)
+        self._apply(project_to_budget(self.state, self.limits, self.config.families))
 
     def _apply(self, alive: Masks) -> None:
         """Gives the model its structure; the skips too, once gates are hard."""
@@ -174,15 +182,18 @@ class Search:
                 block.set_skip(*(not r for r in running))
 
     def metrics(self) -> dict[str, float]:
-        """Scalars for the log: costs as fractions of dense, duals, and mean removed fractions."""
-        state = self.state
-        out = {
-            "target": self.target(),
-            "soft_cost": float(soft_cost(state, self.prices)) / self.dense_cost,
-            "hard_cost": hard_cost(state, self.prices) / self.dense_cost,
-            "z": float(state.z),
-            "gates": float(state.gates().mean()),
-        }
+        """Scalars for the log: costs as fractions of dense, duals, and mean removed fractions.
+
+        Of several budgets the first has the plain names, the others end in their metric.
+        """
+        state, out = self.state, {}
+        for m, (limit, target) in enumerate(zip(self.limits, self.targets(), strict=True)):
+            end = f"_{limit.metric}" if m else ""
+            out[f"target{end}"] = target
+            out[f"soft_cost{end}"] = float(soft_cost(state, limit.costs)) / limit.dense
+            out[f"hard_cost{end}"] = hard_cost(state, limit.costs) / limit.dense
+            out[f"z{end}"] = float(state.z[m])
+        out["gates"] = float(state.gates().mean())
         for name, family in state.families.items():
             out[f"removed_{name}"] = float(family.s.mean())
             out[f"dead_{name}"] = float(family.dead.float().mean())
@@ -194,7 +205,7 @@ class Search:
         return {
             **self.state.tensors(),
             "count": torch.tensor(self.count),
-            "last_target": torch.tensor(self._last_target, dtype=torch.float64),
+            "last_targets": torch.tensor(self._last_targets, dtype=torch.float64),
             "generator": self.generator.get_state(),
         }
 
@@ -202,6 +213,6 @@ class Search:
         """Inverse of ``tensors``; the model must already hold its weights. Skips what was skipped."""
         self.state.load_tensors(flat)
         self.count = int(flat["count"])
-        self._last_target = float(flat["last_target"])
+        self._last_targets = flat["last_targets"].tolist()
         self.generator.set_state(flat["generator"])
         self._apply(self.state.alive())

@@ -86,8 +86,8 @@ def ranks(importance: Tensor) -> Tensor:
 class State:
     """All variables of the solver.
 
-    theta [L, 2]: gate logits. hard: gates are frozen to 0 or 1. settled: the budget is reached, nothing is
-    removed any more.
+    theta [L, 2]: gate logits. z [M]: multiplier of each of M limits. hard: gates are frozen to 0 or 1.
+    settled: the budget is reached, nothing is removed any more.
     """
 
     geometry: Geometry
@@ -99,11 +99,13 @@ class State:
     settled: bool = False
 
     @classmethod
-    def new(cls, geometry: Geometry, gate_init: float, device: torch.device | str = "cpu") -> State:
+    def new(
+        cls, geometry: Geometry, gate_init: float, device: torch.device | str = "cpu", limits: int = 1
+    ) -> State:
         device = torch.device(device)
         theta = torch.full((geometry.layers, 2), float(gate_init), device=device)
         families = {name: Family.new(*geometry.segments(name), device) for name in FAMILIES}
-        return cls(geometry, families, theta, torch.zeros_like(theta), torch.zeros((), device=device))
+        return cls(geometry, families, theta, torch.zeros_like(theta), torch.zeros(limits, device=device))
 
     def gates(self) -> Tensor:
         """[L, 2]: probability that a half runs; exactly 0 or 1 once hard."""

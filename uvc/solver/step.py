@@ -9,14 +9,15 @@ when the prox has brought it to zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from uvc.budget import Prices
+from uvc.budget import Limit, Prices, total
 from uvc.config import SolverConfig
-from uvc.solver.objective import hard_cost, quantiles, soft_cost
+from uvc.solver.objective import masks_counts, quantiles, soft_cost, used, weights
 from uvc.solver.state import State
 
 
@@ -45,14 +46,14 @@ def primal(state: State, prices: Prices, config: SolverConfig) -> None:
     """s <- s + rate * (s* - s), for s and r, with s* the minimiser along the segment.
 
     With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (y q_i -
-    z) over the x smallest; it is least at x* = the number of groups with y q < z. Dims move in surviving
-    heads only.
+    z) over the x smallest; it is least at x* = the number of groups with y q < z. Of several limits z is the
+    sum. Dims move in surviving heads only.
     """
     scores = quantiles(state, prices)
     surviving = ~state.families["head"].removed()
     for name in config.families:
         family = state.families[name]
-        best = (family.y[:, None] * scores[name] < state.z).to(family.s.dtype).mean(1)
+        best = (family.y[:, None] * scores[name] < state.z.sum()).to(family.s.dtype).mean(1)
         move = best - family.s
         if name in ("qk", "v"):
             move = move * surviving.flatten()
@@ -63,17 +64,16 @@ def primal(state: State, prices: Prices, config: SolverConfig) -> None:
 def dual(
     state: State,
     norms: dict[str, Tensor],
-    prices: Prices,
-    dense_cost: float,
-    target: float,
-    tightened: float,
+    limits: Sequence[Limit],
+    targets: Sequence[float],
+    tightened: Sequence[float],
     config: SolverConfig,
 ) -> None:
     """y, p += rate * (norm left in removed groups), unwinding to 1; z += rate * (R - target) + the price of
-    ``tightened``, kept in [0, 2].
+    ``tightened``, kept in [0, 2], for every limit.
 
-    tightened: how far the target has come down since the last step. Groups with q < z are a share z of the
-    prunable cost, so z must rise by that much over the prunable share of the cost.
+    tightened: how far each target has come down since the last step. Groups with q < z are a share z of the
+    prunable cost, so z must rise by that much over the prunable share of the cost; several limits share it.
     norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to
     the segment's size.
     """
@@ -81,14 +81,15 @@ def dual(
         left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
         family.y.copy_(1.0 + (family.y - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left)
         family.y.clamp_(1.0, config.dual_max)
-    error = soft_cost(state, prices) / dense_cost - target
-    prunable = 1.0 - prices.fixed / dense_cost
-    state.z.add_(config.budget_rate * error + tightened / prunable).clamp_(0.0, 2.0)
+    shares = weights(state.z.tolist())
+    for m, (limit, target) in enumerate(zip(limits, targets, strict=True)):
+        error = soft_cost(state, limit.costs) / limit.dense - target
+        prunable = 1.0 - limit.smallest
+        state.z[m] += config.budget_rate * error + shares[m] * tightened[m] / prunable
+    state.z.clamp_(0.0, 2.0)
 
 
-def project(
-    state: State, norms: dict[str, Tensor], prices: Prices, budget_cost: float, config: SolverConfig
-) -> bool:
+def project(state: State, norms: dict[str, Tensor], limits: Sequence[Limit], config: SolverConfig) -> bool:
     """Snaps removed groups whose norm has reached the tolerance to zero (``dead``), never below the budget.
     True if any was.
 
@@ -101,25 +102,34 @@ def project(
         small = norms[name] < config.snap * family.scale
         ready = family.removed() & small & ~family.dead
         if ready.any():
-            changed |= _bury(state, name, ready, norms[name], prices, budget_cost)
-    alive = dict(zip(("qk", "v", "neuron"), state.alive()[:3], strict=True))
-    open_ = [
-        price
-        for name, mask in alive.items()
-        if name in config.families
-        for price, any_left in zip(getattr(prices, name), mask.flatten(1).any(1).tolist(), strict=True)
-        if any_left
-    ]
-    state.settled = hard_cost(state, prices) - min(open_, default=0) < budget_cost
+            changed |= _bury(state, name, ready, norms[name], limits)
+    state.settled = _settled(state, limits, config)
     for family in state.families.values():
         dead = family.dead.to(family.s.dtype).mean(1)
         family.s.copy_(dead if state.settled else torch.maximum(family.s, dead))
     return changed
 
 
-def _bury(state: State, name: str, ready: Tensor, norms: Tensor, prices: Prices, budget_cost: float) -> bool:
-    """Marks the ``ready`` groups dead, smallest norm first, as many as keep the hard cost at or above the
-    budget (by bisection).
+def _settled(state: State, limits: Sequence[Limit], config: SolverConfig) -> bool:
+    """Whether the removal of any further group would leave every limit less than used up."""
+    counts = masks_counts(*state.alive())
+    kept = [counts._asdict()[name] if name in config.families else () for name in ("qk", "v", "neuron")]
+    for limit in limits:
+        prices = limit.costs.at(counts)
+        open_ = [
+            price
+            for part, numbers in zip((prices.qk, prices.v, prices.neuron), kept, strict=True)
+            for price, number in zip(part, numbers, strict=False)
+            if number
+        ]
+        if total(limit.costs, counts) - min(open_, default=0) >= limit.most:
+            return False
+    return True
+
+
+def _bury(state: State, name: str, ready: Tensor, norms: Tensor, limits: Sequence[Limit]) -> bool:
+    """Marks the ``ready`` groups dead, smallest norm first, as many as leave a limit used up (by
+    bisection).
     """
     order = norms.masked_fill(~ready, torch.inf).flatten().argsort(stable=True)
     before = {n: f.dead.clone() for n, f in state.families.items()}
@@ -129,7 +139,7 @@ def _bury(state: State, name: str, ready: Tensor, norms: Tensor, prices: Prices,
             f.dead.copy_(before[n])
         state.families[name].dead.view(-1)[order[:count]] = True
         _close(state)
-        return hard_cost(state, prices) >= budget_cost
+        return used(state, limits) >= 1.0
 
     low, high = 0, int(ready.sum())
     if try_first(high):
