@@ -42,6 +42,7 @@ class SolverConfig:
     # to remove heads whole, too, cost 2 to 15 points at small budgets, since the best dims went with the
     # rest.
     families: tuple[str, ...] = ("qk", "v", "neuron")
+    tokens: int = 0  # blocks, at most 3, at which the search may drop patch tokens; 0 keeps all
     skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
     gate_every: int = 4  # training steps per gate update; only there all branches run
     gate_rate: float = 0.1

@@ -22,7 +22,7 @@ from uvc.config import Config
 from uvc.layers import convert
 from uvc.report import RunLog
 from uvc.run_state import load_optimizer_tensors, load_run, optimizer_tensors, save_run
-from uvc.solver import METHODS, Search
+from uvc.solver import METHODS, Search, check_tokens
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.task import Classification, Distillation
 
@@ -273,7 +273,7 @@ def compress(
         ValueError: a bad argument, named; a budget below the smallest reachable one, before any training.
     """
     config = config or Config()
-    limits(model, budget, metric)
+    check_tokens(model, config.solver.tokens, limits(model, budget, metric))
     check_loader(train_loader)
     if config.solver.method not in METHODS:
         known = " and ".join(repr(name) for name in METHODS)
