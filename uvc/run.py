@@ -26,6 +26,7 @@ from uvc.layers import convert
 from uvc.recipes import RECIPES
 from uvc.report import RunLog, draw_structure, measure_latency, write_json
 from uvc.rundir import SUMMARY, check_out, load_weights, merge_options, open_out, read_json, save_weights
+from uvc.solver import check_tokens
 from uvc.structure import Structure
 from uvc.train import compress, evaluate, train_teacher
 
@@ -65,7 +66,7 @@ def compress_run(
     data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
     torch.manual_seed(config.seed)
     model = convert(timm.create_model(model_name, num_classes=data.num_classes))
-    limits(model, budget, metric)
+    check_tokens(model, config.solver.tokens, limits(model, budget, metric))
     describe(model)  # what cannot be saved is better said now than after the training
     if options["teacher"]:
         load_weights(model, Path(options["teacher"]))
@@ -166,8 +167,8 @@ def _config(options: Mapping[str, Any]) -> Config:
         raise ValueError(f"--recipe: {name!r} is unknown; use one of {', '.join(RECIPES)}")
     config = RECIPES.get(name, RECIPES["default"])()
     given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options[name] is not None}
-    if options["skip"]:
-        given["solver"] = replace(config.solver, skip=options["skip"])
+    solver = {name: options[name] for name in ("skip", "tokens") if options.get(name) is not None}
+    given["solver"] = replace(config.solver, **solver)
     if options["distill"]:
         given["distill"] = replace(config.distill, kind=options["distill"])
     return replace(config, **given)
