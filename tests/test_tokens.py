@@ -265,3 +265,11 @@ def test_an_exported_program_drops_the_same_tokens_at_any_batch(pruned, format, 
     if format == "onnx":
         session = __import__("onnxruntime").InferenceSession(target, providers=["CPUExecutionProvider"])
         assert error(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["converted", "compacted"])
+def test_compiled_without_a_graph_break_the_same_tokens_go(pruned, form):
+    model, x = pruned
+    model = uvc.compact(model) if form == "compacted" else model
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert error(compiled(x), model(x)) < 1e-5

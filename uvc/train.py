@@ -281,7 +281,7 @@ def compress(
     own_log = log is None
     log = log or RunLog(Path(out) if out else None)
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
-    dense_cost = cost(model)
+    dense_cost = cost(model, Structure.dense(model))
     file = Path(out) / "checkpoint.safetensors" if out else None
     trainer = Trainer(
         convert(model), train_loader, val_loader, config, log, file, budget=budget, metric=metric

@@ -128,7 +128,7 @@ class UVCAttention(Attention):
         bias = None if self.qkv.bias is None else self.qkv.bias[: self.attn_dim]
         q = F.linear(slimming.reader(x), weight[0].flatten(0, 1), bias).view(B, *weight.shape[1:3])
         if self._masks is not None:
-            if not self._masks[0].any():
+            if self._kept.qk.shape[0] == 0:
                 return None
             q = q.masked_fill(self._kept.whole_rows[0] < 0, 0.0)
         reads = torch.einsum("bhd,hdw->bhw", q, weight[1].to(q.dtype)).unsqueeze(2)
