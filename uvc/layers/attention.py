@@ -131,8 +131,8 @@ class UVCAttention(Attention):
             if self._kept.qk.shape[0] == 0:
                 return None
             q = q.masked_fill(self._kept.whole_rows[0] < 0, 0.0)
-        reads = torch.einsum("bhd,hdw->bhw", q, weight[1].to(q.dtype)).unsqueeze(2)
-        return row_scores(reads, x.unsqueeze(1).to(q.dtype), self.scale)
+        reads = torch.einsum("bhd,hdw->bhw", self.scale * q, weight[1].to(q.dtype))
+        return row_scores(reads @ x.transpose(1, 2).to(q.dtype))
 
     def _gathered(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
         """The kept heads in plain torch, each padded with zeros to the longest kept head."""

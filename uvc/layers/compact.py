@@ -68,7 +68,8 @@ class CompactAttention(nn.Module):
                 next(parts).reshape(B, N, h, d).transpose(1, 2) for d in (group.dq, group.dq, group.dv)
             )
             if slimming is not None and group.dq:
-                row = row_scores(slimming.reader(q.detach()), k.detach(), self.scale)
+                reader = self.scale * slimming.reader(q.detach())
+                row = row_scores((reader @ k.detach().transpose(-2, -1)).squeeze(2))
                 scores = row if scores is None else scores + row
             mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
             out = attend(q, k, v, self.scale, mask, is_causal, dropout)

@@ -54,11 +54,8 @@ def due(slimming: Slimming | None, x: Tensor, attn_mask: Tensor | None, is_causa
     return slimming
 
 
-def row_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """How much one query per head attends to each token, summed over heads: q [B, H, 1, d], k [B, H, N, d]
-    -> [B, N], at least float32.
-    """
-    logits = (scale * q @ k.transpose(-2, -1)).squeeze(2)
+def row_scores(logits: Tensor) -> Tensor:
+    """Attention that each token gets, summed over heads, from logits [B, H, N]: [B, N], at least float32."""
     return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).sum(1)
 
 
