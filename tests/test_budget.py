@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import uvc
-from uvc.budget import Counts, Prices, block_costs, counts, prices, smallest_reachable, total
-from uvc.structure import Structure
+from uvc.budget import Counts, Prices, block_costs, counts, limits, prices, reachable, total
+from uvc.structure import BlockStructure, Structure
 
 
 def counted_macs(model: torch.nn.Module, backends: tuple = (SDPBackend.MATH,)) -> int:
@@ -112,10 +112,26 @@ def test_total_is_the_same_for_ints_and_tensors_and_its_gradients_are_the_prices
 @pytest.mark.parametrize("metric", ["macs", "params"])
 def test_nothing_costs_less_than_the_smallest_reachable_budget(metric):
     model = small_vit()
-    smallest = smallest_reachable(model, metric)
+    reach = next(line for line in reachable(model) if line.metric == metric)
+    smallest = reach.skipped
     costs = [getattr(uvc.budget.cost(model, s), metric) for s in structures(model).values()]
     assert min(costs) == smallest * getattr(uvc.cost(model), metric)
-    assert 0 < smallest < 1
+    assert 0 < smallest < reach.thin < 1
+    limits(model, smallest, metric)
+    with pytest.raises(ValueError, match=f"is below {smallest:.4f}, the smallest reachable {metric} budget"):
+        limits(model, 0.999 * smallest, metric)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("grain", [(1, 1), (3, 8)], ids=str)
+def test_the_thinnest_structure_costs_what_is_said_to_be_reachable(metric, grain):
+    model, (dims, neurons) = small_vit(), grain
+    kept = ((tuple(range(dims)),),) * 2
+    thin = BlockStructure(True, True, (0,), *kept, tuple(range(neurons)))
+    reach = next(line for line in reachable(model, grain=grain) if line.metric == metric)
+    cost = getattr(uvc.budget.cost(model, Structure((thin,) * 3)), metric)
+    assert reach.thin == cost / reach.dense == cost / getattr(uvc.cost(model), metric)
+    assert f"{metric}: {reach.skipped:.4f} of the dense cost with every block skipped" in str(reach)
 
 
 def test_blocks_may_cost_differently():

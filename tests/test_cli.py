@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 
 import uvc
+import uvc.latency
 from uvc import cli
 from uvc.models import uvc_vit_digits
 from uvc.report import RunLog
@@ -67,6 +68,18 @@ def mistakes(tmp_path):
             "params",
         ),
         "an unknown metric": (["--metric", "joules"], "--metric", "joules"),
+        "a latency table that is not there": (
+            ["--metric", "latency", "--latency-table", str(tmp_path / "none.json")],
+            "latency table",
+            "none.json",
+        ),
+        "a latency table without a budget in latency": (
+            ["--latency-table", str(tmp_path / "file")],
+            "--latency-table",
+            "--metric latency",
+        ),
+        "a grain of one number": (["--grain", "16"], "--grain", "16"),
+        "a grain that does not divide the model": (["--grain", "5,8"], "grain", "5"),
         "an unknown model": (["--model", "deit_tiny_patch16_225"], "--model", "deit_tiny_patch16_224"),
         "an unsupported model": (["--model", "resnet10t"], "model", "ResNet"),
         "an unknown data set": (["--data", "no_such_data"], "data", "no_such_data"),
@@ -92,8 +105,9 @@ NAMES = """\
 a budget of zero; a budget above one; a budget of nan; a budget that is no number;
 two budgets without metrics; a budget for an unknown metric;
 one of two budgets below the smallest reachable; a budget below the smallest reachable;
-tokens at too many blocks; tokens without a budget that counts them;
-an unknown metric; an unknown model; an unsupported model;
+tokens at too many blocks; tokens without a budget that counts them; an unknown metric;
+a latency table that is not there; a latency table without a budget in latency;
+a grain of one number; a grain that does not divide the model; an unknown model; an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
 a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
 a teacher that lacks weights; no such teacher; an output that is a file; an output below a file;
@@ -129,6 +143,18 @@ def test_a_model_that_could_not_be_saved_is_refused_before_training(tmp_path, ca
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "VisionTransformer" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_what_can_be_reached_is_said_before_any_training(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uvc.run._make_teacher", stop)
+    assert cli.run(["compress", "--out", str(tmp_path / "out"), "--model", "uvc_test_vit"]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    smallest = uvc.budget.reachable(uvc_test_vit())[0].skipped
+    assert lines[0].startswith(f"reachable macs: {smallest:.4f} of the dense cost")
+    assert lines[1].startswith("reachable params: ") and "interrupted" in lines[2]
 
 
 def test_data_without_a_model_of_its_own_needs_one(tmp_path, capsys):
@@ -205,6 +231,43 @@ def test_a_run_may_drop_tokens_and_counts_them(tmp_path):
     tokens = [block.tokens for block in uvc.structure_of(small).blocks]
     assert tokens == [block.get("tokens") for block in figures["structure"]["blocks"]] and any(tokens)
     assert 0.396 <= figures["macs_ratio"] <= 0.4 and uvc.cost(small).macs == figures["final_macs"]
+
+
+def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, capsys):
+    def clock(model, images):
+        assert len(images) in (1, 4, 64)
+        return 1e-3 * sum(p.numel() for p in model.parameters())
+
+    monkeypatch.setattr(uvc.latency, "time_ms", clock)
+    options = ["--metric", "latency", "--budget", "0.6", *SHORT]
+    batch = ["--latency-batch", "4", "--grain", "3,8"]
+    assert cli.run(["compress", "--out", str(tmp_path / "a"), *options, *batch]) == 0
+    figures, table = summary(tmp_path / "a"), uvc.latency.LatencyTable.load(tmp_path / "a" / "latency.json")
+    check = figures["latency_budget"]
+    assert (table.batch, check["batch"]) == (4, 4)
+    assert 0.55 < check["predicted_ratio"] <= 0.6
+    assert check["measured_ratio"] == pytest.approx(check["predicted_ratio"], rel=0.1)
+    for block in figures["structure"]["blocks"]:
+        assert not any(len(dims) % 3 for dims in block["qk_dims"] + block["v_dims"])
+        assert len(block["neurons"]) % 8 == 0
+    assert "0.6 of latency" in capsys.readouterr().out
+
+    # A table from elsewhere is not measured again.
+    monkeypatch.setattr("uvc.run.measure", None)
+    given = ["--latency-table", str(tmp_path / "a" / "latency.json")]
+    assert cli.run(["compress", "--out", str(tmp_path / "b"), *options, *given]) == 0
+    assert summary(tmp_path / "b")["latency_budget"]["predicted_ratio"] <= 0.6
+
+
+def test_a_latency_table_is_made_for_later(tmp_path, capsys):
+    options = ["--model", "uvc_test_vit", "--batch-size", "2", "--grain", "6,16"]
+    assert cli.run(["latency", str(tmp_path / "table.json"), *options]) == 0
+    table = uvc.latency.LatencyTable.load(tmp_path / "table.json")
+    table.check(uvc_test_vit())
+    assert table.batch == 2 and not any(n % 16 for n in table.neurons)
+    assert "smallest budget" in capsys.readouterr().out
+    assert cli.run(["latency", str(tmp_path / "no" / "table.json"), *options]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_saved_model_loads_and_is_what_was_measured(finished):

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from uvc.config import DistillConfig
-from uvc.task import Classification, Distillation
+from uvc.config import Config, DistillConfig
+from uvc.task import Classification, Distillation, Mixing
 
 
 class Fixed(nn.Module):
@@ -73,3 +74,56 @@ def test_a_distillation_token_learns_from_the_teacher_and_the_class_token_from_l
 def test_an_unknown_kind_is_refused_by_name():
     with pytest.raises(ValueError, match="'medium'; known are 'none', 'soft' and 'hard'"):
         Distillation(Fixed(T), DistillConfig("medium"))
+
+
+def images_and_labels(count):
+    """Images whose pixels all are the image's number, and labels of 5 classes."""
+    return torch.arange(count).float()[:, None, None, None].expand(count, 1, 8, 8), torch.arange(count) % 5
+
+
+def test_without_alphas_a_batch_is_left_as_it_is():
+    images, labels = images_and_labels(5)
+    mixing = Mixing(Config(), 5)
+    assert not mixing and mixing(images, labels) == (images, labels)
+
+
+def test_mixup_blends_pairs_of_images_and_their_labels_by_the_same_share():
+    np.random.seed(0)
+    images, labels = images_and_labels(6)
+    mixed, soft = Mixing(Config(mixup=0.8), 5)(images, labels)
+    for i in range(6):
+        # Image i is the number i: with share s of itself it is s i + (1 - s) (5 - i).
+        share = (float(mixed[i].mean()) - (5 - i)) / (2 * i - 5)
+        wanted = share * torch.eye(5)[labels[i]] + (1 - share) * torch.eye(5)[labels[5 - i]]
+        assert 0 < share < 1
+        torch.testing.assert_close(soft[i], wanted, atol=1e-5, rtol=0)
+    assert torch.equal(images, images_and_labels(6)[0])
+
+
+def test_cutmix_pastes_a_patch_and_labels_count_its_area():
+    np.random.seed(3)
+    images, labels = images_and_labels(4)
+    mixed, soft = Mixing(Config(cutmix=1.0), 5)(images, labels)
+    own = (mixed[0] == 0).double().mean()
+    assert 0 < own < 1 and set(mixed[0].unique().tolist()) == {0.0, 3.0}
+    torch.testing.assert_close(soft[0], torch.tensor([own, 0, 0, 1 - own, 0], dtype=torch.float32))
+
+
+def test_the_last_of_an_odd_number_of_images_is_left_out_and_one_alone_is_refused():
+    mixing = Mixing(Config(mixup=0.5, cutmix=0.5), 5)
+    mixed, soft = mixing(*images_and_labels(7))
+    assert mixed.shape[0] == soft.shape[0] == 6
+    with pytest.raises(ValueError, match="batch size: 1; mixup and cutmix need at least 2"):
+        mixing(*images_and_labels(1))
+
+
+def test_a_negative_alpha_is_refused():
+    with pytest.raises(ValueError, match="cutmix: -1 is negative"):
+        Mixing(Config(cutmix=-1), 5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_labels_are_learnt_with_and_without_smoothing(smoothing):
+    soft = torch.rand(4, 3, dtype=torch.float64).softmax(-1)
+    wanted = -(((1 - smoothing) * soft + smoothing / 3) * A.log_softmax(-1)).sum(-1).mean()
+    assert float(Classification(smoothing)(Fixed(A), None, soft)["loss"]) == pytest.approx(float(wanted))

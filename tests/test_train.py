@@ -76,9 +76,12 @@ def test_a_distilled_model_learns_through_its_distillation_token():
     assert result.cost.macs <= 0.8 * result.dense_cost.macs
 
 
+@pytest.mark.parametrize("regularised", [False, True], ids=["plain", "mixed and averaged"])
 @pytest.mark.parametrize("stop_after", ["warmup", "search", "post-train"])
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after):
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after, regularised):
     config = dataclasses.replace(CONFIG, search_epochs=2, post_epochs=2)
+    if regularised:
+        config = dataclasses.replace(config, mixup=0.8, cutmix=1.0, ema_decay=0.9, label_smoothing=0.1)
 
     class Stop(RunLog):
         def note(self, **fields):
@@ -102,6 +105,35 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after):
     assert resumed.final_top1 == whole.final_top1 and resumed.before_post_top1 == whole.before_post_top1
     lines = [json.loads(line) for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
     assert {"warmup", "search", "post-train"} <= {line["phase"] for line in lines}
+
+
+def test_averaged_weights_are_the_result_and_those_of_every_step_count():
+    model, data = digits_model(), digits_data()
+    config = dataclasses.replace(CONFIG, teacher_epochs=1, ema_decay=0.6)
+    seen = []
+
+    def watch(*_):
+        """Sees the weights after each step, as they are when the next one begins."""
+        if model.training:
+            seen.append(model.head.weight.detach().clone())
+
+    model.patch_embed.register_forward_pre_hook(watch)
+    train_teacher(model, data.train, data.val, config, RunLog(None))
+    # What timm's warm-up makes of a decay of 0.6 after 1, 2, 3 and more steps.
+    decays = [0.0] + [min(1 - (1 + n) ** (-2 / 3), 0.6) for n in range(1, len(seen))]
+    average = None
+    for decay, weight in zip(decays, seen[1:], strict=False):
+        average = weight if average is None else decay * average + (1 - decay) * weight
+    # The last step is not seen, but its weight in the average is.
+    last = (model.head.weight.detach() - decays[-1] * average) / (1 - decays[-1])
+    assert 0 < float((last - seen[-1]).abs().max()) < 0.02
+    assert float((model.head.weight.detach() - seen[-1]).abs().max()) > 1e-4
+
+
+def test_a_decay_of_one_is_refused():
+    data = digits_data()
+    with pytest.raises(ValueError, match=r"ema_decay: 1\.0 is outside \[0, 1\)"):
+        compress(digits_model(), data.train, data.val, config=dataclasses.replace(CONFIG, ema_decay=1.0))
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):

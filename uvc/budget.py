@@ -235,12 +235,9 @@ def limits(
     metric, a latency without its table, or a budget below the smallest that can be met.
     """
     dense, found = Structure.dense(model), []
-    slim = any(block.tokens is not None for block in structure_of(model).blocks)
     for name, fraction in named_budgets(budget, metric).items():
         if name == "latency" and latency is None:
             raise ValueError("budget: one in latency needs a table; make one with uvc.latency.measure(model)")
-        if name == "latency" and slim:
-            raise ValueError("budget: the latency table is of all tokens, the model drops some; budget macs")
         # A fraction of the cost with all tokens; what the blocks keep is priced at the model's own tokens.
         costs, whole = (
             (latency,) * 2 if name == "latency" else (prices(model, name, at) for at in (None, dense))
@@ -270,8 +267,35 @@ def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str,
     return named
 
 
-def smallest_reachable(model: nn.Module, metric: str) -> float:
-    """The smallest budget that can be met, as a fraction of the dense cost: every block skipped."""
-    dense = Structure.dense(model)
-    p = prices(model, metric, dense)
-    return p.fixed / total(p, counts(dense))
+class Reach(NamedTuple):
+    """How far a metric can go: the dense cost, and fractions of it.
+
+    `skipped`: with every block skipped, the smallest budget that can be met. `thin`: with all halves running,
+    on one head of one q/k dim and one v dim, and on one neuron (or on one grain of them).
+    """
+
+    metric: str
+    dense: float
+    skipped: float
+    thin: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric}: {self.skipped:.4f} of the dense cost with every block skipped, {self.thin:.4f} "
+            "with the least in every block"
+        )
+
+
+def reachable(
+    model: nn.Module, latency: Costs | None = None, grain: tuple[int, int] = (1, 1)
+) -> tuple[Reach, ...]:
+    """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
+    dense_structure, found = Structure.dense(model), []
+    whole = counts(dense_structure)
+    ones, (dims, neurons) = (1,) * len(whole.qk), grain
+    least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
+    for metric in METRICS if latency is not None else LINEAR:
+        costs = latency if metric == "latency" else prices(model, metric, dense_structure)
+        dense = total(costs, whole)
+        found.append(Reach(metric, dense, costs.fixed / dense, total(costs, least) / dense))
+    return tuple(found)

@@ -7,6 +7,7 @@ Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 an
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def _fraction(value: str, text: str) -> float:
     return fraction
 
 
+def _grain(_context: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise click.UsageError(f"--grain: {value!r}; give two multiples, of dims and of neurons, as in 16,64")
+    return [int(part) for part in parts]
+
+
 def _positive(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 < value < math.inf:
         raise click.UsageError(f"{option.opts[0]}: {value:g}; it must be a positive number")
@@ -85,9 +95,20 @@ def _data_options(command: Callable) -> Callable:
 @click.option(
     "--budget", callback=_budget, help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6."
 )
-@click.option("--metric", type=click.Choice(["macs", "params"]), help="What a single fraction counts.")
+@click.option(
+    "--metric", type=click.Choice(["macs", "params", "latency"]), help="What a single fraction counts."
+)
+@click.option("--latency-table", type=FOLDER, help="latency.json of a run, or of uvc latency, to budget by.")
+@click.option(
+    "--latency-batch", type=click.IntRange(1), help="Images per forward pass in the table measured here; 1."
+)
+@click.option(
+    "--grain",
+    callback=_grain,
+    help="Keep head dims and neurons in multiples, as in 16,64: what hardware runs well.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
-@click.option("--recipe", help="Named settings: default, digits.")
+@click.option("--recipe", help="Named settings: default, digits, deit_small_50; a wrong name lists them.")
 @click.option(
     "--teacher", type=FOLDER, help="Trained weights of the model, a safetensors file or its folder."
 )
@@ -108,12 +129,13 @@ def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
     from uvc.run import compress_run
 
     # The run may be continued and its model measured from another folder.
-    for name in ("teacher", "data_root"):
+    for name in ("teacher", "data_root", "latency_table"):
         options[name] = None if options[name] is None else str(options[name].absolute())
     if options["data"] not in (None, "digits") and Path(options["data"]).is_dir():
         options["data"] = str(Path(options["data"]).absolute())
     try:
-        summary = compress_run(out, options, resume=resume, progress=not quiet)
+        say = None if quiet else partial(click.echo, err=True)
+        summary = compress_run(out, options, resume=resume, progress=not quiet, say=say)
     except KeyboardInterrupt:
         hint = f"; continue with: uvc compress --resume --out {out}" if (out / "run.json").is_file() else ""
         raise Interrupted(f"interrupted{hint}") from None
@@ -155,6 +177,22 @@ def export(folder: Path, format_: str, to: Path | None) -> None:
 
     target, error = export(folder, format_, to)
     click.echo(f"{target}  (outputs differ by {error:.0e} of the largest)")
+
+
+@cli.command()
+@click.argument("to", metavar="FILE", type=FOLDER)
+@click.option("--model", required=True, help="A timm model that uvc.convert serves.")
+@click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads for torch.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per forward pass; 1.")
+@click.option("--grain", callback=_grain, help="Measure multiples of these dims and neurons, as in 16,64.")
+def latency(to: Path, **options: Any) -> None:
+    """Measure what the parts of a model take on this device, for compress --latency-table FILE, anywhere."""
+    from uvc.run import measure_run
+
+    table = measure_run(to, options)
+    dense = table.fixed + table.blocks * (table.attn[-1][-1] + table.mlp[-1])
+    click.echo(f"{to}: {dense:.2f} ms on {table.device}; smallest budget {table.fixed / dense:.3f}")
 
 
 @cli.command()

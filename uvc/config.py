@@ -43,6 +43,9 @@ class SolverConfig:
     # rest.
     families: tuple[str, ...] = ("qk", "v", "neuron")
     tokens: int = 0  # blocks, at most 3, at which the search may drop patch tokens; 0 keeps all
+    # Dims of a head and neurons of an MLP are kept in multiples of these, as in (16, 64), since hardware runs
+    # finer structures slower than they count; each divides the whole.
+    grain: tuple[int, int] = (1, 1)
     skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
     gate_every: int = 4  # training steps per gate update; only there all branches run
     gate_rate: float = 0.1
@@ -70,6 +73,11 @@ class Config:
     weight_decay: float = 0.05
     clip_grad: float = 1.0
     label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of the blend of two images; 0: none
+    cutmix: float = 0.0  # alpha of the patch of one image in another; with mixup, each step draws one of them
+    # Above 0, the teacher and the result are averages of the weights over the steps, this much of the old one
+    # at each step, less in the first.
+    ema_decay: float = 0.0
     seed: int = 0
     threads: int | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)

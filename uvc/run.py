@@ -6,7 +6,7 @@ import inspect
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,18 +17,20 @@ import torch
 from torch import nn
 
 import uvc.models  # noqa: F401  registers the models that timm does not have
-from uvc.budget import cost, limits
+from uvc.budget import cost, limits, named_budgets, reachable
 from uvc.checkpoint import describe, load
 from uvc.compact import compact
 from uvc.config import Config
 from uvc.data import DEFAULT_MODELS, DIGITS, Data, check_name, load_data
+from uvc.latency import LatencyTable, measure, verify
 from uvc.layers import convert
-from uvc.recipes import RECIPES
+from uvc.recipes import AIMS, RECIPES
 from uvc.report import RunLog, draw_structure, measure_latency, write_json
 from uvc.rundir import SUMMARY, check_out, load_weights, merge_options, open_out, read_json, save_weights
 from uvc.solver import check_tokens
+from uvc.solver.project import check_grain
 from uvc.structure import Structure
-from uvc.train import compress, evaluate, train_teacher
+from uvc.train import LATENCY, compress, evaluate, train_teacher
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
@@ -45,9 +47,16 @@ CONFIG_FIELDS = {
 
 
 def compress_run(
-    out: Path, options: Mapping[str, Any], *, resume: bool = False, progress: bool = False
+    out: Path,
+    options: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
 ) -> dict:
     """Compress as the command-line `options` say (None: default), write the run folder, return the summary.
+
+    `say` gets a line for each metric: what budgets can be reached.
 
     All that can be wrong is checked before `out` is touched: ValueError or RuntimeError, one line each.
     """
@@ -59,27 +68,41 @@ def compress_run(
     started = time.monotonic()
     config = _config(options)
     device = _device(options["device"], options["threads"] or config.threads)
+    aim = AIMS.get(options["recipe"])
+    if aim and not options["data"]:
+        raise ValueError(f"--data: none given; --recipe {options['recipe']} is for ImageNet, name its folder")
     data_name = options["data"] or DIGITS
     check_name(data_name)
-    model_name = _model_name(options["model"], data_name)
+    model_name = _model_name(options["model"] or (aim and aim.model), data_name)
     budget, metric = (_given_or_default(options, name) for name in ("budget", "metric"))
+    if aim and options["budget"] is None and options["metric"] in (None, "macs"):
+        budget = aim.budget
     data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
     torch.manual_seed(config.seed)
-    model = convert(timm.create_model(model_name, num_classes=data.num_classes))
-    check_tokens(model, config.solver.tokens, limits(model, budget, metric))
+    model = convert(timm.create_model(model_name, num_classes=data.num_classes)).to(device)
+    check_grain(model, config.solver.grain)
+    check_tokens(model, config.solver.tokens, tuple(named_budgets(budget, metric)))
+    table = _latency_table(model, options, budget, metric, config, out)
+    limits(model, budget, metric, table)
     describe(model)  # what cannot be saved is better said now than after the training
     if options["teacher"]:
         load_weights(model, Path(options["teacher"]))
     open_out(out, options)
+    if say is not None:
+        for line in reachable(model, table, config.solver.grain):
+            say(f"reachable {line}")
+        if aim and aim.model == model_name:
+            say(f"published by others, not ours: {aim.published}")
 
-    model.to(device)
     with RunLog(out, progress) as log:
         if not options["teacher"]:
             _make_teacher(model, data, config, out, log)
         teacher = copy.deepcopy(model)
         # A run that is resumed after its teacher sees the batches of a run in one go.
         data.train.load_state_dict({"epoch": config.teacher_epochs, "batch": 0})
-        result = compress(model, data.train, data.val, budget, metric, teacher, config, out, log, resume)
+        result = compress(
+            model, data.train, data.val, budget, metric, teacher, config, out, log, resume, table
+        )
     small = compact(result.model)
     summary = {
         "model": model_name,
@@ -99,6 +122,7 @@ def compress_run(
         "seconds": time.monotonic() - started,
         "device": _device_name(device),
         "latency": _latency(teacher, small, data, device),
+        **({"latency_budget": _latency_check(table, teacher, small)} if table else {}),
         "versions": versions(),
         "structure": json.loads(result.structure.to_json()),
     }
@@ -107,6 +131,19 @@ def compress_run(
     write_json(out / SUMMARY, summary)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return summary
+
+
+def measure_run(to: Path, options: Mapping[str, Any]) -> LatencyTable:
+    """Measure the latency table of a model as the command-line `options` say, and write it to a file."""
+    if not to.absolute().parent.is_dir() or to.is_dir():
+        raise ValueError(f"FILE: {str(to)!r} cannot be written; name a file in a folder that exists")
+    device = _device(options["device"], options["threads"])
+    model = timm.create_model(_model_name(options["model"], "")).to(device)
+    grain = tuple(options["grain"] or (1, 1))
+    check_grain(model, grain)
+    table = measure(model, options["batch_size"] or 1, grain)
+    to.write_text(table.to_json())
+    return table
 
 
 def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,7 +204,9 @@ def _config(options: Mapping[str, Any]) -> Config:
         raise ValueError(f"--recipe: {name!r} is unknown; use one of {', '.join(RECIPES)}")
     config = RECIPES.get(name, RECIPES["default"])()
     given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options[name] is not None}
-    solver = {name: options[name] for name in ("skip", "tokens") if options.get(name) is not None}
+    solver = {name: options[name] for name in ("skip", "grain", "tokens") if options.get(name)}
+    if "grain" in solver:
+        solver["grain"] = tuple(solver["grain"])
     given["solver"] = replace(config.solver, **solver)
     if options["distill"]:
         given["distill"] = replace(config.distill, kind=options["distill"])
@@ -237,6 +276,42 @@ def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: 
     train_teacher(model, data.train, data.val, config, log, checkpoint)
     save_weights(model, weights)
     checkpoint.unlink(missing_ok=True)
+
+
+def _latency_table(
+    model: nn.Module,
+    options: Mapping[str, Any],
+    budget: float | Mapping[str, float],
+    metric: str,
+    config: Config,
+    out: Path,
+) -> LatencyTable | None:
+    """The table of a budget in latency: the given one, that of the run to resume, or one measured now."""
+    given = options["latency_table"]
+    if "latency" not in named_budgets(budget, metric):
+        if given or options["latency_batch"]:
+            raise ValueError(
+                "--latency-table, --latency-batch: no budget is in latency; add --metric latency"
+            )
+        return None
+    file = Path(given) if given else out / LATENCY
+    if given or file.is_file():
+        table = LatencyTable.load(file)
+        table.check(model)
+        return table
+    return measure(model, options["latency_batch"] or 1, config.solver.grain)
+
+
+def _latency_check(table: LatencyTable, teacher: nn.Module, small: nn.Module) -> dict[str, Any]:
+    check = verify(table, teacher, small)
+    return {
+        "batch": table.batch,
+        "table_device": table.device,
+        "predicted_ratio": check.predicted,
+        "measured_ratio": check.measured,
+        "teacher_ms": check.dense_ms,
+        "compressed_ms": check.compacted_ms,
+    }
 
 
 def _latency(

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,6 +54,22 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
+
+
+def numpy_random() -> dict[str, Tensor]:
+    """The state of numpy's global generator as tensors."""
+    _, key, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "numpy_key": torch.from_numpy(key.astype(np.int64)),
+        "numpy_place": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+    }
+
+
+def set_numpy_random(tensors: dict[str, Tensor]) -> None:
+    """Inverse of ``numpy_random``."""
+    key = tensors["numpy_key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, *tensors["numpy_place"].tolist(), float(tensors["numpy_gauss"])))
 
 
 def load_optimizer_tensors(

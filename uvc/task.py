@@ -6,9 +6,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from torch import Tensor, nn
 
-from uvc.config import DistillConfig
+from uvc.config import Config, DistillConfig
+
+
+class Mixing:
+    """Mixup and cutmix, by timm's ``Mixup``, which draws from numpy's global generator.
+
+    Args:
+        config: alphas; both 0 leaves batches as they are.
+        num_classes: of the labels.
+    """
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(config, name) < 0:
+                raise ValueError(f"{name}: {getattr(config, name)} is negative; 0 turns it off")
+        self._mix = None
+        if config.mixup or config.cutmix:
+            self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=num_classes)
+
+    def __bool__(self) -> bool:
+        return self._mix is not None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, C, H, W], labels int64 [B] -> mixed copies and soft labels [B, classes].
+
+        Images are mixed in pairs, so the last of an odd number is left out.
+        """
+        if self._mix is None:
+            return images, labels
+        pairs = len(images) // 2 * 2
+        if pairs == 0:
+            raise ValueError("batch size: 1; mixup and cutmix need at least 2 images per batch")
+        return self._mix(images[:pairs].clone(), labels[:pairs])
 
 
 class Classification:

@@ -9,24 +9,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from uvc.budget import Cost, cost, limits
+from uvc.budget import Cost, cost, limits, named_budgets
 from uvc.checkpoint import save
 from uvc.compact import compact
 from uvc.config import Config
+from uvc.latency import LatencyTable, measure
 from uvc.layers import convert
 from uvc.report import RunLog
-from uvc.run_state import load_optimizer_tensors, load_run, optimizer_tensors, save_run
+from uvc.run_state import (
+    load_optimizer_tensors,
+    load_run,
+    numpy_random,
+    optimizer_tensors,
+    save_run,
+    set_numpy_random,
+)
 from uvc.solver import METHODS, Search, check_tokens
+from uvc.solver.project import check_grain
 from uvc.structure import Structure, apply_structure, structure_of
-from uvc.task import Classification, Distillation
+from uvc.task import Classification, Distillation, Mixing
 
 LOG_EVERY = 5  # steps
+AVERAGED = ("teacher", "post-train")  # phases whose structure stays
+LATENCY = "latency.json"  # the table, in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,10 @@ class Trainer:
             file,
         )
         self.device = next(model.parameters()).device
+        self.mix = Mixing(config, getattr(model, "num_classes", 0))
+        if not 0.0 <= config.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: {config.ema_decay} is outside [0, 1); 0 turns averaging off")
+        self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
         self.settings = _json_like({**asdict(config), **settings})  # a checkpoint belongs to one set of them
         self.history: list[dict[str, Any]] = []
         self.steps = 0
@@ -109,6 +126,8 @@ class Trainer:
         schedule: (epochs before this phase, epochs in all) where several phases share the optimiser and its
         cycle.
         """
+        if self.config.ema_decay and name in AVERAGED:
+            self.average = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=True)
         first = self._restore(name, epochs, optimizer, search)
         before, cycle = schedule or (0, epochs)
         steps = len(self.train_loader)
@@ -121,6 +140,8 @@ class Trainer:
                 step = epoch * steps + i
                 scheduler.step_update(before * steps + step)
                 out = self._train_step(task, images, labels, optimizer, search)
+                if self.average:
+                    self.average.update(self.model, step=step + 1)
                 if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
                     scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
                     self.log.step(step, **scalars, **(search.metrics() if search else {}))
@@ -129,12 +150,15 @@ class Trainer:
             entry = {
                 "phase": name,
                 "epoch": epoch,
-                "top1": evaluate(self.model, self.val_loader),
+                "top1": evaluate(self.average.module if self.average else self.model, self.val_loader),
                 "step_ms": 1e3 * seconds / steps,
             }
             self.history.append({**entry, **(search.metrics() if search else {})})
             self.log.note(epoch=epoch, top1=entry["top1"], step_ms=entry["step_ms"])
             self._save(name, epoch + 1, optimizer, search)
+        if self.average:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
 
     def _train_step(
         self,
@@ -147,7 +171,8 @@ class Trainer:
         if search:
             search.before()
         out = task(
-            self.model, images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            self.model,
+            *self.mix(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)),
         )
         out["loss"].backward()
         if search:
@@ -177,6 +202,10 @@ class Trainer:
             return
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
         tensors["random"] = {"torch": torch.get_rng_state()}
+        if self.mix:
+            tensors["random"] |= numpy_random()
+        if self.average:
+            tensors["average"] = self.average.module.state_dict()
         if search:
             tensors["search"] = search.tensors()
         loader = self.train_loader.state_dict() if hasattr(self.train_loader, "state_dict") else None
@@ -218,6 +247,10 @@ class Trainer:
         if search:
             search.load_tensors(self.tensors["search"])
         torch.set_rng_state(self.tensors["random"]["torch"])
+        if self.mix:
+            set_numpy_random(self.tensors["random"])
+        if self.average:
+            self.average.module.load_state_dict(self.tensors["average"])
         if self.resumed["loader"] is not None:
             self.train_loader.load_state_dict(self.resumed["loader"])
         epoch, self.resumed, self.tensors = self.resumed["epoch"], {}, {}
@@ -236,7 +269,7 @@ def train_teacher(
     trainer = Trainer(model, train_loader, val_loader, config, log, file)
     if file is not None and file.exists():
         trainer.load()
-    torch.manual_seed(config.seed)
+    set_seed(config, trainer)
     task = Classification(config.label_smoothing)
     trainer.phase("teacher", config.teacher_epochs, task, trainer.optimizer(config.learning_rate))
     return evaluate(model, val_loader)
@@ -253,6 +286,7 @@ def compress(
     out: str | Path | None = None,
     log: RunLog | None = None,
     resume: bool = False,
+    latency: LatencyTable | None = None,
 ) -> Result:
     """Compresses a trained timm ViT to a budget: warm up, search, harden, post-train.
 
@@ -261,23 +295,37 @@ def compress(
         train_loader, val_loader: yield (images [B, C, H, W] float, labels [B] int64).
         budget: fraction in (0, 1] of the dense cost; the result costs at most that. Or several at once:
             {"macs": 0.5, "params": 0.6}.
-        metric: "macs" or "params": what a single fraction counts.
+        metric: "macs", "params" or "latency": what a single fraction counts.
         teacher: distilled from; None = a frozen copy of ``model`` as given.
         config: ``uvc.config.Config``; None = the default recipe.
         out: folder for log, checkpoint and, at the end, the compacted model (for ``uvc.load``) and
             structure.json; None = nothing is written.
         log: where to report; None = a new ``RunLog(out)``.
         resume: continue from the checkpoint in ``out``, if there is one.
+        latency: what prices latency, from ``uvc.latency.measure`` on the device that shall be fast; None =
+            measured here and now, for batches of one image on the model's device.
 
     Raises:
         ValueError: a bad argument, named; a budget below the smallest reachable one, before any training.
     """
     config = config or Config()
-    check_tokens(model, config.solver.tokens, limits(model, budget, metric))
-    check_loader(train_loader)
     if config.solver.method not in METHODS:
         known = " and ".join(repr(name) for name in METHODS)
         raise ValueError(f"solver method: {config.solver.method!r}; known are {known}")
+    named = named_budgets(budget, metric)
+    check_grain(model, config.solver.grain)
+    check_tokens(model, config.solver.tokens, tuple(named))
+    table_file = Path(out) / LATENCY if out else None
+    if "latency" in named:
+        if latency is None and resume and table_file is not None and table_file.exists():
+            latency = LatencyTable.load(table_file)
+        latency = latency or measure(model, grain=config.solver.grain)
+        latency.check(model)
+    limits(model, budget, metric, latency)
+    check_loader(train_loader)
+    if latency is not None and table_file is not None:
+        table_file.parent.mkdir(parents=True, exist_ok=True)
+        table_file.write_text(latency.to_json())
     own_log = log is None
     log = log or RunLog(Path(out) if out else None)
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
@@ -288,7 +336,7 @@ def compress(
     )
     if resume and file is not None and file.exists():
         trainer.load()
-    torch.manual_seed(config.seed)
+    set_seed(config, trainer)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(config.distill.kind != "none")
 
@@ -302,7 +350,8 @@ def compress(
     if not trainer.finished("search"):
         trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
         make = METHODS[config.solver.method]
-        search = make(model, budget, metric, searching * len(train_loader), config.solver, config.seed)
+        steps = searching * len(train_loader)
+        search = make(model, budget, metric, steps, config.solver, config.seed, latency)
         trainer.phase("search", searching, task, optimizer, search, schedule=(warmup, warmup + searching))
         search.harden()
         before_post = evaluate(model, val_loader)
@@ -331,6 +380,13 @@ def compress(
         steps=trainer.steps,
         history=trainer.history,
     )
+
+
+def set_seed(config: Config, trainer: Trainer) -> None:
+    """Seeds torch, and numpy where mixing draws from it."""
+    torch.manual_seed(config.seed)
+    if trainer.mix:
+        np.random.seed(config.seed)
 
 
 def check_loader(loader: DataLoader) -> None:

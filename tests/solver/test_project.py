@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import small_vit
 
 from uvc.budget import Limit, Prices
 from uvc.solver.objective import hard_cost, masks_cost
-from uvc.solver.project import project_to_budget
+from uvc.solver.project import check_grain, project_to_budget
 from uvc.solver.state import Geometry, State
 
 
@@ -25,9 +26,9 @@ def up_to(most):
     return Limit("macs", PRICES, most, 1.0)
 
 
-def state_of(geometry, seed):
+def state_of(geometry, seed, **options):
     torch.manual_seed(seed)
-    state = State.new(geometry, gate_init=6.0)
+    state = State.new(geometry, gate_init=6.0, **options)
     state.hard = True
     for family in state.families.values():
         family.importance.exponential_()
@@ -53,6 +54,63 @@ def test_cost_is_at_most_the_budget_and_no_unit_fits_any_more(budget, seed, laye
         assert room < prices.qk[layer] or not (living & ~qk)[layer].any()
         assert room < prices.v[layer] or not (living & ~v)[layer].any()
         assert room < prices.neuron[layer] or not (~neuron & running[:, 1:])[layer].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(budget=st.floats(0.35, 1.0), seed=st.integers(0, 1000), dead=st.floats(0, 0.6))
+def test_with_a_grain_only_multiples_are_kept_and_no_further_multiple_fits(budget, seed, dead):
+    geometry, prices = Geometry(3, 2, 8, 24), prices_of(3)
+    state = state_of(geometry, seed, grain=(4, 8))
+    limit = Limit("macs", prices, hard_cost(state, prices), budget)
+    for name in ("qk", "v", "neuron"):
+        family = state.families[name]
+        family.dead.copy_(torch.rand_like(family.importance) < dead)
+    qk, v, neuron, running = project_to_budget(state, [limit])
+    assert not (qk.sum(-1) % 4).any() and not (v.sum(-1) % 4).any() and not (neuron.sum(-1) % 8).any()
+    room = limit.most - masks_cost(qk, v, neuron, running, prices)
+    assert room >= 0
+    living = v.any(-1, keepdim=True) & running[:, :1, None]
+    for layer in range(3):
+        assert room < 4 * prices.qk[layer] or not (living & ~qk)[layer].any()
+        assert room < 4 * prices.v[layer] or not (living & ~v)[layer].any()
+        assert room < 8 * prices.neuron[layer] or not (~neuron & running[:, 1:])[layer].any()
+
+
+@pytest.mark.parametrize(
+    ("grain", "says"),
+    [
+        ((5, 1), "5 does not divide the head dim of this model, 6"),
+        ((1, 16), "16 does not divide the neurons of this model, 40"),
+        ((0, 1), "0 does not"),
+        ((1, -2), "-2 does not"),
+    ],
+)
+def test_a_grain_must_divide_the_model(grain, says):
+    with pytest.raises(ValueError, match=f"grain: {says}"):
+        check_grain(small_vit(), grain)
+
+
+@settings(max_examples=30, deadline=None)
+@given(first=st.floats(0.4, 1.0), second=st.floats(0.3, 1.0), seed=st.integers(0, 1000))
+def test_two_limits_are_both_met_and_no_unit_fits_both(first, second, seed):
+    geometry, prices = Geometry(3, 2, 5, 11), prices_of(3)
+    other = Prices(10.0, attn=(1, 0, 2), mlp=(0, 1, 0), qk=(1.5, 2, 1), v=(0.5, 1, 1), neuron=(3, 2, 4.5))
+    state = state_of(geometry, seed, limits=2)
+    limits = [Limit("macs", p, hard_cost(state, p), b) for p, b in ((prices, first), (other, second))]
+    masks = qk, v, neuron, running = project_to_budget(state, limits)
+    room = [limit.most - masks_cost(*masks, limit.costs) for limit in limits]
+    assert min(room) >= 0
+
+    def fits(name, layer):
+        return all(
+            left >= getattr(limit.costs, name)[layer] for left, limit in zip(room, limits, strict=True)
+        )
+
+    living = v.any(-1, keepdim=True) & running[:, :1, None]
+    for layer in range(3):
+        assert not (fits("qk", layer) and (living & ~qk)[layer].any())
+        assert not (fits("v", layer) and (living & ~v)[layer].any())
+        assert not (fits("neuron", layer) and (~neuron & running[:, 1:])[layer].any())
 
 
 def test_the_least_important_units_per_cost_go_first():

@@ -24,9 +24,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def random_state(geometry, seed=0, limits=1):
+def random_state(geometry, seed=0, limits=1, grain=(1, 1)):
     torch.manual_seed(seed)
-    state = State.new(geometry, gate_init=3.0, limits=limits)
+    state = State.new(geometry, gate_init=3.0, limits=limits, grain=grain)
     state.theta.normal_(2.0, 1.0)
     for family in state.families.values():
         # some ties on purpose
@@ -58,9 +58,11 @@ def limits_of(state, budgets):
 @pytest.mark.parametrize(
     "geometry", [Geometry(3, 4, 5, 17), Geometry(1, 1, 1, 1), Geometry(2, 3, 8, 0 + 7)], ids=str
 )
-def test_a_hundred_steps_equal_the_slow_twin(geometry, budgets):
+@pytest.mark.parametrize("grained", [False, True], ids=["any size", "multiples of a grain"])
+def test_a_hundred_steps_equal_the_slow_twin(geometry, budgets, grained):
     config = SolverConfig()
-    state = random_state(geometry, limits=len(budgets))
+    grain = (geometry.head_dim, geometry.hidden) if grained else (1, 1)
+    state = random_state(geometry, limits=len(budgets), grain=grain)
     limits = limits_of(state, budgets)
     slow = SlowState.of(state)
     norms = {name: torch.rand_like(family.importance) for name, family in state.families.items()}

@@ -186,18 +186,18 @@ def test_a_resumed_search_goes_on_with_the_same_tokens():
 
 
 @pytest.mark.parametrize(
-    ("changes", "sites", "budget", "says"),
+    ("changes", "sites", "metrics", "says"),
     [
-        ({}, 4, {"macs": 0.5}, "solver tokens: 4 blocks are to drop tokens; use 0 to 3"),
-        ({}, 2, {"params": 0.5}, "solver tokens: a budget in params does not count tokens; set one in macs"),
-        (dict(global_pool=""), 1, {"macs": 0.5}, "global_pool '' and returns every token"),
+        ({}, 4, ["macs"], "solver tokens: 4 blocks are to drop tokens; use 0 to 3"),
+        ({}, 2, ["params"], "solver tokens: params count no tokens; set a budget in macs"),
+        ({}, 1, ["macs", "latency"], "solver tokens: a latency is measured with all tokens"),
+        (dict(global_pool=""), 1, ["macs"], "global_pool '' and returns every token"),
     ],
-    ids=["too many sites", "no budget that counts tokens", "every token is returned"],
+    ids=["too many sites", "no budget that counts tokens", "latency", "every token is returned"],
 )
-def test_tokens_that_cannot_go_are_one_clear_line(changes, sites, budget, says):
-    model = small_vit(**changes)
+def test_tokens_that_cannot_go_are_one_clear_line(changes, sites, metrics, says):
     with pytest.raises(ValueError, match=says):
-        check_tokens(model, sites, limits(model, budget))
+        check_tokens(small_vit(**changes), sites, metrics)
 
 
 def test_a_model_that_drops_tokens_already_searches_only_the_rest():

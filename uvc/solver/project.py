@@ -1,8 +1,8 @@
 """The last step of a search: from what is alive to a structure that meets every budget exactly.
 
 A greedy walk in both directions by first-order importance per cost, over bundles: the groups of a segment in
-the order of their importance, ``grain`` at a time (one, unless the hardware wants multiples), and whole
-heads. Afterwards no budget is exceeded and no removed bundle of a living half and head fits any more.
+the order of their importance, as many at a time as the family's grain, and whole heads. Afterwards no budget
+is exceeded and no removed bundle of a living half and head fits any more.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from itertools import repeat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uvc.budget import BlockCounts, Limit
 from uvc.solver.objective import group_prices, head_ratio, marginal, masks_counts
 from uvc.solver.state import FAMILIES, State
+from uvc.structure import sizes_of
 
 # q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
 Masks = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -27,27 +28,38 @@ def project_to_budget(
     state: State,
     limits: Sequence[Limit],
     families: Sequence[str] = FAMILIES,
-    grain: tuple[int, int] = (1, 1),
 ) -> Masks:
     """Masks of the kept groups, which cost at most what the limits allow; groups of other families than the
     given ones stay.
 
-    grain: dims of a head and neurons are kept in multiples of these, which divide the sizes. ValueError when
-    even a model without any block costs more.
+    Groups are kept in multiples of their family's grain. ValueError when even a model without any block costs
+    more.
     """
-    walk = _Walk(state, limits, grain)
+    walk = _Walk(state, limits)
     walk.down(families)
     while walk.up():
         pass
     return walk.masks()
 
 
+def check_grain(model: nn.Module, grain: tuple[int, int]) -> None:
+    """ValueError unless the dims of a head and the neurons of a timm or converted ``model`` are multiples."""
+    sizes = sizes_of(model)
+    for name, whole, part in zip(
+        ("head dim", "neurons"), (sizes.head_dim, sizes.neurons), grain, strict=True
+    ):
+        if not isinstance(part, int) or part < 1 or whole % part:
+            raise ValueError(
+                f"grain: {part} does not divide the {name} of this model, {whole}; 1 always does"
+            )
+
+
 class _Walk:
     """The structure on its way: kept bundles, and what every block keeps and costs."""
 
-    def __init__(self, state: State, limits: Sequence[Limit], grain: tuple[int, int]) -> None:
+    def __init__(self, state: State, limits: Sequence[Limit]) -> None:
         self.state, self.limits, self.heads = state, limits, state.geometry.heads
-        self.size = {"qk": grain[0], "v": grain[0], "neuron": grain[1]}
+        self.size = {name: family.grain for name, family in state.families.items()}
         self.prices = marginal(state, limits)
         self.order, self.ratio, self.kept = {}, {}, {}
         for (name, price), alive in zip(

@@ -27,6 +27,7 @@ class SlowState:
     y: dict[str, list[float]]
     dead: dict[str, list[list[bool]]]
     scale: dict[str, float]
+    grain: dict[str, int]
     gate: Rows
     z: list[float]
     token_importance: Rows
@@ -47,6 +48,7 @@ class SlowState:
             {n: families[n].y.tolist() for n in FAMILIES},
             {n: families[n].dead.tolist() for n in FAMILIES},
             {n: families[n].scale for n in FAMILIES},
+            {n: families[n].grain for n in FAMILIES},
             state.gates().tolist(),
             state.z.tolist(),
             *([], [], [], []) if state.tokens is None else tokens_of(state.tokens),
@@ -59,7 +61,8 @@ class SlowState:
 
     def removed(self, family: str, segment: int) -> set[int]:
         order = self.order(family, segment)
-        return set(order[: round(self.s[family][segment] * len(order) - 1e-4)])
+        grain = self.grain[family]
+        return set(order[: round(self.s[family][segment] * len(order) - 1e-4) // grain * grain])
 
 
 def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:

@@ -53,12 +53,12 @@ class Search:
         self.limits = limits(model, budget, metric, latency)
         self.groups = Groups(model)
         device = next(model.parameters()).device
-        self.state = State.new(self.groups.geometry, config.gate_init, device, len(self.limits))
+        self.state = State.new(self.groups.geometry, config.gate_init, device, len(self.limits), config.grain)
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True
         self._continue()
-        check_tokens(self.model, config.tokens, self.limits)
+        check_tokens(self.model, config.tokens, [limit.metric for limit in self.limits])
         self.tokens = Tokens(self.model, config.tokens) if config.tokens else None
         if self.tokens is not None:
             self.state.tokens = self.tokens.state

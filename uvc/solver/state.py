@@ -40,7 +40,7 @@ class Family:
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
     s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
     G]: at exact zero.
-    scale: mean squared norm of a group at the start, over all layers.
+    scale: mean squared norm of a group at the start, over all layers. grain: groups go in multiples of this.
     """
 
     importance: Tensor
@@ -48,23 +48,27 @@ class Family:
     y: Tensor
     dead: Tensor
     scale: float = 1.0
+    grain: int = 1
 
     @classmethod
-    def new(cls, segments: int, groups: int, device: torch.device) -> Family:
+    def new(cls, segments: int, groups: int, device: torch.device, grain: int = 1) -> Family:
         zeros = torch.zeros(segments, device=device)
         return cls(
             importance=torch.zeros(segments, groups, device=device),
             s=zeros.clone(),
             y=zeros + 1.0,
             dead=torch.zeros(segments, groups, dtype=torch.bool, device=device),
+            grain=grain,
         )
 
     def removed(self) -> Tensor:
-        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them.
+        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them, or as
+        many whole grains.
 
         Halves round down, by more than the last bit of s, which differs between machines.
         """
-        count = (self.s * self.dead.shape[1] - 1e-4).round()
+        count = (self.s * self.dead.shape[1] - 1e-4).round().div(self.grain, rounding_mode="floor")
+        count = count * self.grain
         return smallest(self.importance.masked_fill(self.dead, -1.0), count)
 
 
@@ -139,11 +143,17 @@ class State:
 
     @classmethod
     def new(
-        cls, geometry: Geometry, gate_init: float, device: torch.device | str = "cpu", limits: int = 1
+        cls,
+        geometry: Geometry,
+        gate_init: float,
+        device: torch.device | str = "cpu",
+        limits: int = 1,
+        grain: tuple[int, int] = (1, 1),
     ) -> State:
         device = torch.device(device)
         theta = torch.full((geometry.layers, 2), float(gate_init), device=device)
-        families = {name: Family.new(*geometry.segments(name), device) for name in FAMILIES}
+        grains = {"head": 1, "qk": grain[0], "v": grain[0], "neuron": grain[1]}
+        families = {n: Family.new(*geometry.segments(n), device, grains[n]) for n in FAMILIES}
         return cls(geometry, families, theta, torch.zeros_like(theta), torch.zeros(limits, device=device))
 
     def gates(self) -> Tensor:

@@ -26,22 +26,24 @@ BUCKETS = 16
 MOST_SITES = 3
 
 
-def check_tokens(model: nn.Module, sites: int, limits: Sequence[Limit]) -> None:
-    """ValueError unless tokens can go at `sites` blocks of `model` (0: none are to), and it counts."""
+def check_tokens(model: nn.Module, sites: int, metrics: Sequence[str]) -> None:
+    """ValueError unless tokens can go at `sites` blocks (0: none are to) under budgets in these metrics."""
     if sites not in range(MOST_SITES + 1):
         raise ValueError(f"solver tokens: {sites} blocks are to drop tokens; use 0 to {MOST_SITES}")
+    drops = any(getattr(block, "tokens", None) is not None for block in model.blocks)
+    if "latency" in metrics and (sites or drops):
+        raise ValueError(
+            "solver tokens: a latency is measured with all tokens; budget macs, or keep all tokens"
+        )
     if sites == 0:
         return
     slimming(model, 1)
-    if any(getattr(block, "tokens", None) is not None for block in model.blocks):
+    if drops:
         raise ValueError(
             "solver tokens: the model drops tokens already; start from a structure that keeps all"
         )
-    metrics = [limit.metric for limit in limits]
-    if "macs" not in metrics or "latency" in metrics:
-        raise ValueError(
-            f"solver tokens: a budget in {' and '.join(metrics)} does not count tokens; set one in macs"
-        )
+    if "macs" not in metrics:
+        raise ValueError(f"solver tokens: {' and '.join(metrics)} count no tokens; set a budget in macs")
 
 
 class Tokens:
