@@ -134,8 +134,8 @@ def test_the_price_of_a_bucket_is_what_it_costs_in_its_interval():
 def test_a_search_with_tokens_ends_at_the_budget_that_torch_counts(budget):
     model = small_vit()
     dense = uvc.cost(model).macs
-    search = Search(model, budget, "macs", steps=100, config=CONFIG)
-    train(model, search, adam(model), 100)
+    search = Search(model, budget, "macs", steps=60, config=CONFIG)
+    train(model, search, adam(model), 60)
     hard = search.metrics()["hard_cost"]
     assert budget - 1e-9 <= hard < 1.0
     search.harden()
@@ -154,9 +154,9 @@ def test_a_search_with_tokens_ends_at_the_budget_that_torch_counts(budget):
 def test_tokens_that_matter_stay_and_useless_ones_go_before_all_else():
     for useless in (True, False):
         model = small_vit()
-        search = Search(model, 0.75, "macs", steps=60, config=CONFIG)
+        search = Search(model, 0.75, "macs", steps=30, config=CONFIG)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-        for i in range(60):
+        for i in range(30):
             images, labels = batch(i)
             search.before()
             torch.nn.functional.cross_entropy(model(images), labels).backward()
