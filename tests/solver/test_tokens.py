@@ -1,6 +1,7 @@
 """Patch tokens in the search: what a bucket is worth and costs, the step and its twin, the budget."""
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -149,6 +150,32 @@ def test_a_search_with_tokens_ends_at_the_budget_that_torch_counts(budget):
     kept = [block.tokens for block in uvc.structure_of(model).blocks]
     assert kept[0] is None and kept[3] is not None and kept[3] < 16
     assert not any(block._slimming is not None and block._slimming.always for block in model.blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [0.5, 0.2])
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "t2t_vit_14"])
+def test_models_of_the_paper_end_at_the_budget_that_torch_counts(name, budget):
+    torch.manual_seed(0)
+    model = uvc.convert(timm.create_model(name))
+    dense = uvc.cost(model).macs
+    search = Search(model, budget, "macs", steps=6, config=SolverConfig(every=1, tokens=3, anneal=(0.0, 0.5)))
+    optimizer = adam(model)
+    for i in range(6):
+        search.before()
+        out = model.eval()(torch.randn(1, 3, 224, 224))
+        torch.nn.functional.cross_entropy(out, torch.tensor([i])).backward()
+        search.observe()
+        search.step(optimizer)
+        optimizer.zero_grad()
+    search.harden()
+    final = uvc.cost(model).macs
+    assert 0.999 * budget * dense < final <= budget * dense
+    small = uvc.compact(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
+        small(torch.randn(1, 3, 224, 224))
+    assert counter.get_total_flops() == 2 * final
+    assert any(block.tokens is not None for block in uvc.structure_of(model).blocks)
 
 
 def test_tokens_that_matter_stay_and_useless_ones_go_before_all_else():
