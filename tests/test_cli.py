@@ -61,6 +61,12 @@ def mistakes(tmp_path):
             "params",
         ),
         "a budget below the smallest reachable": (["--budget", "0.0001"], "budget", "0.0001"),
+        "tokens at too many blocks": (["--tokens", "4"], "--tokens", "4"),
+        "tokens without a budget that counts them": (
+            ["--tokens", "2", "--metric", "params"],
+            "tokens",
+            "params",
+        ),
         "an unknown metric": (["--metric", "joules"], "--metric", "joules"),
         "a latency table that is not there": (
             ["--metric", "latency", "--latency-table", str(tmp_path / "none.json")],
@@ -99,7 +105,8 @@ NAMES = """\
 a budget of zero; a budget above one; a budget of nan; a budget that is no number;
 two budgets without metrics; a budget for an unknown metric;
 one of two budgets below the smallest reachable; a budget below the smallest reachable;
-an unknown metric; a latency table that is not there; a latency table without a budget in latency;
+tokens at too many blocks; tokens without a budget that counts them; an unknown metric;
+a latency table that is not there; a latency table without a budget in latency;
 a grain of one number; a grain that does not divide the model; an unknown model; an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
 a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
@@ -216,6 +223,14 @@ def test_two_budgets_are_both_met(tmp_path):
     assert all(ratios[name] <= both[name] for name in both)
     # One of them is used up: a neuron of this model is 0.3% of its parameters.
     assert any(ratios[name] >= 0.99 * both[name] for name in both)
+
+
+def test_a_run_may_drop_tokens_and_counts_them(tmp_path):
+    assert cli.run(["compress", "--out", str(tmp_path), *SHORT, "--tokens", "2", "--budget", "0.4"]) == 0
+    figures, small = summary(tmp_path), uvc.load(tmp_path)
+    tokens = [block.tokens for block in uvc.structure_of(small).blocks]
+    assert tokens == [block.get("tokens") for block in figures["structure"]["blocks"]] and any(tokens)
+    assert 0.396 <= figures["macs_ratio"] <= 0.4 and uvc.cost(small).macs == figures["final_macs"]
 
 
 def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,6 +114,9 @@ def test_picture_says_how_much_is_kept():
     texts = [text.get_text() for text in structure_figure(RAGGED, dense(), "half").axes[0].texts]
     assert "half" in texts and "1/2 heads\nq/k 25%  v 38%" in texts and "6/12\n50%" in texts
     assert texts.count("attention skipped") == 1 and texts.count("MLP skipped") == 1
+    assert not any("tokens" in text for text in texts)
+    slim = Structure((RAGGED.blocks[0], replace(RAGGED.blocks[1], tokens=9), RAGGED.blocks[2]))
+    assert "9 tokens" in [text.get_text() for text in structure_figure(slim, dense(), "half").axes[0].texts]
 
 
 @pytest.mark.parametrize("neurons", [0, 1, 197, 3072])

@@ -3,7 +3,7 @@
 N tokens, D width, H heads, K head dim, L blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvc.layers import hollow
-from uvc.structure import Structure, sizes_of, structure_of
+from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
 METRICS = (*LINEAR, "latency")
@@ -106,8 +106,11 @@ def counts(structure: Structure) -> Counts:
     )
 
 
-def prices(model: nn.Module, metric: str) -> Prices:
-    """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size."""
+def prices(model: nn.Module, metric: str, structure: Structure | None = None) -> Prices:
+    """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size.
+
+    They hold while as many tokens go on from block to block as in `structure`, by default the model's own.
+    """
     if metric not in LINEAR:
         raise ValueError(f"metric must be one of {', '.join(LINEAR)}, got {metric!r}")
     s = sizes_of(model)
@@ -117,25 +120,49 @@ def prices(model: nn.Module, metric: str) -> Prices:
         # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
         parts = (s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
         return Prices(fixed, *((part,) * s.blocks for part in parts))
-    N = model.patch_embed.num_patches + model.num_prefix_tokens
-    # A q/k dim: a row of q, one of k, a term of N^2 dot products. A v dim: a row, N^2 products, a column.
-    dim = 2 * N * s.dim + N * N
-    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
-    parts = (0, 0, dim, dim, (s.neuron_rows + 1) * N * s.dim)
-    return Prices(fixed_macs(model), *((part,) * s.blocks for part in parts))
-
-
-def fixed_macs(model: nn.Module) -> int:
-    """MACs per image outside the blocks, by torch's flop counter, on a copy that holds no weights."""
-    size = model.patch_embed.img_size
-    if size is None:
+    if s.patches is None:
         raise ValueError(
             "the model has no input size of its own, so its cost is undefined; give it an img_size"
         )
-    stem_and_head = hollow(model, {id(model.blocks): nn.Sequential()}).eval().requires_grad_(False)
+    tokens = patch_tokens(structure_of(model) if structure is None else structure, s.patches)
+    return macs_at(s, tokens, fixed_macs(model, s.prefix + tokens[-1][1]))
+
+
+def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Prices:
+    """The prices in MACs where so many patch tokens reach each block and go on from its attention half."""
+    # N tokens in the attention half, M in the MLP.
+    tokens = [(s.prefix + arriving, s.prefix + leaving) for arriving, leaving in tokens]
+    # A v dim: a row, N^2 products, a column. A q/k dim: a row of q, one of k, a term of N^2 dot products, and
+    # where tokens are dropped one more row of them, which ranks the tokens.
+    v = tuple(2 * N * s.dim + N * N for N, _ in tokens)
+    qk = tuple(dim + (N if M < N else 0) for dim, (N, M) in zip(v, tokens, strict=True))
+    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
+    neuron = tuple((s.neuron_rows + 1) * M * s.dim for _, M in tokens)
+    free = (0,) * s.blocks
+    return Prices(fixed, free, free, qk, v, neuron)
+
+
+class _FirstTokens(nn.Module):
+    """Blocks that compute nothing and drop tokens."""
+
+    def __init__(self, tokens: int | None):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.tokens]
+
+
+def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
+    """MACs per image outside the blocks, which leave so many tokens (None: all) to the head.
+
+    By torch's flop counter, on a copy that holds no weights.
+    """
+    blocks = nn.Sequential(_FirstTokens(tokens))
+    stem_and_head = hollow(model, {id(model.blocks): blocks}).eval().requires_grad_(False)
     dtype = next(stem_and_head.patch_embed.parameters()).dtype
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stem_and_head(torch.empty(1, model.in_chans, *size, dtype=dtype, device="meta"))
+        stem_and_head(torch.empty(1, model.in_chans, *model.patch_embed.img_size, dtype=dtype, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -170,8 +197,9 @@ def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
     MACs count patch embedding, linear layers, attention products and head: half of what torch's flop counter
     counts on the compacted model. Parameters are those of the compacted model.
     """
-    kept = counts(structure_of(model) if structure is None else structure)
-    macs, params = (prices(model, metric) for metric in LINEAR)
+    structure = structure_of(model) if structure is None else structure
+    kept = counts(structure)
+    macs, params = (prices(model, metric, structure) for metric in LINEAR)
     blocks = map(BlockCost, block_costs(macs, kept), block_costs(params, kept))
     return Cost(total(macs, kept), total(params, kept), tuple(blocks))
 
@@ -206,12 +234,15 @@ def limits(
     `latency` is the table behind the metric "latency". ValueError for a fraction outside (0, 1], an unknown
     metric, a latency without its table, or a budget below the smallest that can be met.
     """
-    dense, found = counts(Structure.dense(model)), []
+    dense, found = Structure.dense(model), []
     for name, fraction in named_budgets(budget, metric).items():
         if name == "latency" and latency is None:
             raise ValueError("budget: one in latency needs a table; make one with uvc.latency.measure(model)")
-        costs = latency if name == "latency" else prices(model, name)
-        limit = Limit(name, costs, total(costs, dense), fraction)
+        # A fraction of the cost with all tokens; what the blocks keep is priced at the model's own tokens.
+        costs, whole = (
+            (latency,) * 2 if name == "latency" else (prices(model, name, at) for at in (None, dense))
+        )
+        limit = Limit(name, costs, total(whole, counts(dense)), fraction)
         if fraction < limit.smallest:
             raise ValueError(
                 f"budget: {fraction} is below {limit.smallest:.4f}, the smallest reachable {name} budget of "
@@ -259,11 +290,12 @@ def reachable(
     model: nn.Module, latency: Costs | None = None, grain: tuple[int, int] = (1, 1)
 ) -> tuple[Reach, ...]:
     """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
-    whole, found = counts(Structure.dense(model)), []
+    dense_structure, found = Structure.dense(model), []
+    whole = counts(dense_structure)
     ones, (dims, neurons) = (1,) * len(whole.qk), grain
     least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
     for metric in METRICS if latency is not None else LINEAR:
-        costs = latency if metric == "latency" else prices(model, metric)
+        costs = latency if metric == "latency" else prices(model, metric, dense_structure)
         dense = total(costs, whole)
         found.append(Reach(metric, dense, costs.fixed / dense, total(costs, least) / dense))
     return tuple(found)

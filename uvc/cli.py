@@ -120,6 +120,7 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--post-epochs", type=click.IntRange(0), help="Epochs after the structure is fixed.")
 @click.option("--lr", type=float, callback=_positive, help="Peak learning rate.")
 @click.option("--skip", type=click.Choice(["none", "blocks", "halves"]), help="What may be skipped.")
+@click.option("--tokens", type=click.IntRange(0, 3), help="Blocks at which patch tokens may be dropped.")
 @click.option("--distill", type=click.Choice(["none", "soft", "hard"]), help="How the teacher teaches.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out, with the options it began with.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from uvc.layers import CompactBlock, check
-from uvc.structure import Structure, fit, sizes_of, structure_of
+from uvc.structure import Structure, fit_structure, structure_of
 
 
 def compact(model: nn.Module) -> nn.Module:
@@ -22,8 +22,8 @@ def compact(model: nn.Module) -> nn.Module:
 def compacted(model: nn.Module, structure: Structure) -> nn.Module:
     """A compacted copy of a timm or converted `model`, on any device, also meta, with the structure given."""
     check(model)
-    fit(structure, sizes_of(model))
-    blocks = [CompactBlock(block, kept) for block, kept in zip(model.blocks, structure.blocks, strict=True)]
+    kept = zip(model.blocks, structure.blocks, fit_structure(model, structure), strict=True)
+    blocks = [CompactBlock(*block) for block in kept]
     # The memo says that the copy of the blocks is there already, so that the full blocks are not copied.
     return copy.deepcopy(model, {id(model.blocks): nn.Sequential(*blocks)})
 

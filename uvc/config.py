@@ -42,6 +42,7 @@ class SolverConfig:
     # to remove heads whole, too, cost 2 to 15 points at small budgets, since the best dims went with the
     # rest.
     families: tuple[str, ...] = ("qk", "v", "neuron")
+    tokens: int = 0  # blocks, at most 3, at which the search may drop patch tokens; 0 keeps all
     # Dims of a head and neurons of an MLP are kept in multiples of these, as in (16, 64), since hardware runs
     # finer structures slower than they count; each divides the whole.
     grain: tuple[int, int] = (1, 1)

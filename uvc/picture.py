@@ -44,6 +44,9 @@ def structure_figure(structure: "Structure", dense: "Structure", title: str) -> 
     for i, (block, full) in enumerate(zip(structure.blocks, dense.blocks, strict=True)):
         top = HEADING + i * (ROW + GAP)
         axes.text(STREAM - 0.28, top + ROW / 2, str(i + 1), fontsize=9, color=INK, ha="center", va="center")
+        if block.tokens is not None:
+            text = f"{block.tokens} tokens"
+            axes.text(STREAM - 0.28, top + ROW, text, fontsize=5.5, color=INK, ha="center", va="center")
         _attention(axes, top, block, full)
         _mlp(axes, top, block, full)
     _legend(axes, height - FOOTING / 2)

@@ -27,6 +27,7 @@ from uvc.layers import convert
 from uvc.recipes import AIMS, RECIPES
 from uvc.report import RunLog, draw_structure, measure_latency, write_json
 from uvc.rundir import SUMMARY, check_out, load_weights, merge_options, open_out, read_json, save_weights
+from uvc.solver import check_tokens
 from uvc.solver.project import check_grain
 from uvc.structure import Structure
 from uvc.train import LATENCY, compress, evaluate, train_teacher
@@ -80,6 +81,7 @@ def compress_run(
     torch.manual_seed(config.seed)
     model = convert(timm.create_model(model_name, num_classes=data.num_classes)).to(device)
     check_grain(model, config.solver.grain)
+    check_tokens(model, config.solver.tokens, tuple(named_budgets(budget, metric)))
     table = _latency_table(model, options, budget, metric, config, out)
     limits(model, budget, metric, table)
     describe(model)  # what cannot be saved is better said now than after the training
@@ -202,7 +204,7 @@ def _config(options: Mapping[str, Any]) -> Config:
         raise ValueError(f"--recipe: {name!r} is unknown; use one of {', '.join(RECIPES)}")
     config = RECIPES.get(name, RECIPES["default"])()
     given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options[name] is not None}
-    solver = {name: options[name] for name in ("skip", "grain") if options[name]}
+    solver = {name: options[name] for name in ("skip", "grain", "tokens") if options.get(name)}
     if "grain" in solver:
         solver["grain"] = tuple(solver["grain"])
     given["solver"] = replace(config.solver, **solver)

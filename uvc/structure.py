@@ -5,13 +5,14 @@ H heads, K head dim, F hidden neurons, L blocks.
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from uvc.layers import check, convert, is_compacted
+from uvc.layers import Slimming, check, convert, is_compacted, slimming
 
 
 class Sizes(NamedTuple):
@@ -19,7 +20,8 @@ class Sizes(NamedTuple):
 
     `qkv_bias`: 1 with a bias, else 0. `neuron_rows`: the rows of a neuron, 2 with a gate, else 1;
     `neuron_params`: the parameters of a neuron. `attn_params`, `mlp_params`: the parameters of a running half
-    that stay whatever it keeps (norm, layer scale, output bias).
+    that stay whatever it keeps (norm, layer scale, output bias). `patches`: patch tokens of an image, None
+    without an input size; `prefix`: tokens before them.
     """
 
     blocks: int
@@ -32,6 +34,8 @@ class Sizes(NamedTuple):
     neuron_params: int
     attn_params: int
     mlp_params: int
+    patches: int | None
+    prefix: int
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -50,8 +54,9 @@ def sizes_of(model: nn.Module) -> Sizes:
     for name, parameter in block.named_parameters():
         child = name.split(".")[0]
         halves["1" if child == "attn" else "2" if child == "mlp" else child[-1]] += parameter.numel()
-    neuron = (qkv_bias, rows, neuron_params)
-    return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, *neuron, *halves.values())
+    neuron, stem = (qkv_bias, rows, neuron_params), model.patch_embed
+    tokens = (None if stem.img_size is None else stem.num_patches, model.num_prefix_tokens)
+    return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, *neuron, *halves.values(), *tokens)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class BlockStructure:
 
     `attn`, `mlp`: False skips that half; its groups stay on record. `heads`: kept head indices; `qk_dims`,
     `v_dims`: per kept head, its kept dims; `neurons`: kept neuron indices. Indices ascend. A head without v
-    dims adds nothing and is dropped. ValueError for anything else.
+    dims adds nothing and is dropped. `tokens`: how many patch tokens go on from the attention half, to
+    the MLP and all later blocks; None lets all that arrive. ValueError for anything else.
     """
 
     attn: bool
@@ -69,8 +75,11 @@ class BlockStructure:
     qk_dims: tuple[tuple[int, ...], ...]
     v_dims: tuple[tuple[int, ...], ...]
     neurons: tuple[int, ...]
+    tokens: int | None = None
 
     def __post_init__(self):
+        if self.tokens is not None and (type(self.tokens) is not int or self.tokens < 1):
+            raise ValueError(f"tokens must be a number of patch tokens, at least 1, got {self.tokens!r:.60}")
         for name in ("attn", "mlp"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -162,9 +171,41 @@ class Structure:
         generator = torch.Generator("cpu").manual_seed(seed)
         return cls(tuple(random_block(s, units, n_neurons, generator) for _ in range(s.blocks)))
 
+    def with_tokens(
+        self, model: nn.Module, keep: float | Sequence[float], at: Sequence[int] | None = None
+    ) -> "Structure":
+        """This structure with tokens left out: of those that reach block at[i], `keep` (or keep[i]) go on.
+
+        keep: fractions in (0, 1]; counts are rounded, and at least 1. at: ascending block indices; by default
+        the blocks after a quarter, a half and three quarters of the depth. Other blocks let all go on.
+        ValueError for other fractions, blocks that are not there, or a model without an input size.
+        """
+        s = sizes_of(model)
+        at = sorted({s.blocks * i // 4 for i in (1, 2, 3)}) if at is None else indices("at", at)
+        keep = [keep] * len(at) if isinstance(keep, int | float) else keep
+        if len(keep) != len(at) or not all(0 < fraction <= 1 for fraction in keep):
+            raise ValueError(f"keep must be a fraction in (0, 1], or {len(at)} of them, got {keep}")
+        if at and at[-1] >= s.blocks:
+            raise ValueError(f"at names block {at[-1]}, the model has only {s.blocks}")
+        if s.patches is None:
+            raise ValueError(
+                "the model has no input size of its own, so no number of tokens; give it an img_size"
+            )
+        tokens, left = {}, s.patches
+        for block, fraction in zip(at, keep, strict=True):
+            tokens[block] = left = max(1, round(fraction * left))
+        kept = Structure(tuple(replace(b, tokens=tokens.get(i)) for i, b in enumerate(self.blocks)))
+        fit(kept, s)
+        return kept
+
     def to_json(self) -> str:
         """This structure as one line of JSON."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        blocks = [asdict(block) for block in self.blocks]
+        for block in blocks:
+            # Only where it says something, as older files have no such key.
+            if block["tokens"] is None:
+                del block["tokens"]
+        return json.dumps({"blocks": blocks}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Structure":
@@ -180,12 +221,13 @@ class Structure:
         """The structure in parsed JSON; ValueError, in one line, for anything else."""
         if not isinstance(data, dict) or set(data) != {"blocks"} or not isinstance(data["blocks"], list):
             raise ValueError('a structure must be an object with the one key "blocks", a list')
-        fields = list(BlockStructure.__dataclass_fields__)
+        fields = [name for name in BlockStructure.__dataclass_fields__ if name != "tokens"]
         blocks = []
         for i, block in enumerate(data["blocks"]):
-            if not isinstance(block, dict) or set(block) != set(fields):
+            if not isinstance(block, dict) or set(block) - {"tokens"} != set(fields):
                 raise ValueError(
-                    f"blocks[{i}] of the structure must have exactly the keys {', '.join(fields)}"
+                    f"blocks[{i}] of the structure must have exactly the keys {', '.join(fields)}, "
+                    "and tokens where some are left out"
                 )
             try:
                 blocks.append(BlockStructure(**block))
@@ -229,9 +271,9 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
 
     ValueError when the model cannot be served or the structure does not fit its sizes; then nothing changes.
     """
-    fit(structure, sizes_of(model))
+    slimmings = fit_structure(model, structure)
     convert(model)
-    for block, kept in zip(model.blocks, structure.blocks, strict=True):
+    for block, kept, slims in zip(model.blocks, structure.blocks, slimmings, strict=True):
         qk, v = torch.zeros(2, *block.attn.kept_v.shape, dtype=torch.bool, device="cpu").unbind()
         for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
             qk[head, list(qk_dims)] = True
@@ -241,6 +283,7 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
         block.attn.set_kept(qk, v)
         block.mlp.set_kept(neurons)
         block.set_skip(not kept.attn, not kept.mlp)
+        block.set_slimming(slims)
     return model
 
 
@@ -259,6 +302,29 @@ def fit(structure: Structure, s: Sizes) -> None:
         for name, kept, size in families:
             if kept and kept[-1] >= size:
                 raise ValueError(f"{name} of block {i} keeps index {kept[-1]}, the model has only {size}")
+    patch_tokens(structure, s.patches)
+
+
+def patch_tokens(structure: Structure, patches: int | None) -> list[tuple[int, int]]:
+    """Patch tokens that reach each block, and that go on from its attention half; ValueError if more should.
+
+    patches: how many reach the first block; None, where that is not known, allows no dropped tokens.
+    """
+    tokens = []
+    for i, block in enumerate(structure.blocks):
+        arriving = tokens[-1][1] if tokens else patches
+        if block.tokens is not None and (arriving is None or block.tokens > arriving):
+            raise ValueError(
+                f"tokens of block {i} is {block.tokens}, but {arriving or 'an unknown number'} reach it"
+            )
+        tokens.append((arriving, arriving if block.tokens is None else block.tokens))
+    return tokens
+
+
+def fit_structure(model: nn.Module, structure: Structure) -> list[Slimming | None]:
+    """What each block of `model` does to tokens; ValueError unless `structure` fits the model."""
+    fit(structure, sizes_of(model))
+    return [slimming(model, block.tokens) for block in structure.blocks]
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -280,6 +346,7 @@ def structure_of(model: nn.Module) -> Structure:
                 qk_dims=tuple(tuple(qk[h].nonzero().flatten().tolist()) for h in heads),
                 v_dims=tuple(tuple(v[h].nonzero().flatten().tolist()) for h in heads),
                 neurons=tuple(block.mlp.kept_neurons.nonzero().flatten().tolist()),
+                tokens=block.tokens,
             )
         )
     return Structure(tuple(blocks))

@@ -32,7 +32,7 @@ from uvc.run_state import (
     set_numpy_random,
     set_seed,
 )
-from uvc.solver import METHODS, Search
+from uvc.solver import METHODS, Search, check_tokens
 from uvc.solver.project import check_grain
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.task import Classification, Distillation, Mixing
@@ -316,6 +316,7 @@ def compress(
     if latency is not None and "latency" not in named:
         raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
     check_grain(model, config.solver.grain)
+    check_tokens(model, config.solver.tokens, tuple(named))
     table_file = Path(out) / LATENCY if out else None
     if "latency" in named:
         if latency is None and resume and table_file is not None and table_file.exists():
@@ -330,7 +331,7 @@ def compress(
     own_log = log is None
     log = log or RunLog(Path(out) if out else None)
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
-    dense_cost = cost(model)
+    dense_cost = cost(model, Structure.dense(model))
     file = Path(out) / "checkpoint.safetensors" if out else None
     trainer = Trainer(
         convert(model), train_loader, val_loader, config, log, file, budget=budget, metric=metric

@@ -6,9 +6,11 @@ from uvc.layers.block import UVCBlock
 from uvc.layers.compact import CompactBlock
 from uvc.layers.convert import check, convert, is_compacted, set_recompute
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
+from uvc.layers.tokens import Slimming, slimming
 
 __all__ = [
     "CompactBlock",
+    "Slimming",
     "UVCAttention",
     "UVCBlock",
     "UVCGluMlp",
@@ -19,4 +21,5 @@ __all__ = [
     "hollow",
     "is_compacted",
     "set_recompute",
+    "slimming",
 ]

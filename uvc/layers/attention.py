@@ -12,6 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from uvc.layers._common import say_once, take_over
+from uvc.layers.tokens import Slimming, row_scores
 
 
 class UVCAttention(Attention):
@@ -114,6 +115,24 @@ class UVCAttention(Attention):
         reason = "attention dropout" if dropout else "an attention mask"
         say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))
+
+    @torch.no_grad()
+    def token_scores(self, x: Tensor, slimming: Slimming) -> Tensor | None:
+        """How much attention each token of x [B, N, D] gets from the one that ranks, over the kept heads.
+
+        [B, N], without gradient; None when no q/k dim is kept, as then all are equal. Scores are
+        q (Wk x)^T = (q Wk) x^T: no keys are computed again, and a bias on them would add to all alike.
+        """
+        B, _, D = x.shape
+        weight = self.qkv.weight[: 2 * self.attn_dim].view(2, self.num_heads, self.head_dim, D)
+        bias = None if self.qkv.bias is None else self.qkv.bias[: self.attn_dim]
+        q = F.linear(slimming.reader(x), weight[0].flatten(0, 1), bias).view(B, *weight.shape[1:3])
+        if self._masks is not None:
+            if self._kept.qk.shape[0] == 0:
+                return None
+            q = q.masked_fill(self._kept.whole_rows[0] < 0, 0.0)
+        reads = torch.einsum("bhd,hdw->bhw", self.scale * q, weight[1].to(q.dtype))
+        return row_scores(reads @ x.transpose(1, 2).to(q.dtype))
 
     def _gathered(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
         """The kept heads in plain torch, each padded with zeros to the longest kept head."""

@@ -1,4 +1,4 @@
-"""UVCBlock: a timm transformer block whose two halves can be skipped or gated.
+"""UVCBlock: a timm transformer block whose two halves can be skipped or gated, and that can drop tokens.
 
 B batch, N tokens, D width.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from uvc.layers._common import take_over
 from uvc.layers.attention import UVCAttention
 from uvc.layers.mlp import MLPS
+from uvc.layers.tokens import Slimming, due, slim
 
 
 class UVCBlock(nn.Module):
@@ -17,6 +18,8 @@ class UVCBlock(nn.Module):
 
     A skipped half is its residual alone: its branch, bias included, does not run. Gates are scalar tensors
     that multiply a half's branch, for gradients with respect to skipping; None means no multiplication.
+    With a `Slimming`, only so many patch tokens go on from the attention half, for good: those to which the
+    attention gives most (see `tokens.py`), or of the largest norm where it is skipped.
     """
 
     @classmethod
@@ -30,6 +33,7 @@ class UVCBlock(nn.Module):
         new.norm_last = norm_last(block)
         new._skip = (False, False)
         new._gates = (None, None)
+        new._slimming = None
         return new
 
     def set_skip(self, attn: bool, mlp: bool) -> None:
@@ -46,18 +50,31 @@ class UVCBlock(nn.Module):
         """Whether the MLP half is skipped."""
         return self._skip[1]
 
+    def set_slimming(self, slimming: Slimming | None) -> None:
+        """Let only some patch tokens go on from the attention half; None lets all."""
+        self._slimming = slimming
+
+    @property
+    def tokens(self) -> int | None:
+        """How many patch tokens go on from the attention half; None: all."""
+        return None if self._slimming is None else self._slimming.tokens
+
     def set_gates(self, attn: Tensor | None, mlp: Tensor | None) -> None:
         """Multiply the branch of each half by a scalar tensor; None leaves it as it is."""
         self._gates = (attn, mlp)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` go to the attention."""
+        """x [B, N, D] -> [B, N', D], fewer if it slims; `attn_mask` and `is_causal` go to the attention."""
+        slimming, scores = due(self._slimming, x, attn_mask, is_causal), None
         if not self._skip[0]:
-            if self.norm_last:
-                branch = self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
-            else:
-                branch = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+            y = x if self.norm_last else self.norm1(x)
+            if slimming is not None:
+                scores = self.attn.token_scores(y, slimming)
+            branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
+            branch = self.norm1(branch) if self.norm_last else self.ls1(branch)
             x = x + self.drop_path1(gated(branch, self._gates[0]))
+        if slimming is not None:
+            x = slim(x, scores, slimming)
         if not self._skip[1]:
             branch = self.norm2(self.mlp(x)) if self.norm_last else self.ls2(self.mlp(self.norm2(x)))
             x = x + self.drop_path2(gated(branch, self._gates[1]))

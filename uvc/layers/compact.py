@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from uvc.layers._common import hollow
 from uvc.layers.attention import UVCAttention, heads_of_mask
 from uvc.layers.block import UVCBlock, norm_last
+from uvc.layers.tokens import Slimming, due, row_scores, slim
 
 
 class HeadGroup(NamedTuple):
@@ -47,23 +48,34 @@ class CompactAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, D] -> [B, N, D]; masks as in timm, over the heads of the dense layer."""
+        return self.scored(x, None, attn_mask, is_causal)[0]
+
+    def scored(
+        self, x: Tensor, slimming: Slimming | None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, and the tokens' scores as in `UVCAttention.token_scores`; None without `slimming`."""
         B, N, _ = x.shape
         if not self.groups:
-            return self.proj_drop(bias_alone(self.proj, x))
+            return self.proj_drop(bias_alone(self.proj, x)), None
         parts = iter(
             self.qkv(x).split([len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1)
         )
         dropout = self.attn_drop.p if self.training else 0.0
-        outputs = []
+        outputs, scores = [], None
         for group in self.groups:
             h = len(group.heads)
             q, k, v = (
                 next(parts).reshape(B, N, h, d).transpose(1, 2) for d in (group.dq, group.dq, group.dv)
             )
+            if slimming is not None and group.dq:
+                reader = self.scale * slimming.reader(q.detach())
+                row = row_scores((reader @ k.detach().transpose(-2, -1)).squeeze(2))
+                scores = row if scores is None else scores + row
             mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
             out = attend(q, k, v, self.scale, mask, is_causal, dropout)
             outputs.append(out.transpose(1, 2).reshape(B, N, h * group.dv))
-        return self.proj_drop(self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)))
+        heads = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return self.proj_drop(self.proj(heads)), scores
 
 
 def attend(
@@ -150,9 +162,9 @@ def compact_mlp(dense: nn.Module, neurons: tuple[int, ...]) -> CompactMlp:
 class CompactBlock(nn.Module):
     """The running halves of a block, with `record`, the structure's entry for the block they came from."""
 
-    def __init__(self, dense: UVCBlock, record):
+    def __init__(self, dense: UVCBlock, record, slimming: Slimming | None = None):
         super().__init__()
-        self.record, self.norm_last = record, norm_last(dense)
+        self.record, self.slimming, self.norm_last = record, slimming, norm_last(dense)
         # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
         self._origin = (UVCBlock.take_over(hollow(dense)),)
         if record.attn:
@@ -172,12 +184,17 @@ class CompactBlock(nn.Module):
         return self._origin[0]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` go to the attention."""
+        """x [B, N, D] -> [B, N', D], fewer if it slims; `attn_mask` and `is_causal` go to the attention."""
+        slimming, scores = due(self.slimming, x, attn_mask, is_causal), None
         if self.record.attn:
-            branch = self.attn(
-                x if self.norm_last else self.norm1(x), attn_mask=attn_mask, is_causal=is_causal
-            )
+            y = x if self.norm_last else self.norm1(x)
+            if slimming is None:
+                branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
+            else:
+                branch, scores = self.attn.scored(y, slimming)
             x = x + self.drop_path1(self.norm1(branch) if self.norm_last else self.ls1(branch))
+        if slimming is not None:
+            x = slim(x, scores, slimming)
         if self.record.mlp:
             branch = self.mlp(x if self.norm_last else self.norm2(x))
             x = x + self.drop_path2(self.norm2(branch) if self.norm_last else self.ls2(branch))

@@ -14,14 +14,15 @@ R     cost of the structure divided by the dense cost
 ====  ================================================================================================
 
 ``state`` holds them, ``objective`` computes q and R, ``step`` is the algorithm box (prox, primal, dual,
-project), ``reference`` its slow twin in loops, ``gates`` the skips, ``groups`` ties groups to a model's
-weights, ``project`` ends on the exact budget, ``published`` is the paper's code as an ablation, and
-``search`` runs all of it beside a training loop.
+project), ``reference`` its slow twin in loops, ``gates`` the skips, ``tokens`` the patch tokens, ``groups``
+ties groups to a model's weights, ``project`` ends on the exact budget, ``published`` is the paper's code as
+an ablation, and ``search`` runs all of it beside a training loop.
 """
 
 from uvc.solver.published import PublishedSearch
 from uvc.solver.search import Search
+from uvc.solver.tokens import check_tokens
 
 METHODS = {"uvc": Search, "published": PublishedSearch}
 
-__all__ = ["METHODS", "PublishedSearch", "Search"]
+__all__ = ["METHODS", "PublishedSearch", "Search", "check_tokens"]

@@ -41,23 +41,22 @@ def quantiles(state: State, prices: Prices) -> dict[str, Tensor]:
 
     One scale for all layers and families, and free of the loss's unit: at the optimum a group is removed
     where q < z, and z is then close to the removed share of the cost. Dead groups rank lowest. A head is
-    weighed by the dims that it keeps.
+    weighed by the dims that it keeps. With tokens, their buckets are on the scale too ("token").
     """
     units = group_prices(state, prices)
-    ratio = torch.cat(
-        [
-            (state.families[name].importance / price).masked_fill(state.families[name].dead, -1.0).flatten()
-            for name, price in units.items()
-        ]
-    )
-    weight = torch.cat(
-        [price.expand_as(state.families[name].dead).flatten() for name, price in units.items()]
-    )
+    ratios = {
+        name: (state.families[name].importance / price).masked_fill(state.families[name].dead, -1.0)
+        for name, price in units.items()
+    }
+    if state.tokens is not None:
+        ratios["token"], units["token"] = state.tokens.ratio(), state.tokens.price[:, None]
+    ratio = torch.cat([part.flatten() for part in ratios.values()])
+    weight = torch.cat([price.expand_as(ratios[name]).flatten() for name, price in units.items()])
     order = ratio.argsort(stable=True)
     below = weight[order].cumsum(0)
     score = torch.empty_like(ratio).scatter_(0, order, (below - weight[order]) / below[-1])
-    sizes = [state.families[name].dead.numel() for name in units]
-    q = {n: part.view_as(state.families[n].dead) for n, part in zip(units, score.split(sizes), strict=True)}
+    parts = score.split([part.numel() for part in ratios.values()])
+    q = {name: part.view_as(ratios[name]) for name, part in zip(ratios, parts, strict=True)}
 
     heads = head_ratio(state, prices).masked_fill(state.families["head"].dead, -1.0)
     place = torch.searchsorted(ratio[order], heads.flatten()).view_as(heads)

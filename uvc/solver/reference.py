@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from uvc.budget import BlockCounts, Costs, Counts, Limit, Prices
 from uvc.config import SolverConfig
-from uvc.solver.state import FAMILIES, State
+from uvc.solver.state import FAMILIES, State, TokenState
 
 Rows = list[list[float]]
 
@@ -30,6 +30,10 @@ class SlowState:
     grain: dict[str, int]
     gate: Rows
     z: list[float]
+    token_importance: Rows
+    token_s: list[float]
+    token_price: list[float]
+    token_shares: list[float]
 
     @classmethod
     def of(cls, state: State) -> SlowState:
@@ -47,6 +51,7 @@ class SlowState:
             {n: families[n].grain for n in FAMILIES},
             state.gates().tolist(),
             state.z.tolist(),
+            *([], [], [], []) if state.tokens is None else tokens_of(state.tokens),
         )
 
     def order(self, family: str, segment: int) -> list[int]:
@@ -86,9 +91,13 @@ def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
             for g in range(len(dead)):
                 ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price
                 units.append((ratio, price, family, segment, g))
+    for site, row in enumerate(state.token_importance):
+        for b in range(len(row)):
+            units.append((token_ratio(state, site, b), state.token_price[site], "token", site, b))
     units.sort(key=lambda unit: unit[0])
     whole = sum(unit[1] for unit in units)
     score = {n: [[0.0] * len(dead) for dead in state.dead[n]] for n in FAMILIES}
+    score["token"] = [[0.0] * len(row) for row in state.token_importance]
     below = 0.0
     for _, price, family, segment, g in units:
         score[family][segment][g] = below / whole
@@ -121,6 +130,25 @@ def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
                 move = best - state.s[family][segment]
             dead = sum(state.dead[family][segment]) / len(row)
             state.s[family][segment] = max(state.s[family][segment] + config.primal_rate * move, dead)
+    for site in reversed(range(len(state.token_s))):
+        row, s = scores["token"][site], state.token_s[site]
+        best = sum(q < sum(state.z) for q in row) / len(row)
+        most = min([1.0 - 1.0 / len(row), *state.token_s[site + 1 : site + 2]])
+        state.token_s[site] = min(s + config.primal_rate * (best - s), most)
+
+
+def tokens_of(tokens: TokenState) -> tuple[Rows, list[float], list[float], list[float]]:
+    """Importance, s, price and shares, as lists."""
+    return tokens.importance.tolist(), tokens.s.tolist(), tokens.price.tolist(), tokens.shares
+
+
+def token_ratio(state: SlowState, site: int, bucket: int) -> float:
+    """The most that a bucket ranked no better, there or at a later site, is worth per cost."""
+    return max(
+        state.token_importance[later][b] / state.token_price[later]
+        for later in range(site, len(state.token_s))
+        for b in range(bucket + 1)
+    )
 
 
 def marginal(state: SlowState, limits: Sequence[Limit]) -> Prices:
@@ -176,7 +204,9 @@ def dual(
     whole = sum(state.z)
     shares = [z / whole if whole > 0.0 else 1.0 / len(limits) for z in state.z]
     for m, limit in enumerate(limits):
-        prunable = 1.0 - limit.costs.fixed / limit.dense
+        prunable = (
+            1.0 - limit.costs.fixed / limit.dense + (state.token_shares[m] if state.token_shares else 0.0)
+        )
         error = soft_cost(state, limit.costs) / limit.dense - targets[m]
         z = state.z[m] + config.budget_rate * error + shares[m] * tightened[m] / prunable
         state.z[m] = min(max(z, 0.0), 2.0)

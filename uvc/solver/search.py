@@ -17,10 +17,11 @@ from uvc.config import SolverConfig
 from uvc.layers import convert
 from uvc.solver import gates
 from uvc.solver.groups import Groups
-from uvc.solver.objective import hard_cost, marginal, soft_cost
+from uvc.solver.objective import hard_cost, marginal, soft_cost, used
 from uvc.solver.project import Masks, project_to_budget
 from uvc.solver.state import State
 from uvc.solver.step import Factors, dual, primal, project, prox
+from uvc.solver.tokens import Tokens, check_tokens, dearest
 
 
 class Search:
@@ -57,6 +58,10 @@ class Search:
             self.state.theta.fill_(6.0)
             self.state.hard = True
         self._continue()
+        check_tokens(self.model, config.tokens, [limit.metric for limit in self.limits])
+        self.tokens = Tokens(self.model, config.tokens) if config.tokens else None
+        if self.tokens is not None:
+            self.state.tokens = self.tokens.state
         self.generator = torch.Generator().manual_seed(seed)
         for name, norms in self.groups.norms().items():
             self.state.families[name].scale = max(float(norms.mean()), 1e-30)
@@ -93,8 +98,11 @@ class Search:
 
     def before(self) -> None:
         """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where
-        branches get gates.
+        branches get gates. What halves read of tokens is watched where all run.
         """
+        all_run = self.state.hard or self.count % self.config.gate_every == 0
+        if self.tokens is not None and all_run and self.count % self.config.every == 0:
+            self.tokens.watch()
         if self.state.hard:
             return
         run = self._run = gates.sample(self.state, self.config.skip, self.generator)
@@ -130,6 +138,8 @@ class Search:
                 family = state.families[name]
                 ran = rate[:, 1 if name == "neuron" else 0].repeat_interleave(len(family.s) // len(rate))
                 family.importance.lerp_((value / scale).square(), ran[:, None])
+        if self.tokens is not None:
+            self.tokens.observe(scale, config.importance_decay)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One solver step on every ``config.every``-th training step: prox, primal, dual, project."""
@@ -141,6 +151,8 @@ class Search:
         if state.settled or (self.count - 1) % config.every or self.progress < config.anneal[0]:
             return
         self.groups.shrink(prox(state, config))
+        if self.tokens is not None:
+            self.tokens.reprice(state, self.limits)
         primal(state, marginal(state, self.limits), config)
         norms = self.groups.norms()
         targets = self.targets()
@@ -149,6 +161,18 @@ class Search:
         self._last_targets = targets
         if project(state, norms, self.limits, config):
             self.bury(optimizer)
+        if self.tokens is not None and not state.settled and self.tokens.move(self._spends):
+            self._drop(state.tokens.gone)
+
+    def _spends(self, gone: list[int]) -> bool:
+        """Whether what is alive still uses up a limit with so many buckets of tokens gone at each site."""
+        return used(self.state, self.tokens.limits(self.limits, gone)) >= 1.0
+
+    def _drop(self, gone: list[int], ended: bool = False) -> None:
+        """The model drops these buckets of tokens, and its costs are those without them."""
+        self.state.tokens.gone = gone
+        self.limits = self.tokens.limits(self.limits, gone)
+        self.tokens.apply(ended)
 
     def freeze_gates(self, optimizer: torch.optim.Optimizer) -> None:
         """From here on a half runs always or never."""
@@ -170,7 +194,22 @@ class Search:
         """
         if not self.state.hard:
             gates.freeze(self.state, self.limits)
-        self._apply(project_to_budget(self.state, self.limits, self.config.families))
+        if self.tokens is not None:
+            self._finish_tokens()
+        self._apply(self._projected())
+
+    def _projected(self) -> Masks:
+        return project_to_budget(self.state, self.limits, self.config.families)
+
+    def _finish_tokens(self) -> None:
+        """Buckets go while they are worth less per cost than the dearest group that would go instead."""
+        self.tokens.reprice(self.state, self.limits)
+        while True:
+            gone = self.tokens.next_below(dearest(self.state, self.limits, self._projected()))
+            if gone is None or not self._spends(gone):
+                break
+            self._drop(gone)
+        self._drop(self.state.tokens.gone, ended=True)
 
     def _apply(self, alive: Masks) -> None:
         """Gives the model its structure; the skips too, once gates are hard."""
@@ -194,6 +233,9 @@ class Search:
             out[f"hard_cost{end}"] = hard_cost(state, limit.costs) / limit.dense
             out[f"z{end}"] = float(state.z[m])
         out["gates"] = float(state.gates().mean())
+        if self.tokens is not None:
+            out["removed_token"] = float(state.tokens.s.mean())
+            out["kept_tokens"] = self.tokens.left[state.tokens.gone[-1]] / self.tokens.left[0]
         for name, family in state.families.items():
             out[f"removed_{name}"] = float(family.s.mean())
             out[f"dead_{name}"] = float(family.dead.float().mean())
@@ -215,4 +257,6 @@ class Search:
         self.count = int(flat["count"])
         self._last_targets = flat["last_targets"].tolist()
         self.generator.set_state(flat["generator"])
+        if self.tokens is not None:
+            self._drop(self.state.tokens.gone)
         self._apply(self.state.alive())

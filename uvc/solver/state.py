@@ -87,6 +87,44 @@ def ranks(importance: Tensor) -> Tensor:
 
 
 @dataclass
+class TokenState:
+    """Which patch tokens go: S sites of G buckets of tokens, the worst ranked first (see ``tokens``).
+
+    importance [S, G]: as of a ``Family``. s [S]: removed fraction. price [S]: what a bucket costs, in the
+    unit of the first limit. shares: for every limit, what all buckets cost at that price, as a fraction of
+    the dense cost. gone: buckets that the model drops at each site.
+    """
+
+    importance: Tensor
+    s: Tensor
+    price: Tensor
+    shares: list[float]
+    gone: list[int]
+
+    @classmethod
+    def new(cls, sites: int, buckets: int, device: torch.device | str = "cpu") -> TokenState:
+        zeros = torch.zeros(sites, buckets, device=device)
+        return cls(zeros, zeros[:, 0].clone(), zeros[:, 0] + 1.0, [0.0], [0] * sites)
+
+    def ratio(self) -> Tensor:
+        """[S, G]: importance per cost, of a better bucket and of an earlier site at least that of the others.
+
+        As tokens go by their rank, and for good, this is the order in which they can go.
+        """
+        ratio = (self.importance / self.price[:, None]).cummax(1).values
+        return ratio.flip(0).cummax(0).values.flip(0)
+
+    def approach(self, best: Tensor, rate: float) -> None:
+        """s <- s + rate * (best - s), never more at a site than at the next; the best bucket stays."""
+        s = self.s + rate * (best - self.s)
+        self.s.copy_(s.clamp_max(1.0 - 1.0 / self.importance.shape[1]).flip(0).cummin(0).values.flip(0))
+
+    def wanted(self) -> list[int]:
+        """Buckets that s removes at each site, halves down."""
+        return (self.s * self.importance.shape[1] - 1e-4).round().int().tolist()
+
+
+@dataclass
 class State:
     """All variables of the solver.
 
@@ -101,6 +139,7 @@ class State:
     z: Tensor
     hard: bool = False
     settled: bool = False
+    tokens: TokenState | None = None
 
     @classmethod
     def new(
@@ -140,6 +179,9 @@ class State:
             for key in ("importance", "s", "y", "dead"):
                 flat[f"{name}.{key}"] = getattr(family, key)
             flat[f"{name}.scale"] = torch.tensor(family.scale, dtype=torch.float64)
+        if self.tokens is not None:
+            flat |= {"token.importance": self.tokens.importance, "token.s": self.tokens.s}
+            flat["token.gone"] = torch.tensor(self.tokens.gone)
         return flat
 
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
@@ -152,3 +194,7 @@ class State:
             for key in ("importance", "s", "y", "dead"):
                 getattr(family, key).copy_(flat[f"{name}.{key}"])
             family.scale = float(flat[f"{name}.scale"])
+        if self.tokens is not None:
+            self.tokens.importance.copy_(flat["token.importance"])
+            self.tokens.s.copy_(flat["token.s"])
+            self.tokens.gone = flat["token.gone"].tolist()

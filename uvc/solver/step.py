@@ -59,6 +59,9 @@ def primal(state: State, prices: Prices, config: SolverConfig) -> None:
             move = move * surviving.flatten()
         dead = family.dead.to(family.s.dtype).mean(1)
         family.s.copy_(torch.maximum(family.s + config.primal_rate * move, dead))
+    if state.tokens is not None:
+        best = (scores["token"] < state.z.sum()).to(state.tokens.s.dtype).mean(1)
+        state.tokens.approach(best, config.primal_rate)
 
 
 def dual(
@@ -75,7 +78,7 @@ def dual(
     tightened: how far each target has come down since the last step. Groups with q < z are a share z of the
     prunable cost, so z must rise by that much over the prunable share of the cost; several limits share it.
     norms: squared norm per group [S, G]. The norm left is taken relative to the family's initial mean and to
-    the segment's size.
+    the segment's size. What a share of the tokens costs goes along with that of all other groups.
     """
     for name, family in state.families.items():
         left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
@@ -84,7 +87,7 @@ def dual(
     shares = weights(state.z.tolist())
     for m, (limit, target) in enumerate(zip(limits, targets, strict=True)):
         error = soft_cost(state, limit.costs) / limit.dense - target
-        prunable = 1.0 - limit.smallest
+        prunable = 1.0 - limit.smallest + (state.tokens.shares[m] if state.tokens is not None else 0.0)
         state.z[m] += config.budget_rate * error + shares[m] * tightened[m] / prunable
     state.z.clamp_(0.0, 2.0)
 
