@@ -154,7 +154,7 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     known = _model_input(summary["model"]) if "model" in summary else {}
     size = (model.in_chans, *model.patch_embed.img_size)
     config = RECIPES.get(data_name, RECIPES["default"])()
-    device = choosechoose_device(options["device"], options["threads"] or config.threads)
+    device = choose_device(options["device"], options["threads"] or config.threads)
     batch_size = options["batch_size"] or config.batch_size
     data = _data(data_name, {**known, "input_size": size}, batch_size, config.seed, options)
     if data.num_classes != model.num_classes:
