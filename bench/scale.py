@@ -59,8 +59,8 @@ FORMULA = """\
 An image costs `d` seconds in a dense training step, `k` in a step at half of the heads' dims and neurons
 (with the solver beside it where that was measured), and `t` in the teacher's forward pass. UVC's recipe
 spends {warmup} of {epochs} epochs on warming up (`d`), {search} on the search and {post} on training what is
-left (`k`). In the search the cost stays at `d` for {start:.0%} of the steps, goes to `k` until {end:.0%} by equal
-factors, on average {dense:.2f} d + {kept:.2f} k, and stays there; skipped halves would make it cheaper. So
+left (`k`). In the search the cost stays at `d` for {start:.0%} of the steps, goes to `k` until {end:.0%} by
+equal factors, on average {dense:.2f} d + {kept:.2f} k, and stays there; skipped halves would make it cheaper. So
 
     dense = 1,281,167 images x 300 epochs x d
     UVC   = 1,281,167 images x 300 epochs x (({warmup} d + {search} s + {post} k) / {epochs} + t)
