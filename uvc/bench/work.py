@@ -103,8 +103,9 @@ def everything(shape: Shape) -> Kept:
 
 def kept_of(block: BlockStructure) -> Kept:
     """How much one block of a structure keeps."""
-    attn, mlp, qk, v, neurons = (values[0] for values in counts(Structure((block,))))
-    return Kept(qk if attn else None, v if attn else None, neurons if mlp else None)
+    n = counts(Structure((block,)))
+    qk, v = (n.qk[0], n.v[0]) if block.attn else (None, None)
+    return Kept(qk, v, n.neuron[0] if block.mlp else None)
 
 
 def product(m: int, k: int, n: int, size: int, result: int | None = None) -> Pass:
