@@ -33,7 +33,7 @@ def attend(kept, scale=0.25):
 
 
 def slow(*parameters):
-    return pytest.param(*parameters, marks=pytest.mark.slow)
+    return pytest.param(*parameters, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])
 
 
 # Every tile pattern in the usual run, with the tokens that fill and overflow it.

@@ -16,7 +16,7 @@ KERNELS = (
 
 
 def slow(*parameters):
-    return pytest.param(*parameters, marks=pytest.mark.slow)
+    return pytest.param(*parameters, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])
 
 
 def mlp_inputs(hidden, shape=(2, 17), width=24, out=64, biases=True, gated=False):
