@@ -10,7 +10,7 @@ import torch
 
 import uvc
 import uvc.models
-from uvc.config import Config
+from uvc.config import Config, SolverConfig
 from uvc.data import load_data
 from uvc.report import RunLog
 from uvc.train import compress, evaluate, train_teacher
@@ -153,6 +153,38 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: not a readable checkpoint"):
         compress(digits_model(), data.train, data.val, budget=0.6, config=CONFIG, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(budget={}), "names no metric"),
+        (dict(budget={"macs": 0.5, "params": 1e-4}), "budget: 0.0001 is below .* params budget"),
+        (
+            dict(budget={"macs": 0.5, "joules": 0.5}),
+            "metric must be one of macs, params, latency, got 'joules'",
+        ),
+        (dict(latency=object()), "latency: a table is given, but no budget is in it"),
+        (
+            dict(
+                budget={"macs": 0.5, "params": 0.5},
+                config=dataclasses.replace(CONFIG, solver=SolverConfig(method="published")),
+            ),
+            "the published method takes one",
+        ),
+        (
+            dict(config=dataclasses.replace(CONFIG, solver=SolverConfig(grain=(5, 1)))),
+            "grain: 5 does not divide the head dim of this model, 12",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_budget_can_be_is_refused_before_any_training(arguments, says):
+    model, data = digits_model(), digits_data()
+    before = model.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=says):
+        compress(model, data.train, data.val, **arguments)
+    assert torch.equal(model.head.weight, before)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 1.5, math.nan, math.inf, 1e-4])

@@ -294,6 +294,10 @@ def _latency_table(
                 "--latency-table, --latency-batch: no budget is in latency; add --metric latency"
             )
         return None
+    if given and options["latency_batch"]:
+        raise ValueError(
+            f"--latency-batch: {options['latency_batch']}, but --latency-table has its own; leave it out"
+        )
     file = Path(given) if given else out / LATENCY
     if given or file.is_file():
         table = LatencyTable.load(file)

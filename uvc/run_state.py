@@ -56,6 +56,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
     }
 
 
+def set_seed(seed: int, numpy: bool) -> None:
+    """Seeds torch, and numpy's global generator if ``numpy``."""
+    torch.manual_seed(seed)
+    if numpy:
+        np.random.seed(seed)
+
+
 def numpy_random() -> dict[str, Tensor]:
     """The state of numpy's global generator as tensors."""
     _, key, position, has_gauss, gauss = np.random.get_state()

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -31,6 +30,7 @@ from uvc.run_state import (
     optimizer_tensors,
     save_run,
     set_numpy_random,
+    set_seed,
 )
 from uvc.solver import METHODS, Search, check_tokens
 from uvc.solver.project import check_grain
@@ -170,10 +170,8 @@ class Trainer:
     ) -> dict[str, Any]:
         if search:
             search.before()
-        out = task(
-            self.model,
-            *self.mix(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)),
-        )
+        images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+        out = task(self.model, *self.mix(images, labels))
         out["loss"].backward()
         if search:
             search.observe()
@@ -269,7 +267,7 @@ def train_teacher(
     trainer = Trainer(model, train_loader, val_loader, config, log, file)
     if file is not None and file.exists():
         trainer.load()
-    set_seed(config, trainer)
+    set_seed(config.seed, bool(trainer.mix))
     task = Classification(config.label_smoothing)
     trainer.phase("teacher", config.teacher_epochs, task, trainer.optimizer(config.learning_rate))
     return evaluate(model, val_loader)
@@ -313,6 +311,10 @@ def compress(
         known = " and ".join(repr(name) for name in METHODS)
         raise ValueError(f"solver method: {config.solver.method!r}; known are {known}")
     named = named_budgets(budget, metric)
+    if config.solver.method == "published" and list(named) not in (["macs"], ["params"]):
+        raise ValueError(f"budget: {named}; the published method takes one, in macs or params")
+    if latency is not None and "latency" not in named:
+        raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
     check_grain(model, config.solver.grain)
     check_tokens(model, config.solver.tokens, tuple(named))
     table_file = Path(out) / LATENCY if out else None
@@ -336,7 +338,7 @@ def compress(
     )
     if resume and file is not None and file.exists():
         trainer.load()
-    set_seed(config, trainer)
+    set_seed(config.seed, bool(trainer.mix))
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(config.distill.kind != "none")
 
@@ -380,13 +382,6 @@ def compress(
         steps=trainer.steps,
         history=trainer.history,
     )
-
-
-def set_seed(config: Config, trainer: Trainer) -> None:
-    """Seeds torch, and numpy where mixing draws from it."""
-    torch.manual_seed(config.seed)
-    if trainer.mix:
-        np.random.seed(config.seed)
 
 
 def check_loader(loader: DataLoader) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from uvc.budget import Costs, Counts, Prices, limits, total
+from uvc.budget import Costs, Counts, limits, total
 from uvc.config import SolverConfig
 from uvc.layers import convert
 from uvc.solver.groups import Groups
@@ -49,10 +49,6 @@ class PublishedSearch:
     ) -> None:
         self.model, self.groups = convert(model), Groups(model)
         self.limits = limits(model, budget, metric, latency)
-        if len(self.limits) > 1 or not isinstance(self.limits[0].costs, Prices):
-            raise ValueError(
-                f"budget: {budget} in {metric}; the published method takes one, in macs or params"
-            )
         _, self.prices, self.dense_cost, self.budget = self.limits[0]
         device = next(model.parameters()).device
         self.state = State.new(self.groups.geometry, 6.0, device)
