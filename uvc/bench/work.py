@@ -103,7 +103,7 @@ def everything(shape: Shape) -> Kept:
 
 def kept_of(block: BlockStructure) -> Kept:
     """How much one block of a structure keeps."""
-    attn, mlp, qk, v, neurons = (values[0] for values in counts(Structure((block,))))
+    attn, mlp, qk, v, neurons, _ = (values[0] for values in counts(Structure((block,))))
     return Kept(qk if attn else None, v if attn else None, neurons if mlp else None)
 
 
