@@ -33,7 +33,8 @@ class LatencyTable:
     """Milliseconds of a forward pass of `batch` images, as measured on one device.
 
     fixed: without any block. attn: one attention half, [len(heads)][len(dims)], heads from 0 to H, dims the
-    mean over q/k and v of the kept heads. mlp: one MLP half, [len(neurons)]. All ascend.
+    mean over q/k and v of the kept heads. mlp: one MLP half, [len(neurons)]. All ascend, but where heads keep
+    all dims: alike, they run as one product, which may take less than heads of different sizes.
     """
 
     model: str
@@ -59,7 +60,8 @@ class LatencyTable:
             or min(sizes) < 2
         ):
             raise ValueError("attn and mlp must have a time for each of the heads, dims and neurons")
-        grown = all(_ascends(row) for row in (*self.attn, *zip(*self.attn, strict=True), self.mlp))
+        ragged = [row[:-1] for row in self.attn]
+        grown = all(_ascends(row) for row in (*ragged, *zip(*self.attn, strict=True), self.mlp))
         if not grown or not 0 < self.fixed < float("inf"):
             raise ValueError("times must be finite, above zero, and grow with what is kept")
 
@@ -80,12 +82,13 @@ class LatencyTable:
     def _prices(self, kept: BlockCounts) -> tuple[float, float, float, float, float]:
         heads, head_dim, hidden = max(kept.heads, 1.0), self.dims[-1], self.neurons[-1]
         units = kept.qk + kept.v
-        high = max(units / (2 * heads), head_dim / 8)
+        # Full heads are priced as what they become when they lose a dim.
+        high = max(min(units / (2 * heads), self.dims[-2]), head_dim / 8)
         low = high - head_dim / 8
         now = self._attn(heads, high)
         dim = (now - self._attn(heads, low)) / (high - low) / (2 * heads)
         # No unit is free: a price of zero could not order anything.
-        dim = max(dim, 0.02 * (self.attn[-1][-1] - self.attn[0][-1]) / (2 * self.heads[-1] * head_dim))
+        dim = max(dim, 0.02 * (self.attn[-1][-2] - self.attn[0][-2]) / (2 * self.heads[-1] * self.dims[-2]))
         most = max(kept.neuron, hidden / 8)
         neuron = self._mlp(most) - self._mlp(most - hidden / 8)
         neuron = max(neuron / (hidden / 8), 0.02 * (self.mlp[-1] - self.mlp[0]) / hidden)
@@ -225,13 +228,16 @@ def measure(
 
     dense_ms: list[float] = []
     heads, dims, neurons = _grid(s.heads, 1, 6), _grid(s.head_dim, grain[0], 4), _grid(s.neurons, grain[1], 8)
+    dims = tuple(sorted({*dims, max(s.head_dim - grain[0], grain[0])}))
     nothing = BlockStructure(False, False, (), (), (), ())
     fixed = share(nothing)
     attn = [[share(_attn_form(s, h, d, grain[0])) - fixed for d in dims] for h in heads]
     bare = share(BlockStructure(True, False, (), (), (), ())) - fixed
     mlp = [share(BlockStructure(False, True, (), (), (), tuple(range(n)))) - fixed for n in neurons]
     empty = share(BlockStructure(False, True, (), (), (), ())) - fixed
-    attn, mlp = _monotone([[bare] * len(dims), *attn]), _monotone([[empty, *mlp]])[0]
+    attn, mlp = [[bare] * len(dims), *attn], _monotone([[empty, *mlp]])[0]
+    ragged, full = _monotone([row[:-1] for row in attn]), _monotone([[row[-1] for row in attn]])[0]
+    attn = [[*row, last] for row, last in zip(ragged, full, strict=True)]
     # The halves of the dense model, one by one, take a little more or less than in one go.
     scale = (1.0 - fixed) / (attn[-1][-1] + mlp[-1]) / s.blocks * median(dense_ms)
     return LatencyTable(
