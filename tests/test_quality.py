@@ -58,9 +58,11 @@ def test_torch_pruning_ends_within_the_budget(arm):
     assert 0.1 < harness.run_job(job(arm, 0.4))["macs_ratio"] <= 0.4
 
 
-def test_off_points_and_what_is_left_make_the_whole():
-    row = harness.run_job(job("uvc"))
-    off = sum(row[f"off_{name}"] for name in ("blocks", "heads", "dims", "neurons"))
+@pytest.mark.parametrize("arm", ["uvc", "uvc_tokens"])
+def test_off_points_and_what_is_left_make_the_whole(arm):
+    row = harness.run_job(job(arm))
+    off = sum(row[f"off_{name}"] for name in ("blocks", "heads", "dims", "neurons", "tokens"))
+    assert (row["off_tokens"] > 0) == (arm == "uvc_tokens")
     assert off / 100 + row["macs_ratio"] == pytest.approx(1.0, abs=1e-3)
 
 

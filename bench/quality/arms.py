@@ -96,6 +96,7 @@ ARMS: dict[str, Arm] = {
     "uniform_width": Arm(uniform_width, scratch=True),
     "uniform_depth": Arm(uniform_depth, scratch=True),
     "random_structure": Arm(rivals.random_structure),
+    "uvc_tokens": Arm(lambda c: uvc(c, tokens=1), search=True),
     "uvc_no_skip": Arm(lambda c: uvc(c, skip="none"), search=True),
     "uvc_whole_heads": Arm(only("head", "qk", "v", "neuron"), search=True),
     "uvc_no_dims": Arm(only("head", "neuron"), search=True),

@@ -18,7 +18,8 @@ from torch import nn
 from bench.quality.arms import ARMS, context_of
 from bench.quality.context import COMPUTE_EPOCHS, Context, converted, locked, macs_of
 from bench.quality.tasks import TASKS
-from uvc.budget import block_costs, counts
+from uvc.budget import block_costs, counts, total
+from uvc.compact import compact
 from uvc.report import measure_latency
 from uvc.structure import Structure, structure_of
 
@@ -26,7 +27,7 @@ RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (
     "task seed budget arm mode search_epochs post_epochs macs_ratio teacher_top1 before_top1 after_top1 "
     "val_before val_after search_seconds post_seconds train_compute latency_ms latency_ratio "
-    "off_blocks off_heads off_dims off_neurons structure date version"
+    "off_blocks off_heads off_dims off_neurons off_tokens structure date version"
 ).split()
 # Changed when a row would come out different: an arm or the common settings. Reports take the latest one
 # only.
@@ -116,19 +117,21 @@ def epoch_macs(context: Context) -> float:
 
 
 def anatomy(context: Context, model: nn.Module) -> dict[str, object]:
-    """Points of the dense MACs that went with skipped halves, removed heads, dims of kept heads, and neurons.
+    """Points of the dense MACs that went with skipped halves, removed heads, dims of kept heads, and neurons,
+    all at the dense number of tokens, and then with tokens that what is left does not see.
 
-    structure: per block, kept q/k and v dims of each kept head, and neurons; "-" for a skipped half.
+    structure: per block, kept q/k and v dims of each kept head, neurons, and patch tokens where some go; "-"
+    for a skipped half.
     """
+    parts = ("blocks", "heads", "dims", "neurons", "tokens")
     if not converted(model):
-        return dict.fromkeys(("off_blocks", "off_heads", "off_dims", "off_neurons", "structure"), "")
+        return dict.fromkeys((*(f"off_{name}" for name in parts), "structure"), "")
     price, structure = context.prices, structure_of(model)
     dense = counts(Structure.dense(model))
     width = [dense.qk[0] // model.blocks[0].attn.num_heads] * 2
     none = (0,) * len(structure.blocks)
     attns, mlps = block_costs(price, dense._replace(mlp=none)), block_costs(price, dense._replace(attn=none))
-    off = dict.fromkeys(("blocks", "heads", "dims", "neurons"), 0)
-    parts = []
+    off, kept = dict.fromkeys(parts, 0), []
     for i, block in enumerate(structure.blocks):
         if block.attn:
             lost = model.blocks[0].attn.num_heads - len(block.heads)
@@ -142,10 +145,12 @@ def anatomy(context: Context, model: nn.Module) -> dict[str, object]:
         else:
             off["blocks"] += mlps[i]
         heads = "+".join(f"{len(q)}/{len(v)}" for q, v in zip(block.qk_dims, block.v_dims, strict=True))
-        parts.append(f"{heads if block.attn else '-'} {len(block.neurons) if block.mlp else '-'}")
+        tokens = "" if block.tokens is None else f" {block.tokens}"
+        kept.append(f"{heads if block.attn else '-'} {len(block.neurons) if block.mlp else '-'}{tokens}")
     everything = macs_of(context.dense)
+    off["tokens"] = total(price, counts(structure)) - macs_of(compact(model))
     points = {f"off_{name}": 100.0 * cost / everything for name, cost in off.items()}
-    return {**points, "structure": "|".join(parts)}
+    return {**points, "structure": "|".join(kept)}
 
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:

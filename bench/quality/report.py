@@ -54,7 +54,7 @@ HEAD = (
     "post s",
     "compute",
 )
-HEAD += ("latency", "blocks", "heads", "dims", "neurons")
+HEAD += ("latency", "blocks", "heads", "dims", "neurons", "tokens")
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -80,6 +80,7 @@ def _cells(arm: str, own: list[Row], rows: list[Row]) -> list[str]:
         ("off_heads", ".1f"),
         ("off_dims", ".1f"),
         ("off_neurons", ".1f"),
+        ("off_tokens", ".1f"),
     ):
         value = _mean(own, field)
         cells.append("" if math.isnan(value) else format(value, form))

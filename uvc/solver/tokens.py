@@ -51,13 +51,14 @@ class Tokens:
 
     Args:
         model: converted, and fit for it (`check_tokens`).
-        sites: number of blocks at which tokens may go, 1 to 3; they share the depth evenly.
+        sites: how many blocks may drop tokens, 1 to 3: the last one and, evenly apart, earlier ones.
     """
 
     def __init__(self, model: nn.Module, sites: int) -> None:
         self.model, self.sizes = model, sizes_of(model)
         depth, patches = self.sizes.blocks, self.sizes.patches
-        self.sites = sorted({depth * i // (sites + 1) for i in range(1, sites + 1)})
+        # The last block is always one: behind its attention a class token needs no other token.
+        self.sites = sorted({max(depth * i // sites - 1, 0) for i in range(1, sites + 1)})
         self._slimming = slimming(model, patches)
         buckets = min(BUCKETS, patches)
         # left[n]: how many tokens are left without the n worst buckets.
