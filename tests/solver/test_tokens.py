@@ -80,7 +80,7 @@ def test_a_hundred_steps_with_tokens_equal_the_slow_twin(geometry):
 def test_a_buckets_importance_is_the_squared_gradient_of_a_gate_on_what_the_halves_read():
     model = small_vit().double()
     tokens = Tokens(model, 3)
-    assert tokens.sites == [0, 1, 3] and tokens.left[:3] == [16, 15, 14]
+    assert tokens.sites == [1, 2, 3] and tokens.left[:3] == [16, 15, 14]
     images, labels = batch(0)
     tokens.watch()
     torch.nn.functional.cross_entropy(model(images.double()), labels).backward()

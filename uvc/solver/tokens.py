@@ -58,7 +58,7 @@ class Tokens:
         self.model, self.sizes = model, sizes_of(model)
         depth, patches = self.sizes.blocks, self.sizes.patches
         # The last block is always one: behind its attention a class token needs no other token.
-        self.sites = sorted({max(depth * i // sites - 1, 0) for i in range(1, sites + 1)})
+        self.sites = sorted({depth - 1 - depth * i // (sites + 1) for i in range(sites)})
         self._slimming = slimming(model, patches)
         buckets = min(BUCKETS, patches)
         # left[n]: how many tokens are left without the n worst buckets.
