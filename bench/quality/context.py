@@ -67,13 +67,19 @@ class Meter:
     def watch(self, model: nn.Module) -> nn.Module:
         """Counts from here on what `model` costs in training mode, and no other model; returns it."""
         self.stop()
-        price = prices(model, "macs") if converted(model) else None
-        fixed = None if price else macs_of(model)
+        fixed = None if converted(model) else macs_of(model)
+        priced: dict[tuple, Prices] = {}  # by the tokens that go on from each block
+
+        def skipped(module: nn.Module) -> float:
+            structure = structure_of(module)
+            tokens = tuple(block.tokens for block in structure.blocks)
+            if tokens not in priced:
+                priced[tokens] = prices(module, "macs", structure)
+            return total(priced[tokens], counts(structure))
 
         def count(module: nn.Module, args: tuple) -> None:
             if module.training and torch.is_grad_enabled():
-                macs = total(price, counts(structure_of(module))) if price else fixed
-                self.macs += 3.0 * macs * len(args[0])
+                self.macs += 3.0 * (skipped(module) if fixed is None else fixed) * len(args[0])
 
         self._handle = model.register_forward_pre_hook(count)
         return model
