@@ -1,7 +1,9 @@
 """The search beside a training loop on a small ViT: skips that really skip, gates, the budget, resuming."""
 
 import copy
+from functools import partial
 
+import loops
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,15 +26,7 @@ def batch(seed):
     return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 5, (8,), generator=generator)
 
 
-def train(model, search, optimizer, steps, first=0):
-    for i in range(first, first + steps):
-        images, labels = batch(i)
-        search.before()
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-        search.observe()
-        optimizer.step()
-        search.step(optimizer)
-        optimizer.zero_grad()
+train = partial(loops.train, batch)
 
 
 CONFIG = SolverConfig(every=1, anneal=(0.05, 0.3), prox_rate=0.3, snap=1e-2)
