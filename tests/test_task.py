@@ -1,6 +1,7 @@
 """The losses, against their formulas written out."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,41 @@ def test_a_distillation_token_learns_from_the_teacher_and_the_class_token_from_l
     out = Distillation(Fixed(T), DistillConfig("soft", 0.5, 1.0))(Fixed(A, B), None, LABELS)
     assert float(out["loss"]) == pytest.approx(0.5 * cross_entropy(A, LABELS) + 0.5 * kl(B, T, 1.0))
     torch.testing.assert_close(out["output"], (A + B) / 2)
+
+
+class Headed(nn.Module):
+    """A classifier `head` on given features [B, D], scaled by a weight."""
+
+    def __init__(self, features, head):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.features, self.head = features, head
+
+    def forward(self, images):
+        return self.head(self.scale * self.features)
+
+
+def test_feature_distillation_adds_the_relative_squared_distance_of_what_the_head_reads():
+    x, y = torch.randn(2, 4, 6, dtype=torch.float64)
+    head = nn.Linear(6, 3, dtype=torch.float64)
+    model, teacher = Headed(x, head), Headed(y, head)
+    config = DistillConfig("soft", 0.3, 4.0)
+    plain = Distillation(teacher, config)(model, None, LABELS)["loss"]
+    both = Distillation(teacher, replace(config, features=0.7))(model, None, LABELS)["loss"]
+    distance = float(((x - y) ** 2).mean() / (y**2).mean())
+    assert (both - plain).item() == pytest.approx(0.7 * distance)
+    (grad,) = torch.autograd.grad(both - plain, model.scale)
+    assert float(grad) == pytest.approx(0.7 * float((2 * x * (x - y)).mean() / (y**2).mean()))
+    assert not model.head._forward_pre_hooks
+
+
+def test_feature_distillation_refuses_a_teacher_of_another_width_and_a_negative_weight():
+    model = Headed(torch.randn(4, 6), nn.Linear(6, 3))
+    teacher = Headed(torch.randn(4, 8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"\[4, 6\].*\[4, 8\]; take a teacher as wide"):
+        Distillation(teacher, DistillConfig(features=1.0))(model, None, LABELS)
+    with pytest.raises(ValueError, match=r"distill features: -1\.0 is negative"):
+        Distillation(teacher, DistillConfig(features=-1.0))
 
 
 def test_an_unknown_kind_is_refused_by_name():

@@ -122,6 +122,9 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--skip", type=click.Choice(["none", "blocks", "halves"]), help="What may be skipped.")
 @click.option("--tokens", type=click.IntRange(0, 3), help="Blocks at which patch tokens may be dropped.")
 @click.option("--distill", type=click.Choice(["none", "soft", "hard"]), help="How the teacher teaches.")
+@click.option(
+    "--distill-features", type=click.FloatRange(0), help="Weight of the distance of pooled features; 0."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in --out, with the options it began with.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:

@@ -9,12 +9,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How the uncompressed model teaches. Loss = (1 - weight) * CE(labels) + weight * distillation."""
+    """How the uncompressed model teaches.
+
+    Loss = (1 - weight) * CE(labels) + weight * distillation + features * distance of the pooled features.
+    """
 
     # "none"; "soft": batch-mean KL times temperature^2; "hard": cross-entropy with the teacher's argmax
     kind: str = "soft"
     weight: float = 0.5
     temperature: float = 2.0
+    # Weight of the squared distance between what the two models give to their classifiers, relative to the
+    # teacher's own square; 0: logits alone. The teacher must be as wide as the model.
+    features: float = 0.0
 
 
 @dataclass(frozen=True)

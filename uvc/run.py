@@ -208,8 +208,8 @@ def _config(options: Mapping[str, Any]) -> Config:
     if "grain" in solver:
         solver["grain"] = tuple(solver["grain"])
     given["solver"] = replace(config.solver, **solver)
-    if options["distill"]:
-        given["distill"] = replace(config.distill, kind=options["distill"])
+    distill = {"kind": options["distill"], "features": options.get("distill_features")}
+    given["distill"] = replace(config.distill, **{k: v for k, v in distill.items() if v is not None})
     return replace(config, **given)
 
 

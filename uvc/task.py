@@ -63,29 +63,55 @@ class Classification:
 
 
 class Distillation(Classification):
-    """(1 - weight) * cross-entropy + weight * distillation from a frozen teacher.
+    """(1 - weight) * cross-entropy + weight * distillation from a frozen teacher, and, if ``config.features``
+    is above 0, that times the distance of the features.
 
     A model with a distillation token (timm's ``distilled_training``) learns labels on the class token and the
-    teacher on the other.
+    teacher on the other. Features are what the classifier ``head`` reads, [B, D].
     """
 
     def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing)
         if config.kind not in ("soft", "hard"):
             raise ValueError(f"distill kind: {config.kind!r}; known are 'none', 'soft' and 'hard'")
+        if config.features < 0.0:
+            raise ValueError(f"distill features: {config.features} is negative; 0 leaves features alone")
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-        output = model(images)
+        weight, features = self.config.weight, self.config.features
+        output, read = self._run(model, images)
         class_logits, student_logits = output if isinstance(output, tuple) else (output, output)
         with torch.no_grad():
-            teacher_logits = self.teacher(images)
+            teacher_logits, aim = self._run(self.teacher, images)
         hard = F.cross_entropy(class_logits, labels, label_smoothing=self.label_smoothing)
         distill = self.distance(student_logits, teacher_logits)
-        weight = self.config.weight
+        loss = (1 - weight) * hard + weight * distill
+        if features:
+            loss = loss + features * self.feature_distance(read, aim)
         logits = (class_logits + student_logits) / 2
-        return {"loss": (1 - weight) * hard + weight * distill, "output": logits, "distill": distill.detach()}
+        return {"loss": loss, "output": logits, "distill": distill.detach()}
+
+    def _run(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor | None]:
+        """What the model returns, and, if asked for, what its ``head`` reads."""
+        if not self.config.features:
+            return model(images), None
+        read = []
+        handle = model.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        try:
+            return model(images), read[0]
+        finally:
+            handle.remove()
+
+    def feature_distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean squared difference of features [B, D] over the teacher's mean square."""
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"distill features: the model's are {list(student.shape)}, the teacher's "
+                f"{list(teacher.shape)}; take a teacher as wide as the model, or features 0"
+            )
+        return (student - teacher).square().mean() / teacher.square().mean()
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """soft: batch-mean KL of the tempered distributions times temperature^2; hard: cross-entropy with the
