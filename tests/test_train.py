@@ -13,7 +13,8 @@ import uvc.models
 from uvc.config import Config, SolverConfig
 from uvc.data import load_data
 from uvc.report import RunLog
-from uvc.train import compress, evaluate, train_teacher
+from uvc.train import compress, train_teacher
+from uvc.trainer import evaluate
 
 CONFIG = Config(
     teacher_epochs=3,

@@ -48,6 +48,8 @@ class SolverConfig:
     # to remove heads whole, too, cost 2 to 15 points at small budgets, since the best dims went with the
     # rest.
     families: tuple[str, ...] = ("qk", "v", "neuron")
+    # Heads are first given the basis in which their first dims are worth most; their function stays.
+    balance: bool = True
     tokens: int = 0  # blocks, at most 3, at which the search may drop patch tokens; 0 keeps all
     # Dims of a head and neurons of an MLP are kept in multiples of these, as in (16, 64), since hardware runs
     # finer structures slower than they count; each divides the whole.

@@ -30,7 +30,8 @@ from uvc.rundir import SUMMARY, check_out, load_weights, merge_options, open_out
 from uvc.solver import check_tokens
 from uvc.solver.project import check_grain
 from uvc.structure import Structure
-from uvc.train import LATENCY, compress, evaluate, train_teacher
+from uvc.train import LATENCY, compress, train_teacher
+from uvc.trainer import evaluate
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"

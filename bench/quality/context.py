@@ -29,7 +29,8 @@ from uvc.layers import convert
 from uvc.report import RunLog
 from uvc.structure import Structure, structure_of
 from uvc.task import Classification, Distillation
-from uvc.train import Trainer, evaluate, train_teacher
+from uvc.train import train_teacher
+from uvc.trainer import Trainer, evaluate
 
 CACHE = Path("runs/quality")
 # One setting for all tasks, arms and budgets. Warm-up, search and post-training together are EPOCHS.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bench.quality.context import Context
 from uvc.budget import Limit, prices
+from uvc.solver.basis import balance_heads
 from uvc.solver.groups import Groups
 from uvc.solver.objective import masks_cost
 from uvc.solver.project import project_to_budget
@@ -97,9 +98,18 @@ class Rescored:
         return {}
 
 
-def global_taylor_rescored(context: Context) -> nn.Module:
+def global_taylor_balanced(context: Context) -> nn.Module:
+    """The re-scored greedy in UVC's basis of heads, which is no part of it: tells the basis from the
+    solver.
+    """
+    model = context.student()
+    balance_heads(model)
+    return global_taylor_rescored(context, model)
+
+
+def global_taylor_rescored(context: Context, model: nn.Module | None = None) -> nn.Module:
     """The same greedy, scored again ten times during a short search ("GT")."""
-    model, epochs = context.student(), context.config.search_epochs
+    model, epochs = model or context.student(), context.config.search_epochs
     torch.manual_seed(context.seed)
     trainer = context.trainer(model)
     search = Rescored(model, context.budget, epochs * len(context.batches))

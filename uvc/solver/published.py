@@ -63,6 +63,10 @@ class PublishedSearch:
         self.generator, self.count = torch.Generator().manual_seed(seed), 0
         self._sample: Tensor | None = None
 
+    @staticmethod
+    def prepare(model: nn.Module, config: SolverConfig) -> None:
+        """Nothing: dims stay in the basis that training left."""
+
     def before(self) -> None:
         """Draws soft gates, for every block and step anew."""
         noise = -torch.rand(self.gate.shape, generator=self.generator).clamp_min(1e-9).log()

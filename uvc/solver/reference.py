@@ -125,8 +125,7 @@ def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
             if family in ("qk", "v") and segment % state.heads in removed_heads[segment // state.heads]:
                 move = 0.0
             else:
-                y = state.y[family][segment]
-                best = sum(y * q < sum(state.z) for q in row) / len(row)
+                best = sum(q < sum(state.z) for q in row) / len(row)
                 move = best - state.s[family][segment]
             dead = sum(state.dead[family][segment]) / len(row)
             state.s[family][segment] = max(state.s[family][segment] + config.primal_rate * move, dead)

@@ -16,6 +16,7 @@ from uvc.budget import Costs, limits
 from uvc.config import SolverConfig
 from uvc.layers import convert
 from uvc.solver import gates
+from uvc.solver.basis import balance_heads
 from uvc.solver.groups import Groups
 from uvc.solver.objective import hard_cost, marginal, soft_cost, used
 from uvc.solver.project import Masks, project_to_budget
@@ -68,6 +69,12 @@ class Search:
         self.count, self._last_targets = 0, [1.0] * len(self.limits)
         self._gates: tuple[Tensor, Tensor] | None = None
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
+
+    @staticmethod
+    def prepare(model: nn.Module, config: SolverConfig) -> None:
+        """What a converted model needs before its first optimiser: head dims that can compete."""
+        if config.balance:
+            balance_heads(model)
 
     def _continue(self) -> None:
         """What the model leaves out already stays out: a search can follow another one."""

@@ -3,8 +3,8 @@
 
 Where it differs from the published code, and why: s and r are fractions; scores are first-order importance
 per marginal cost on one scale (``objective.quantiles``), so each coordinate's gradient is divided by its own
-cost (a diagonal preconditioner) and reads y * q_next - z; y, p and z unwind; a group is removed for good only
-when the prox has brought it to zero.
+cost (a diagonal preconditioner) and reads q_next - z; y and p act in the prox alone; y, p and z unwind; a
+group is removed for good only when the prox has brought it to zero.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ def prox(state: State, config: SolverConfig) -> Factors:
 def primal(state: State, prices: Prices, config: SolverConfig) -> None:
     """s <- s + rate * (s* - s), for s and r, with s* the minimiser along the segment.
 
-    With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (y q_i -
-    z) over the x smallest; it is least at x* = the number of groups with y q < z. Of several limits z is the
-    sum. Dims move in surviving heads only.
+    With x = s G removed groups the Lagrangian along a segment is the convex piecewise linear sum of (q_i - z)
+    over the x smallest; it is least at x* = the number of groups with q < z. Of several limits z is the sum.
+    Dims move in surviving heads only. y and p stand at rest here, at 1: what has not been shrunk yet would
+    look dear for its norm, not for its worth.
     """
     scores = quantiles(state, prices)
     surviving = ~state.families["head"].removed()
     for name in config.families:
         family = state.families[name]
-        best = (family.y[:, None] * scores[name] < state.z.sum()).to(family.s.dtype).mean(1)
+        best = (scores[name] < state.z.sum()).to(family.s.dtype).mean(1)
         move = best - family.s
         if name in ("qk", "v"):
             move = move * surviving.flatten()
