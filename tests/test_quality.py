@@ -2,11 +2,12 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.quality import arms, context, harness, report
+from bench.quality import arms, context, harness, page, report
 from bench.quality.tasks import TASKS, Batches, Split, Task
 from uvc.config import Config
 from uvc.structure import structure_of
@@ -58,6 +59,13 @@ def test_torch_pruning_ends_within_the_budget(arm):
     assert 0.1 < harness.run_job(job(arm, 0.4))["macs_ratio"] <= 0.4
 
 
+def test_a_search_leaves_its_trace():
+    trace = []
+    harness.run_job(job("uvc"), trace)
+    assert trace and set(harness.TRACE_FIELDS[3:-1]) <= set(trace[0])
+    assert trace[0]["target"] > 0.9 and trace[-1]["target"] == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("arm", ["uvc", "uvc_tokens"])
 def test_off_points_and_what_is_left_make_the_whole(arm):
     row = harness.run_job(job(arm))
@@ -83,8 +91,9 @@ def test_a_family_that_is_left_out_stays_whole():
 def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     file, ran = tmp_path / "results.csv", []
 
-    def row(job):
+    def row(job, trace):
         ran.append(job)
+        trace.append({"step": 5, "z": 0.5, "unknown": 1.0})
         return {name: 0 for name in harness.FIELDS} | job._asdict() | {"version": harness.VERSION}
 
     monkeypatch.setattr(harness, "run_job", row)
@@ -95,6 +104,11 @@ def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     assert harness.run(wanted, 1.0, 1, file) == 0 and len(ran) == 6
     rows = list(csv.DictReader(file.open()))
     assert len(rows) == 6 and set(rows[0]) == set(harness.FIELDS)
+    traces = list(csv.DictReader((tmp_path / harness.TRACES).open()))
+    assert [(row["seed"], row["budget"], row["z"]) for row in traces] == [
+        ("0", "0.1", "0.5"),
+        ("0", "0.3", "0.5"),
+    ]
 
 
 def test_no_row_begins_when_the_time_is_up(tmp_path):
@@ -140,3 +154,57 @@ def test_the_rule_for_tasks_compares_with_a_small_net():
     found = context.accept(harness.TASKS["tiny"])
     assert found["small_macs_ratio"] <= 0.15
     assert found["accepted"] == (found["dense_top1"] >= max(85, found["small_top1"] + 5))
+
+
+def test_the_page_is_what_the_csv_says():
+    text = (Path(__file__).parent.parent / "docs" / "quality.md").read_text()
+    assert page.filled(text, harness.read()) == text, "run: python -m bench.quality page"
+
+
+def rows_of(arm, budget, before, after, mode="epochs"):
+    """A row for each of seeds 0, 1, ..."""
+    common = dict(task="tiny", budget=str(budget), arm=arm, mode=mode, date="2026-11-22")
+    common |= {name: "0" for name in harness.FIELDS if name not in (*common, "seed", "structure")}
+    return [
+        {
+            **common,
+            "seed": str(i),
+            "before_top1": str(b),
+            "after_top1": str(a),
+            "structure": "4/3+2/1 5|- -|- 7 9",
+        }
+        for i, (b, a) in enumerate(zip(before, after, strict=True))
+    ]
+
+
+def test_the_verdict_compares_with_the_closest_rival_and_names_what_is_not_shown():
+    rows = rows_of("uvc", 0.08, [50, 60, 55], [80, 82, 81]) + rows_of("uvc", 0.5, [90, 90], [92, 92])
+    rows += rows_of("drop_last_k", 0.08, [10, 12, 9], [70, 71, 72]) + rows_of("uvc_tokens", 0.08, [99], [99])
+    rows += rows_of("global_taylor", 0.08, [30, 29, 31], [81, 81, 80])
+    rows += rows_of("global_taylor", 0.5, [95, 95], [92.6, 92.6])
+    large, small = page.verdict(rows, "epochs")[2:]
+    assert small.split("|")[3:8] == [" 3 ", " 55.00 ", " global taylor 30.00 ", " +25.00 ± 13.83 ", " ahead "]
+    assert small.split("|")[8:12] == [" 81.00 ", " global taylor 80.67 ", " +0.33 ± 2.87 ", " **not shown** "]
+    assert large.endswith("| -0.60 ± 0.00 | **missed** |")
+
+
+def test_ablations_are_differences_from_uvc():
+    rows = rows_of("uvc", 0.08, [50, 60], [80, 82]) + rows_of("uvc_no_dims", 0.08, [40, 40], [79, 80])
+    assert page.ablations(rows)[2:] == ["| uvc no dims | +15.0, +1.50 ± 6.35 (2) |"]
+
+
+def test_what_is_kept_is_read_from_the_column_structure():
+    assert page.kept_of("4/3+2/1 5|- -|- 7 9| 0") == [(6, 4, 5), (0, 0, 0), (0, 0, 7), (0, 0, 0)]
+
+
+def test_pictures_come_from_rows(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "quality.md").write_text("<!-- quality stand -->\n<!-- /quality stand -->\n")
+    rows = rows_of("uvc", 0.08, [50, 60], [80, 82]) + rows_of("dense_extra", 1.0, [90], [91])
+    (tmp_path / harness.TRACES).write_text(
+        ",".join(harness.TRACE_FIELDS) + "\n" + "tiny,0,0.08,5" + ",0.5" * 11 + ",1\n"
+    )
+    page.write(rows, tmp_path / "results.csv", docs)
+    assert "3 rows at equal epochs" in (docs / "quality.md").read_text()
+    assert len(list(docs.glob("quality_*.png"))) == 3

@@ -40,7 +40,8 @@ def _compress(context: Context, model: nn.Module, budget: float, epochs: int, **
     config = context.config
     config = replace(config, search_epochs=epochs, post_epochs=0, solver=replace(config.solver, **solver))
     teacher = context.teacher if config.distill.kind != "none" else context.dense
-    return compress(model, context.batches, context.val, budget, "macs", teacher, config).model
+    args = (model, context.batches, context.val, budget, "macs", teacher, config)
+    return compress(*args, log=context.log).model
 
 
 def only(*families: str) -> Callable[[Context], nn.Module]:

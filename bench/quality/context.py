@@ -105,6 +105,18 @@ def macs_of(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
+class Trace(RunLog):
+    """A log that writes nothing and keeps what a search logs, a dict per logged step."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.searched: list[dict[str, float]] = []
+
+    def step(self, step: int, **scalars: float) -> None:
+        if self._phase == "search":
+            self.searched.append({"step": step, **scalars})
+
+
 @dataclass
 class Context:
     """One row of the bench: a task, a seed, a budget, and what an arm may use."""
@@ -116,7 +128,7 @@ class Context:
     def __post_init__(self) -> None:
         self.config = replace(CONFIG, seed=self.seed)
         train, val, test = self.task.draw()
-        self.train, self.meter, self.log = train, Meter(), RunLog(None)
+        self.train, self.meter, self.log = train, Meter(), Trace()
         self.batches = Batches(train, self.config.batch_size, self.seed)
         self.val, self.test = loader(val), loader(test)
 

@@ -29,6 +29,12 @@ FIELDS = (
     "val_before val_after search_seconds post_seconds train_compute latency_ms latency_ratio "
     "off_blocks off_heads off_dims off_neurons off_tokens structure date version"
 ).split()
+TRACES = "traces.csv"  # of UVC's searches at TRACED_SEED
+TRACED_SEED = 0
+TRACE_FIELDS = (
+    "task seed budget step target soft_cost hard_cost z gates removed_qk removed_v removed_neuron y_qk y_v "
+    "y_neuron version"
+).split()
 # Changed when a row would come out different: an arm or the common settings. Reports take the latest one
 # only.
 VERSION = 1
@@ -59,8 +65,8 @@ def jobs(
     return sorted(wanted, key=lambda j: (j.seed, j.budget, list(TASKS).index(j.task), names.index(j.arm)))
 
 
-def run_job(job: Job) -> dict[str, object]:
-    """Trains one arm; returns its row."""
+def run_job(job: Job, trace: list[dict[str, float]] | None = None) -> dict[str, object]:
+    """Trains one arm; returns its row. Takes what its search logged into ``trace``."""
     arm = ARMS[job.arm]
     context = context_of(arm, Context(TASKS[job.task], job.seed, job.budget))
     dense_top1 = context.top1(context.dense)
@@ -68,6 +74,8 @@ def run_job(job: Job) -> dict[str, object]:
     start = time.perf_counter()
     model = arm.make(context)
     searched = time.perf_counter() - start
+    if trace is not None:
+        trace += context.log.searched
     facts = anatomy(context, model)
     before = {part: context.top1(model, part) for part in ("test", "val")}
     epochs = post_epochs(context, model, job)
@@ -162,18 +170,25 @@ def read(file: Path = RESULTS) -> list[dict[str, str]]:
     return [row for row in rows if row["version"] == str(VERSION)]
 
 
-def append(row: dict[str, object], file: Path = RESULTS) -> None:
-    """One row in one write, under a lock: rows of several workers never mix, a killed one leaves none in
+def append(rows: Sequence[dict[str, object]], file: Path, fields: Sequence[str] = FIELDS) -> None:
+    """Rows in one write, under a lock: those of several workers never mix, a killed one leaves none in
     part.
     """
     with locked(file.with_suffix(".lock")):
         text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(text, fields, lineterminator="\n", extrasaction="ignore")
         if not file.exists() or file.stat().st_size == 0:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
         with open(file, "ab", buffering=0) as handle:
             handle.write(text.getvalue().encode())
+
+
+def append_trace(job: Job, trace: Sequence[dict[str, float]], file: Path) -> None:
+    """What the search of a row logged, into the CSV of traces beside the results."""
+    common = {"task": job.task, "seed": job.seed, "budget": job.budget, "version": VERSION}
+    rows = [{k: round(v, 6) if isinstance(v, float) else v for k, v in step.items()} for step in trace]
+    append([{**common, **row} for row in rows], file.with_name(TRACES), TRACE_FIELDS)
 
 
 def key(row: dict[str, str] | Job) -> tuple:
@@ -216,12 +231,15 @@ def work(missing: list[Job], place: object, deadline: float, file: Path) -> None
         if index >= len(missing):
             return
         job, start = missing[index], time.time()
+        trace: list[dict[str, float]] = []
         try:
-            row = run_job(job)
+            row = run_job(job, trace)
         except (ValueError, RuntimeError) as error:
             print(f"{job.arm} {job.task} seed {job.seed} budget {job.budget}: {error}", flush=True)
             continue
-        append(row, file)
+        append([row], file)
+        if (job.arm, job.seed, job.mode) == ("uvc", TRACED_SEED, "epochs"):
+            append_trace(job, trace, file)
         print(
             f"{job.arm} {job.task} seed {job.seed} budget {job.budget}: {row['before_top1']} -> "
             f"{row['after_top1']} at {row['macs_ratio']} in {time.time() - start:.0f} s",

@@ -41,6 +41,8 @@ def _tp() -> Any:
 def _scan(context: Context, importance: Any, options: dict) -> nn.Module:
     """Tries every ratio and keeps the costliest result within the budget; its cost is not monotone in the
     ratio.
+
+    Where a layer is out of heads before the budget is reached, heads go at half the ratio, or not at all.
     """
     dense = copy.deepcopy(context.dense)
     dense.train()
@@ -48,21 +50,23 @@ def _scan(context: Context, importance: Any, options: dict) -> nn.Module:
     for images, labels in context.batches:
         loss(dense, images, labels)["loss"].backward()
     dense.eval()
-    limit, best, best_macs = context.budget * macs_of(context.dense), None, 0
-    for ratio in RATIOS:
-        model = _pruned(dense, ratio, importance, options)
-        if any(block.attn.num_heads == 0 for block in model.blocks):
-            continue  # it counts a layer's heads down to none, which no longer runs
-        macs = macs_of(model)
-        if best_macs < macs <= limit:
-            best, best_macs = model, macs
-    if best is None:
-        raise ValueError(f"budget: {context.budget} is not reached at any ratio")
-    best.zero_grad(set_to_none=True)
-    return best
+    limit = context.budget * macs_of(context.dense)
+    for of_heads in (1.0, 0.5, 0.0):
+        best, best_macs = None, 0
+        for ratio in RATIOS:
+            model = _pruned(dense, ratio, of_heads * ratio, importance, options)
+            if any(block.attn.num_heads == 0 for block in model.blocks):
+                continue  # it counts a layer's heads down to none, which no longer runs
+            macs = macs_of(model)
+            if best_macs < macs <= limit:
+                best, best_macs = model, macs
+        if best is not None:
+            best.zero_grad(set_to_none=True)
+            return best
+    raise ValueError(f"budget: {context.budget} is not reached at any ratio")
 
 
-def _pruned(dense: nn.Module, ratio: float, importance: Any, options: dict) -> nn.Module:
+def _pruned(dense: nn.Module, ratio: float, of_heads: float, importance: Any, options: dict) -> nn.Module:
     model = copy.deepcopy(dense)
     for parameter, source in zip(model.parameters(), dense.parameters(), strict=True):
         parameter.grad = source.grad  # deepcopy leaves gradients behind
@@ -77,7 +81,7 @@ def _pruned(dense: nn.Module, ratio: float, importance: Any, options: dict) -> n
         ignored_layers=[model.head],
         num_heads={attention.qkv: attention.num_heads for attention in attentions},
         prune_num_heads=True,
-        head_pruning_ratio=ratio,
+        head_pruning_ratio=of_heads,
         **options,
     )
     pruner.step()

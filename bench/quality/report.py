@@ -61,12 +61,12 @@ def _table(rows: list[Row]) -> list[str]:
     arms = defaultdict(list)
     for row in rows:
         arms[row["arm"]].append(row)
-    order = sorted(arms, key=lambda arm: -_mean(arms[arm], "after_top1"))
+    order = sorted(arms, key=lambda arm: -mean_of(arms[arm], "after_top1"))
     return [_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_cells(arm, arms[arm], rows)) for arm in order)]
 
 
 def _cells(arm: str, own: list[Row], rows: list[Row]) -> list[str]:
-    cells = [arm, str(len(own)), f"{_mean(own, 'before_top1'):.1f}", f"{_mean(own, 'after_top1'):.2f}"]
+    cells = [arm, str(len(own)), f"{mean_of(own, 'before_top1'):.1f}", f"{mean_of(own, 'after_top1'):.2f}"]
     for field in ("before_top1", "after_top1"):
         differences = paired(rows, OURS, arm, field) if arm != OURS else []
         cells.append("{:+.2f} ± {:.2f}".format(*interval(differences)) if differences else "")
@@ -82,12 +82,13 @@ def _cells(arm: str, own: list[Row], rows: list[Row]) -> list[str]:
         ("off_neurons", ".1f"),
         ("off_tokens", ".1f"),
     ):
-        value = _mean(own, field)
+        value = mean_of(own, field)
         cells.append("" if math.isnan(value) else format(value, form))
     return cells
 
 
-def _mean(rows: list[Row], field: str) -> float:
+def mean_of(rows: list[Row], field: str) -> float:
+    """Mean of a column over the rows that have it; nan without any."""
     values = [float(row[field]) for row in rows if row[field]]
     return statistics.fmean(values) if values else math.nan
 
