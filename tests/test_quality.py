@@ -9,7 +9,7 @@ import torch
 
 from bench.quality import arms, context, harness, page, report
 from bench.quality.tasks import TASKS, Batches, Split, Task
-from uvc.config import Config
+from uvc.config import Config, SolverConfig
 from uvc.structure import structure_of
 
 
@@ -31,7 +31,13 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr("bench.quality.tasks.EPOCH_IMAGES", 128)
     monkeypatch.setattr(context, "CACHE", tmp_path / "cache")
     config = Config(
-        teacher_epochs=2, warmup_epochs=0, search_epochs=4, post_epochs=2, batch_size=32, learning_rate=2e-3
+        teacher_epochs=2,
+        warmup_epochs=0,
+        search_epochs=4,
+        post_epochs=2,
+        batch_size=32,
+        learning_rate=2e-3,
+        solver=SolverConfig(tokens=1),
     )
     monkeypatch.setattr(context, "CONFIG", config)
     threads = torch.get_num_threads()
@@ -66,11 +72,11 @@ def test_a_search_leaves_its_trace():
     assert trace[0]["target"] > 0.9 and trace[-1]["target"] == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize("arm", ["uvc", "uvc_tokens"])
+@pytest.mark.parametrize("arm", ["uvc", "uvc_no_tokens"])
 def test_off_points_and_what_is_left_make_the_whole(arm):
     row = harness.run_job(job(arm))
     off = sum(row[f"off_{name}"] for name in ("blocks", "heads", "dims", "neurons", "tokens"))
-    assert (row["off_tokens"] > 0) == (arm == "uvc_tokens")
+    assert (row["off_tokens"] > 0) == (arm == "uvc")
     assert off / 100 + row["macs_ratio"] == pytest.approx(1.0, abs=1e-3)
 
 
@@ -179,7 +185,9 @@ def rows_of(arm, budget, before, after, mode="epochs"):
 
 def test_the_verdict_compares_with_the_closest_rival_and_names_what_is_not_shown():
     rows = rows_of("uvc", 0.08, [50, 60, 55], [80, 82, 81]) + rows_of("uvc", 0.5, [90, 90], [92, 92])
-    rows += rows_of("drop_last_k", 0.08, [10, 12, 9], [70, 71, 72]) + rows_of("uvc_tokens", 0.08, [99], [99])
+    rows += rows_of("drop_last_k", 0.08, [10, 12, 9], [70, 71, 72]) + rows_of(
+        "uvc_no_tokens", 0.08, [99], [99]
+    )
     rows += rows_of("global_taylor", 0.08, [30, 29, 31], [81, 81, 80])
     rows += rows_of("global_taylor", 0.5, [95, 95], [92.6, 92.6])
     large, small = page.verdict(rows, "epochs")[2:]

@@ -51,12 +51,12 @@ def only(*families: str) -> Callable[[Context], nn.Module]:
 
 def prune_then_skip(context: Context) -> nn.Module:
     """UVC in two runs that share the epochs: width to the root of the budget, then halves to the budget."""
-    return _sequence(context, dict(skip="none"), dict(families=()))
+    return _sequence(context, dict(skip="none", tokens=0), dict(families=()))
 
 
 def skip_then_prune(context: Context) -> nn.Module:
     """The same, halves first."""
-    return _sequence(context, dict(families=()), dict(skip="none"))
+    return _sequence(context, dict(families=(), tokens=0), dict(skip="none"))
 
 
 def _sequence(context: Context, first: dict, second: dict) -> nn.Module:
@@ -98,7 +98,7 @@ ARMS: dict[str, Arm] = {
     "uniform_depth": Arm(uniform_depth, scratch=True),
     "global_taylor_balanced": Arm(rivals.global_taylor_balanced, search=True),
     "random_structure": Arm(rivals.random_structure),
-    "uvc_tokens": Arm(lambda c: uvc(c, tokens=1), search=True),
+    "uvc_no_tokens": Arm(lambda c: uvc(c, tokens=0), search=True),
     "uvc_no_balance": Arm(lambda c: uvc(c, balance=False), search=True),
     "uvc_no_skip": Arm(lambda c: uvc(c, skip="none"), search=True),
     "uvc_whole_heads": Arm(only("head", "qk", "v", "neuron"), search=True),

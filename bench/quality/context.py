@@ -23,7 +23,7 @@ import uvc.models  # noqa: F401  registers the small ViT
 from bench.quality.tasks import Batches, Remembered, Split, Task
 from uvc.budget import Prices, counts, prices, total
 from uvc.compact import compact
-from uvc.config import Config
+from uvc.config import Config, SolverConfig
 from uvc.data import TensorLoader
 from uvc.layers import convert
 from uvc.report import RunLog
@@ -45,6 +45,7 @@ CONFIG = Config(
     search_learning_rate=1e-3,
     lr_warmup_fraction=0.1,
     threads=1,
+    solver=SolverConfig(tokens=1),
 )
 # Equal total training compute: what this many dense epochs cost, forward and backward.
 COMPUTE_EPOCHS = 4.0
