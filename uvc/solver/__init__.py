@@ -13,10 +13,11 @@ q     score of a group in [0, 1]: share of the prunable cost with lower first-or
 R     cost of the structure divided by the dense cost
 ====  ================================================================================================
 
-``state`` holds them, ``objective`` computes q and R, ``step`` is the algorithm box (prox, primal, dual,
-project), ``reference`` its slow twin in loops, ``gates`` the skips, ``tokens`` the patch tokens, ``groups``
-ties groups to a model's weights, ``project`` ends on the exact budget, ``published`` is the paper's code as
-an ablation, and ``search`` runs all of it beside a training loop.
+``basis`` gives heads the dims that compete, ``state`` holds the symbols, ``objective`` computes q and R,
+``step`` is the algorithm box (prox, primal, dual, project), ``reference`` its slow twin in loops, ``gates``
+the skips, ``tokens`` the patch tokens, ``groups`` ties groups to a model's weights, ``project`` ends on the
+exact budget, ``published`` is the paper's code as an ablation, and ``search`` runs all of it beside a
+training loop.
 """
 
 from uvc.solver.published import PublishedSearch
