@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.quality.arms import ARMS, MAIN
-from bench.quality.harness import TRACES
+from bench.quality.harness import TRACES, VERSION
 from bench.quality.report import OURS, Row, interval, mean_of, paired, render
 
 RIVALS = [name for name in MAIN if name not in (OURS, "dense_extra")]
@@ -21,7 +21,7 @@ COLOURS = ("#b3412e", "#3b6fb6", "#3a8f6b", "#8a5fb0", "#9a9a96", "#d9822b")
 def verdict(rows: list[Row], mode: str) -> list[str]:
     """UVC against the best main rival of each task and budget, and whether the line of the issue holds.
 
-    The best rival has the highest mean over the seeds that both have.
+    The best rival is the one of the smallest mean difference over the seeds that both have.
     """
     out = [
         "| task | budget | seeds | UVC before | best rival before | UVC - rival | | UVC after "
@@ -137,7 +137,8 @@ def write(rows: list[Row], results: Path, docs: Path) -> None:
     file = results.with_name(TRACES)
     if file.exists():
         with open(file, newline="") as handle:
-            traces(list(csv.DictReader(handle))).savefig(docs / "quality_traces.png", dpi=110)
+            latest = [row for row in csv.DictReader(handle) if row["version"] == str(VERSION)]
+        traces(latest).savefig(docs / "quality_traces.png", dpi=110)
 
 
 def curves(rows: list[Row]):
