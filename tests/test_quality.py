@@ -162,8 +162,10 @@ def test_the_rule_for_tasks_compares_with_a_small_net():
     assert found["accepted"] == (found["dense_top1"] >= max(85, found["small_top1"] + 5))
 
 
-def test_the_page_is_what_the_csv_says():
-    text = (Path(__file__).parent.parent / "docs" / "quality.md").read_text()
+@pytest.mark.parametrize("path", ["docs/quality.md", "README.md"])
+def test_the_page_is_what_the_csv_says(path):
+    text = (Path(__file__).parent.parent / path).read_text()
+    assert "<!-- quality verdict_epochs -->" in text
     assert page.filled(text, harness.read()) == text, "run: python -m bench.quality page"
 
 
@@ -208,11 +210,13 @@ def test_what_is_kept_is_read_from_the_column_structure():
 def test_pictures_come_from_rows(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "quality.md").write_text("<!-- quality stand -->\n<!-- /quality stand -->\n")
+    for path in (docs / "quality.md", tmp_path / "README.md"):
+        path.write_text("<!-- quality stand -->\n<!-- /quality stand -->\n")
     rows = rows_of("uvc", 0.08, [50, 60], [80, 82]) + rows_of("dense_extra", 1.0, [90], [91])
     (tmp_path / harness.TRACES).write_text(
         ",".join(harness.TRACE_FIELDS) + "\n" + "tiny,0,0.08,5" + ",0.5" * 11 + ",1\n"
     )
     page.write(rows, tmp_path / "results.csv", docs)
-    assert "3 rows at equal epochs" in (docs / "quality.md").read_text()
+    for path in (docs / "quality.md", tmp_path / "README.md"):
+        assert "3 rows at equal epochs" in path.read_text()
     assert len(list(docs.glob("quality_*.png"))) == 3

@@ -1,4 +1,4 @@
-"""docs/quality.md and its pictures from the CSV files: no figure there is typed by hand."""
+"""docs/quality.md, its pictures and the verdict in the README, from the CSV files: nothing is typed by hand."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ def filled(text: str, rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], results: Path, docs: Path) -> None:
-    """The page, and three pictures beside it."""
-    page = docs / "quality.md"
-    page.write_text(filled(page.read_text(), rows))
+    """The page, three pictures beside it, and the README above it."""
+    for page in (docs / "quality.md", docs.parent / "README.md"):
+        page.write_text(filled(page.read_text(), rows))
     curves(rows).savefig(docs / "quality_curves.png", dpi=110)
     structures(rows).savefig(docs / "quality_structures.png", dpi=110)
     file = results.with_name(TRACES)
