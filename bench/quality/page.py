@@ -1,4 +1,4 @@
-"""docs/quality.md, its pictures and the verdict in the README, from the CSV files: nothing is typed by hand."""
+"""docs/quality.md, its pictures, and the verdict in the README from the CSV files: nothing typed by hand."""
 
 from __future__ import annotations
 
