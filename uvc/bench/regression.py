@@ -160,8 +160,10 @@ def check_out(root: Path, ref: str, into: Path, say: Callable[[str], None]) -> N
     if archive.returncode:
         raise RuntimeError(f"--against-ref: git archive {ref} failed: {archive.stderr.decode()[:200]}")
     into.mkdir()
+    # Python before 3.11.4 has no filters.
+    filtered = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(fileobj=BytesIO(archive.stdout)) as tar:
-        tar.extractall(into, filter="data")
+        tar.extractall(into, **filtered)
     if not (into / "uvc").is_dir() or not (into / "kernels").is_dir():
         raise ValueError(f"--against-ref: {ref!r} has no uvc/ and kernels/ to measure; name a later commit")
     built = [path for path in Path(uvc_kernels.__file__).parent.glob("_C*.so")]
