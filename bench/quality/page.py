@@ -24,7 +24,7 @@ def verdict(rows: list[Row], mode: str) -> list[str]:
     The best rival is the one of the smallest mean difference over the seeds that both have.
     """
     out = [
-        "| task | budget | seeds | UVC before | best rival before | UVC - rival | | UVC after "
+        "| task | budget | pairs | UVC before | best rival before | UVC - rival | | UVC after "
         "| best rival after | UVC - rival | |",
         "|---" * 11 + "|",
     ]
@@ -32,13 +32,15 @@ def verdict(rows: list[Row], mode: str) -> list[str]:
         ours = [row for row in here if row["arm"] == OURS]
         if not ours:
             continue
-        cells = [task, f"{budget:g}", str(len(ours))]
+        cells = [task, f"{budget:g}"]
         for field in ("before_top1", "after_top1"):
             found = _best(here, field)
             if found is None:
                 break
             arm, difference = found
             mean, half = interval(difference)
+            if field == "before_top1":
+                cells.append(str(len(difference)))
             cells += [f"{mean_of(ours, field):.2f}", f"{_readable(arm)} {_at_seeds(here, arm, field):.2f}"]
             cells += [f"{mean:+.2f} ± {half:.2f}", _judged(field, budget, mean, half, mode)]
         else:
