@@ -61,6 +61,11 @@ def mistakes(tmp_path):
             "params",
         ),
         "a budget below the smallest reachable": (["--budget", "0.0001"], "budget", "0.0001"),
+        "features without a teacher": (
+            ["--distill", "none", "--distill-features", "1"],
+            "--distill-features",
+            "leave out --distill none",
+        ),
         "tokens at too many blocks": (["--tokens", "4"], "--tokens", "4"),
         "tokens without a budget that counts them": (
             ["--tokens", "2", "--metric", "params"],

@@ -210,7 +210,10 @@ def _config(options: Mapping[str, Any]) -> Config:
         solver["grain"] = tuple(solver["grain"])
     given["solver"] = replace(config.solver, **solver)
     distill = {"kind": options["distill"], "features": options.get("distill_features")}
-    given["distill"] = replace(config.distill, **{k: v for k, v in distill.items() if v is not None})
+    distill = replace(config.distill, **{k: v for k, v in distill.items() if v is not None})
+    if distill.features and distill.kind == "none":
+        raise ValueError(f"--distill-features: {distill.features} has no teacher; leave out --distill none")
+    given["distill"] = distill
     return replace(config, **given)
 
 
