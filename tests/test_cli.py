@@ -110,7 +110,8 @@ NAMES = """\
 a budget of zero; a budget above one; a budget of nan; a budget that is no number;
 two budgets without metrics; a budget for an unknown metric;
 one of two budgets below the smallest reachable; a budget below the smallest reachable;
-features without a teacher; tokens at too many blocks; tokens without a budget that counts them; an unknown metric;
+features without a teacher; tokens at too many blocks; tokens without a budget that counts them;
+an unknown metric;
 a latency table that is not there; a latency table without a budget in latency;
 a grain of one number; a grain that does not divide the model; an unknown model; an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
