@@ -231,6 +231,22 @@ def test_two_budgets_are_both_met(tmp_path):
     assert any(ratios[name] >= 0.99 * both[name] for name in both)
 
 
+def test_a_run_in_bfloat16_meets_its_budget_with_weights_in_float32(finished, tmp_path):
+    options = ["--teacher", str(finished / "teacher"), "--seed", "3", *SHORT]
+    assert cli.run(["compress", "--out", str(tmp_path), *options, "--precision", "bfloat16"]) == 0
+    assert 0.495 <= summary(tmp_path)["macs_ratio"] <= 0.5
+    assert {p.dtype for p in uvc.load(tmp_path).parameters()} == {torch.float32}
+    # The same run but for its products.
+    losses = [
+        json.loads(line)["loss"]
+        for folder in (finished, tmp_path)
+        for line in (folder / "log.jsonl").read_text().splitlines()
+        if '"loss"' in line and '"warmup"' in line
+    ]
+    first, rounded = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert first != rounded and first == pytest.approx(rounded, rel=0.05)
+
+
 def test_a_run_may_drop_tokens_and_counts_them(tmp_path):
     assert cli.run(["compress", "--out", str(tmp_path), *SHORT, "--tokens", "2", "--budget", "0.4"]) == 0
     figures, small = summary(tmp_path), uvc.load(tmp_path)

@@ -20,7 +20,7 @@ def test_a_recipe_trains_as_the_paper_does(name):
     config = RECIPES[name]()
     assert (config.warmup_epochs, config.search_epochs) == (5, 25) and 120 <= config.post_epochs <= 150
     assert (config.mixup, config.cutmix, config.label_smoothing) == (0.8, 1.0, 0.1)
-    assert config.ema_decay > 0.999 and config.distill.kind == "soft"
+    assert config.precision == "bfloat16" and config.ema_decay > 0.999 and config.distill.kind == "soft"
 
 
 @pytest.mark.parametrize("name", AIMS)

@@ -112,6 +112,31 @@ def test_an_unknown_kind_is_refused_by_name():
         Distillation(Fixed(T), DistillConfig("medium"))
 
 
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_in_bfloat16_products_round_and_losses_do_not(features):
+    torch.manual_seed(1)
+    images, heads = torch.randn(4, 6), [Headed(torch.randn(4, 6), nn.Linear(6, 3)) for _ in range(2)]
+    for head in heads:
+        head.scale.data = head.scale.data.float()
+    config = DistillConfig("soft", 0.3, 4.0, features)
+    exact, rough = (
+        Distillation(heads[0], config, 0.1, precision)(heads[1], images, LABELS)
+        for precision in ("float32", "bfloat16")
+    )
+    rounded = heads[1].features.bfloat16() @ heads[1].head.weight.bfloat16().T
+    torch.testing.assert_close(
+        rough["output"], (rounded.float() + heads[1].head.bias.bfloat16().float()), rtol=0.01, atol=0.01
+    )
+    assert rough["output"].dtype == rough["loss"].dtype == torch.float32
+    assert not torch.equal(rough["output"], exact["output"])
+    assert rough["loss"].item() == pytest.approx(exact["loss"].item(), rel=0.02)
+
+
+def test_an_unknown_precision_is_refused_by_name():
+    with pytest.raises(ValueError, match="precision: 'float8'; known are 'float32' and 'bfloat16'"):
+        Classification(precision="float8")
+
+
 def images_and_labels(count):
     """Images whose pixels all are the image's number, and labels of 5 classes."""
     return torch.arange(count).float()[:, None, None, None].expand(count, 1, 8, 8), torch.arange(count) % 5

@@ -119,6 +119,9 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--search-epochs", type=click.IntRange(0), help="Epochs of the joint search.")
 @click.option("--post-epochs", type=click.IntRange(0), help="Epochs after the structure is fixed.")
 @click.option("--lr", type=float, callback=_positive, help="Peak learning rate.")
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), help="Of the products in training; float32."
+)
 @click.option("--skip", type=click.Choice(["none", "blocks", "halves"]), help="What may be skipped.")
 @click.option("--tokens", type=click.IntRange(0, 3), help="Blocks at which patch tokens may be dropped.")
 @click.option("--distill", type=click.Choice(["none", "soft", "hard"]), help="How the teacher teaches.")

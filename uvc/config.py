@@ -86,6 +86,9 @@ class Config:
     # Above 0, the teacher and the result are averages of the weights over the steps, this much of the old one
     # at each step, less in the first.
     ema_decay: float = 0.0
+    # Of the products in training: "float32", or "bfloat16", where models run under autocast. Weights, losses
+    # and evaluations are float32 in both.
+    precision: str = "float32"
     seed: int = 0
     threads: int | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)

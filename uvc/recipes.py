@@ -38,6 +38,7 @@ def imagenet() -> Config:
         mixup=0.8,
         cutmix=1.0,
         ema_decay=0.99996,
+        precision="bfloat16",
     )
 
 

@@ -44,6 +44,7 @@ CONFIG_FIELDS = {
     "batch_size": "batch_size",
     "lr": "learning_rate",
     "seed": "seed",
+    "precision": "precision",
 }
 
 
@@ -204,7 +205,7 @@ def _config(options: Mapping[str, Any]) -> Config:
     if options["recipe"] and name not in RECIPES:
         raise ValueError(f"--recipe: {name!r} is unknown; use one of {', '.join(RECIPES)}")
     config = RECIPES.get(name, RECIPES["default"])()
-    given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options[name] is not None}
+    given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options.get(name) is not None}
     solver = {name: options[name] for name in ("skip", "grain", "tokens") if options.get(name)}
     if "grain" in solver:
         solver["grain"] = tuple(solver["grain"])

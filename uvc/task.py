@@ -45,21 +45,35 @@ class Mixing:
 
 
 class Classification:
-    """Cross-entropy with the labels, integer [B] or soft [B, classes]."""
+    """Cross-entropy with the labels, integer [B] or soft [B, classes].
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    precision: "float32", or "bfloat16": models run under autocast; what they return is taken as float32.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, precision: str = "float32") -> None:
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision: {precision!r}; known are 'float32' and 'bfloat16'")
         self.label_smoothing = label_smoothing
+        self.half = precision == "bfloat16"
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """Returns {"loss": scalar, "output": logits [B, classes]}. With a distillation token the two heads
         are averaged.
         """
-        output = model(images)
+        output = self._run(model, images)
         logits = (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
         return {
             "loss": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing),
             "output": logits,
         }
+
+    def _run(self, model: nn.Module, images: Tensor) -> Any:
+        """What the model returns: logits, or one of each head."""
+        if not self.half:
+            return model(images)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            output = model(images)
+        return tuple(t.float() for t in output) if isinstance(output, tuple) else output.float()
 
 
 class Distillation(Classification):
@@ -70,8 +84,14 @@ class Distillation(Classification):
     teacher on the other. Features are what the classifier ``head`` reads, [B, D].
     """
 
-    def __init__(self, teacher: nn.Module, config: DistillConfig, label_smoothing: float = 0.0) -> None:
-        super().__init__(label_smoothing)
+    def __init__(
+        self,
+        teacher: nn.Module,
+        config: DistillConfig,
+        label_smoothing: float = 0.0,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__(label_smoothing, precision)
         if config.kind not in ("soft", "hard"):
             raise ValueError(f"distill kind: {config.kind!r}; known are 'none', 'soft' and 'hard'")
         if config.features < 0.0:
@@ -81,10 +101,10 @@ class Distillation(Classification):
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
         weight, features = self.config.weight, self.config.features
-        output, read = self._run(model, images)
+        output, read = self._run_and_read(model, images)
         class_logits, student_logits = output if isinstance(output, tuple) else (output, output)
         with torch.no_grad():
-            teacher_logits, aim = self._run(self.teacher, images)
+            teacher_logits, aim = self._run_and_read(self.teacher, images)
         hard = F.cross_entropy(class_logits, labels, label_smoothing=self.label_smoothing)
         distill = self.distance(student_logits, teacher_logits)
         loss = (1 - weight) * hard + weight * distill
@@ -93,14 +113,14 @@ class Distillation(Classification):
         logits = (class_logits + student_logits) / 2
         return {"loss": loss, "output": logits, "distill": distill.detach()}
 
-    def _run(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor | None]:
+    def _run_and_read(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor | None]:
         """What the model returns, and, if asked for, what its ``head`` reads."""
         if not self.config.features:
-            return model(images), None
+            return self._run(model, images), None
         read = []
         handle = model.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
         try:
-            return model(images), read[0]
+            return self._run(model, images), read[0].float() if self.half else read[0]
         finally:
             handle.remove()
 

@@ -58,7 +58,7 @@ def train_teacher(
     if file is not None and file.exists():
         trainer.load()
     set_seed(config.seed, bool(trainer.mix))
-    task = Classification(config.label_smoothing)
+    task = Classification(config.label_smoothing, config.precision)
     trainer.phase("teacher", config.teacher_epochs, task, trainer.optimizer(config.learning_rate))
     return evaluate(model, val_loader)
 
@@ -134,9 +134,9 @@ def compress(
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(config.distill.kind != "none")
 
-    task = Classification(config.label_smoothing)
+    task = Classification(config.label_smoothing, config.precision)
     if config.distill.kind != "none":
-        task = Distillation(teacher, config.distill, config.label_smoothing)
+        task = Distillation(teacher, config.distill, config.label_smoothing, config.precision)
     teacher_top1 = evaluate(teacher, val_loader)
 
     warmup, searching = config.warmup_epochs, config.search_epochs
