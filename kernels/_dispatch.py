@@ -175,6 +175,13 @@ def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) ->
 _proven._dynamo_marked_constant = True
 
 
+def serves(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `provider` can run `op` here and has proven it; the tests alone prove cpu kernels."""
+    if _why_not(op, provider, device, dtype) is not None:
+        return False
+    return provider == "cpu" or _proven(op, provider, device, dtype)
+
+
 def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """The providers that can serve `op` here and have proven it, in the order of preference.
 
@@ -185,11 +192,10 @@ def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
         # On the CPU Triton is an interpreter and CUDA a host build: for tests, on request.
         if device.type == "cpu" and provider != "cpu":
             continue
-        reason = _why_not(op, provider, device, dtype)
-        if reason is None and (provider == "cpu" or _proven(op, provider, device, dtype)):
+        if serves(op, provider, device, dtype):
             found.append(provider)
         elif provider == device.type:
-            reasons.append(reason)
+            reasons.append(_why_not(op, provider, device, dtype))
     if not found:
         warn_once(
             (op, device.type, dtype),

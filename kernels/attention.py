@@ -159,6 +159,5 @@ def attention(
     x = _dispatch.autocast(x)
     arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed, recompute)
     dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
-    return fastest.choose("attention", arguments, *dims, case=(*kept.whole_columns.shape, recompute))(
-        *arguments
-    )
+    run = fastest.choose("attention", arguments, *dims, case=kept.whole_columns.shape, recompute=recompute)
+    return run(*arguments)

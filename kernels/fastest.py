@@ -1,9 +1,10 @@
 """Dispatch by measurement: of all ways that can serve a call, the one that was fastest here.
 
-The ways are every proven provider and full products (`dense.py`). A case is (op, device, dtype, shape, kept
-fraction in eighths, with or without gradients); a new kept count within an eighth measures nothing. The first
-call of a case times all ways on its own tensors, forward and backward, and what it finds is kept on disk, in
-$UVC_CACHE_DIR or the user's cache folder, for this device, build and torch.
+The ways are every proven provider and, beside them, full products (`dense.py`) and, on GPUs, kept rows read
+in place (`fused.py`); not these two where recomputing is asked for, as they keep what it would not. A case is
+(op, device, dtype, shape, kept fraction in eighths, with or without gradients); a new kept count within an
+eighth measures nothing. The first call of a case times all ways on its own tensors, forward and backward, and
+what it finds is kept on disk, in $UVC_CACHE_DIR or the user's cache folder, for this device, build and torch.
 
 Nothing is measured, and the order of preference holds, under UVC_MEASURE=0, with a forced backend, while
 torch.compile traces, while a CUDA graph is captured, and with torch's deterministic algorithms.
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _dispatch
 
+OTHERS = ("dense", "fused")  # modules with `WAYS` and `serves`, beside the providers
 ROUNDS = 5
 # Another way must be faster by this much: below it, timings are noise.
 MARGIN = 0.97
@@ -34,10 +37,12 @@ LARGEST_FILE = 4 * 1024 * 1024
 _known: dict[Path, dict[str, dict]] = {}
 
 
-def choose(op: str, arguments: Sequence, kept: int, whole: int, case: tuple = ()) -> Callable:
+def choose(
+    op: str, arguments: Sequence, kept: int, whole: int, case: tuple = (), recompute: bool = False
+) -> Callable:
     """What runs `op` for these arguments, of which the first is x; `kept` of `whole` dims or neurons remain.
 
-    case: what else makes a difference to the time.
+    case: what else makes a difference to the time; recompute: memory counts, too.
     """
     x = arguments[0]
     name = _dispatch.forced(op, x.device, x.dtype)
@@ -50,27 +55,35 @@ def choose(op: str, arguments: Sequence, kept: int, whole: int, case: tuple = ()
     tokens = x.shape[:-1].numel()
     eighths = -(-8 * kept // max(whole, 1))
     weights = [tuple(t.shape) for t in arguments[1:] if type(t) is torch.nn.Parameter or type(t) is Tensor]
-    fields = (op, x.dtype, tokens.bit_length(), *x.shape[1:], *weights, f"{eighths}/8", *case)
+    fields = (op, x.dtype, tokens.bit_length(), *x.shape[1:], *weights, f"{eighths}/8", *case, recompute)
     fields += ("train" if torch.is_grad_enabled() else "infer", f"{torch.get_num_threads()} threads")
     key = " ".join(str(field) for field in fields)
     path = cache_file(x.device)
     if path not in _known:
         _known[path] = _read(path)
     if key not in _known[path]:
-        times = _times(op, [*ways, "dense"], arguments)
+        others = [] if recompute else [way for way in OTHERS if _serves(op, way, arguments)]
+        times = _times(op, [*ways, *others], arguments)
         best = min(times, key=times.get)
         way = best if times[best] < MARGIN * times[ways[0]] else ways[0]
         _known[path][key] = {"way": way, "ms": {name: round(ms, 4) for name, ms in times.items()}}
         _write(path)
     way = _known[path][key]["way"]
     # What is in the file may not be what runs now: a kernel that failed its self-check since, say.
-    return _run_of(op, way if way in ways or way == "dense" else ways[0])
+    runs = _serves(op, way, arguments) if way in OTHERS else way in ways
+    return _run_of(op, way if runs else ways[0])
 
 
 def _run_of(op: str, way: str) -> Callable:
-    if way == "dense":
-        return importlib.import_module("uvc_kernels.dense").WAYS[op]
-    return _dispatch.run_of(op, way)
+    return _module(way).WAYS[op] if way in OTHERS else _dispatch.run_of(op, way)
+
+
+def _serves(op: str, way: str, arguments: Sequence) -> bool:
+    return _module(way).serves(op, arguments)
+
+
+def _module(way: str) -> ModuleType:
+    return importlib.import_module(f"uvc_kernels.{way}")
 
 
 def _measuring(x: Tensor) -> bool:

@@ -4,18 +4,22 @@
 
 Shapes, launches and compiled code depend on the dense sizes alone. `envelope.write(...)` changes the
 structure by one small copy, also between replays of a captured CUDA graph. What was removed costs no
-arithmetic; memory is that of the dense layer.
+arithmetic; memory is that of the dense layer. `attention` and `mlp` come here, too, where that was measured
+to be faster than packing (`fastest.py`).
 H heads, K head dim, A = H*K, F hidden; an envelope holds any structure.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _dispatch
 from .attention import attention_reference
-from .kept import align, kept_heads, kept_neurons
+from .kept import WIDTHS, KeptHeads, KeptNeurons, align, kept_heads, kept_neurons
 from .mlp import ACTIVATIONS, mlp_reference
 
 
@@ -36,7 +40,7 @@ class EnvelopeNeurons(NamedTuple):
         kept = kept_neurons(mask, "cpu")
         if len(mask) != len(self.whole):
             raise ValueError(f"write: the envelope is of {len(self.whole)} neurons, the mask of {len(mask)}")
-        _copy(self, [kept.rows.new_tensor([len(kept.rows)]), kept.rows, kept.whole])
+        _copy(self, kept)
 
 
 class EnvelopeHeads(NamedTuple):
@@ -65,17 +69,12 @@ class EnvelopeHeads(NamedTuple):
                 f"write: the envelope is of {[H, len(self.whole_columns) // max(1, H)]} heads and dims, "
                 f"the masks of {list(qk_mask.shape)}"
             )
-        table = torch.zeros(self.table.shape, dtype=torch.int32)
-        table[: len(kept.table)] = kept.table
-        counts = [kept.rows.new_tensor([len(index)]) for index in (kept.rows, kept.columns)]
-        index = [kept.rows, kept.columns, kept.whole_rows, kept.whole_columns]
-        _copy(self, [*counts, *index, table])
+        _copy(self, kept)
 
 
 def envelope_neurons(mask: Tensor, device: torch.device | str | None = None) -> EnvelopeNeurons:
     """The envelope of a bool mask [F] (True = kept), on `device` (the mask's own by default)."""
-    F = len(mask)
-    envelope = _views(EnvelopeNeurons, [[1], [align(F)], [F]], mask.device if device is None else device)
+    envelope = _neurons(len(mask), mask.device if device is None else device)
     envelope.write(mask)
     return envelope
 
@@ -84,11 +83,18 @@ def envelope_heads(
     qk_mask: Tensor, v_mask: Tensor, device: torch.device | str | None = None
 ) -> EnvelopeHeads:
     """The envelope of two bool masks [H, K] (True = kept), on `device` (the masks' own by default)."""
-    H, K = v_mask.shape
-    shapes = [[1], [1], [3 * H * align(K)], [H * align(K)], [3 * H * K], [H * K], [H, 6]]
-    envelope = _views(EnvelopeHeads, shapes, qk_mask.device if device is None else device)
+    envelope = _heads(*v_mask.shape, qk_mask.device if device is None else device)
     envelope.write(qk_mask, v_mask)
     return envelope
+
+
+def _neurons(hidden: int, device: torch.device | str) -> EnvelopeNeurons:
+    return _views(EnvelopeNeurons, [[1], [align(hidden)], [hidden]], device)
+
+
+def _heads(H: int, K: int, device: torch.device | str) -> EnvelopeHeads:
+    shapes = [[1], [1], [3 * H * align(K)], [H * align(K)], [3 * H * K], [H * K], [H, 6]]
+    return _views(EnvelopeHeads, shapes, device)
 
 
 def _views(cls, shapes: list[list[int]], device: torch.device | str):
@@ -97,12 +103,26 @@ def _views(cls, shapes: list[list[int]], device: torch.device | str):
     return cls(flat, *(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)))
 
 
-def _copy(envelope: EnvelopeHeads | EnvelopeNeurons, values: list[Tensor]) -> None:
-    host = torch.full(envelope.flat.shape, -1, dtype=torch.int32, device="cpu")
+def _fill(flat: Tensor, envelope: EnvelopeHeads | EnvelopeNeurons, kept: KeptHeads | KeptNeurons) -> None:
+    # Each field of the envelope begins with that of the record; behind it -1, and 0 in the table.
+    if isinstance(kept, KeptNeurons):
+        fields = [len(kept.rows), kept.rows, kept.whole]
+    else:
+        index = [kept.rows, kept.columns, kept.whole_rows, kept.whole_columns]
+        table = F.pad(kept.table, (0, 0, 0, len(envelope.table) - len(kept.table)))
+        fields = [len(kept.rows), len(kept.columns), *index, table]
     start = 0
-    for view, value in zip(envelope[1:], values, strict=True):
-        host[start : start + value.numel()] = value.flatten()
+    for view, field in zip(envelope[1:], fields, strict=True):
+        if isinstance(field, int):
+            flat[start : start + 1].fill_(field)
+        else:
+            flat[start : start + field.numel()].copy_(field.flatten())
         start += view.numel()
+
+
+def _copy(envelope: EnvelopeHeads | EnvelopeNeurons, kept: KeptHeads | KeptNeurons) -> None:
+    host = torch.full(envelope.flat.shape, -1, dtype=torch.int32, device="cpu")
+    _fill(host, envelope, kept)
     # From pinned memory the copy does not make the host wait.
     host = host.pin_memory() if envelope.flat.device.type == "cuda" else host
     envelope.flat.copy_(host, non_blocking=True)
@@ -212,3 +232,70 @@ def attention_fused(
     x = _dispatch.autocast(x)
     run = _dispatch.implementation("attention_fused", x.device, x.dtype)
     return run(x, *_dispatch.cast(x.dtype, *tensors), envelope, scale)
+
+
+# Of the record that `kept.flat` belongs to, for as long as that lives.
+_envelopes = WeakTensorKeyDictionary()
+
+
+def _envelope_of(kept: KeptHeads | KeptNeurons) -> EnvelopeHeads | EnvelopeNeurons:
+    """The envelope that keeps what a record keeps, made on its device without waiting for it."""
+    if kept.flat not in _envelopes:
+        device = kept.flat.device
+        heads = isinstance(kept, KeptHeads)
+        # The first call may be an evaluation, the next one may need gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            envelope = (
+                _heads(*kept.whole_columns.shape, device) if heads else _neurons(len(kept.whole), device)
+            )
+            _fill(envelope.flat, envelope, kept)
+        _envelopes[kept.flat] = envelope
+    return _envelopes[kept.flat]
+
+
+def attention_in_place(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    kept: KeptHeads,
+    scale: float,
+    packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """`uvc_kernels.attention`."""
+    weights = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    return attention_fused(x, *weights, _envelope_of(kept), scale)
+
+
+def mlp_in_place(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    kept: KeptNeurons,
+    activation: str,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    packed: Sequence[Tensor | None] | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """`uvc_kernels.mlp`."""
+    tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
+    *weights, gate_weight, gate_bias = _dispatch.cast(x.dtype, *tensors)
+    return mlp_fused(x, *weights, _envelope_of(kept), activation, gate_weight, gate_bias)
+
+
+WAYS = {"attention": attention_in_place, "mlp": mlp_in_place}
+
+
+def serves(op: str, arguments: Sequence) -> bool:
+    """Whether `WAYS[op]` can run these arguments: on a GPU, widths of multiples of 8, short heads."""
+    x, _, _, last, _, kept, *_ = arguments
+    fits = x.shape[-1] % 8 == 0 and last.shape[0] % 8 == 0
+    if isinstance(kept, KeptHeads):
+        fits = fits and kept.whole_columns.shape[1] <= WIDTHS[-1]
+    # On the CPU Triton is an interpreter.
+    return fits and x.device.type == "cuda" and _dispatch.serves(f"{op}_fused", "triton", x.device, x.dtype)

@@ -175,4 +175,5 @@ def mlp(
         recompute,
     )  # fmt: skip
     neurons = kept.neurons.shape[0], kept.whole.shape[0]
-    return fastest.choose("mlp", arguments, *neurons, case=(activation, recompute))(*arguments)
+    run = fastest.choose("mlp", arguments, *neurons, case=(activation,), recompute=recompute)
+    return run(*arguments)

@@ -52,6 +52,38 @@ def attend(envelope, scale=0.25):
     return lambda *tensors: fused.attention_fused(*tensors, envelope, scale)
 
 
+def test_attention_and_mlp_can_go_this_way_with_their_own_records():
+    qk, v = masks(3, 20)
+    kept = uvc_kernels.kept_heads(qk, v, DEVICE), uvc_kernels.kept_neurons(some(30, 90), DEVICE)
+    envelopes = fused.envelope_heads(qk, v, DEVICE), fused.envelope_neurons(kept[1].whole >= 0, DEVICE)
+    calls = [
+        (attention_inputs(17, 3, 20), (kept[0], 0.25), (envelopes[0], 0.25)),
+        (mlp_inputs(90), (kept[1], "gelu"), (envelopes[1], "gelu")),
+        (mlp_inputs(90, gated=True), (kept[1], "silu"), (envelopes[1], "silu")),
+    ]
+    ways = [(fused.WAYS[op], getattr(fused, f"{op}_fused")) for op in ("attention", "mlp", "mlp")]
+    for (way, op), (tensors, *rest) in zip(ways, calls, strict=True):
+        tensors = [None if t is None else t.float().to(DEVICE) for t in tensors]
+        found, expected = (
+            with_gradients(forced(lambda *t, f=f, r=r: f(*t[:5], *r, *t[5:])), tensors)
+            for f, r in zip((way, op), rest, strict=True)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for record, envelope in zip(kept, envelopes, strict=True):
+        assert torch.equal(fused._envelope_of(record).flat, envelope.flat)
+        assert fused._envelope_of(record) is fused._envelope_of(record)
+
+
+def test_an_envelope_lives_as_long_as_its_record():
+    kept = uvc_kernels.kept_neurons(some(30, 90), DEVICE)
+    before = len(fused._envelopes)
+    with torch.inference_mode():
+        assert not fused._envelope_of(kept).flat.is_inference()
+    assert len(fused._envelopes) == before + 1
+    del kept
+    assert len(fused._envelopes) == before
+
+
 @pytest.mark.parametrize(
     ("count", "dtype"),
     [(0, torch.float32), (7, torch.bfloat16), (100, torch.float16)]
