@@ -28,14 +28,14 @@ lint: install
 gate: install
 	$(BIN)/python -m uvc_kernels.compile_gate
 
-# The C++ and the host build of CUDA under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ and the host build of CUDA, slow tests too, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
 	UVC_SANITIZE=1 $(BIN)/python setup.py build_ext --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	cp -r kernels/*.py kernels/packed kernels/triton build/sanitize/lib/uvc_kernels/
 	cp -r uvc build/sanitize/lib/
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -s --timeout 3000 tests/kernels \
+	$(BIN)/python -m pytest -s -m "" --timeout 3000 tests/kernels \
 	-k "not triton and not cuda_gate"
 
 # Adds rows to bench/results and prints a table of speed-ups.
