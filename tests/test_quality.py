@@ -88,6 +88,16 @@ def test_equal_compute_gives_every_arm_the_same_bill():
     assert max(bills) - min(bills) < 0.6  # one epoch at half the cost, and rounding
 
 
+def test_at_equal_compute_what_comes_before_post_training_is_short():
+    short = context.Context(harness.TASKS["tiny"], 0, 0.5, frugal=True)
+    arms.ARMS["global_taylor"].make(short)
+    scored = short.meter.macs
+    arms.ARMS["uvc"].make(short)
+    epoch = harness.epoch_macs(short)
+    assert scored == pytest.approx(epoch / 4, rel=0.01)
+    assert 0.25 * epoch < short.meter.macs - scored < 1.05 * epoch
+
+
 def test_a_family_that_is_left_out_stays_whole():
     budget = context.Context(harness.TASKS["tiny"], 0, 0.6)
     structure = structure_of(arms.only("qk", "v")(budget))

@@ -68,7 +68,7 @@ def jobs(
 def run_job(job: Job, trace: list[dict[str, float]] | None = None) -> dict[str, object]:
     """Trains one arm; returns its row. Takes what its search logged into ``trace``."""
     arm = ARMS[job.arm]
-    context = context_of(arm, Context(TASKS[job.task], job.seed, job.budget))
+    context = context_of(arm, Context(TASKS[job.task], job.seed, job.budget, job.mode == "compute"))
     dense_top1 = context.top1(context.dense)
     context.teacher  # noqa: B018  its answers are common to all arms: not on this one's clock
     start = time.process_time()

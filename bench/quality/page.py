@@ -69,14 +69,20 @@ def _at_seeds(rows: list[Row], arm: str, field: str) -> float:
 
 
 def _judged(field: str, budget: float, mean: float, half: float, mode: str) -> str:
-    """Whether what is asked holds: ahead by more than the interval, or not behind by more than TIE."""
+    """Whether what is asked holds: ahead by more than the interval, or not behind by more than TIE; and where
+    the interval leaves zero out, on which side.
+    """
     if field == "before_top1":
         return "" if budget > LEADS or mode == "compute" else ("ahead" if mean > half else "**not shown**")
     if mode == "compute":
         return "ahead" if mean > half else "**not shown**"
+    if mean > half:
+        return "better"
     if budget <= SMALL:
-        return "better" if mean > half else "**not shown**"
-    return "tie or better" if mean >= -TIE else "**missed**"
+        return "**not shown**"
+    if mean < -TIE:
+        return "**missed**"
+    return f"behind, within {TIE:g}" if mean + half < 0 else "level"
 
 
 def _readable(arm: str) -> str:

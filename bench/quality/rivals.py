@@ -60,11 +60,12 @@ class Greedy:
 
 
 def global_taylor(context: Context) -> nn.Module:
-    """One shot: importance over one pass of the training images at the teacher's weights."""
+    """One shot: importance over one epoch of training images, or part of one, at the teacher's weights."""
     model = context.student()
     greedy, loss = Greedy(model), context.loss()
     model.train()
-    for images, labels in context.batches:
+    few = max(round(context.scoring * len(context.batches)), 1)
+    for images, labels in itertools.islice(context.batches, few):
         loss(model, images, labels)["loss"].backward()
         greedy.collect()
         model.zero_grad(set_to_none=True)
