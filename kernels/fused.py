@@ -253,39 +253,17 @@ def _envelope_of(kept: KeptHeads | KeptNeurons) -> EnvelopeHeads | EnvelopeNeuro
     return _envelopes[kept.flat]
 
 
-def attention_in_place(
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    kept: KeptHeads,
-    scale: float,
-    packed: Sequence[Tensor | None] | None = None,
-    recompute: bool = False,
-) -> Tensor:
-    """`uvc_kernels.attention`."""
-    weights = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    return attention_fused(x, *weights, _envelope_of(kept), scale)
+def attention_in_place(x: Tensor, *arguments) -> Tensor:
+    """`uvc_kernels.attention` of these arguments."""
+    *weights, kept, scale = arguments[:6]
+    return attention_fused(x, *_dispatch.cast(x.dtype, *weights), _envelope_of(kept), scale)
 
 
-def mlp_in_place(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    kept: KeptNeurons,
-    activation: str,
-    gate_weight: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    packed: Sequence[Tensor | None] | None = None,
-    recompute: bool = False,
-) -> Tensor:
-    """`uvc_kernels.mlp`."""
-    tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
-    *weights, gate_weight, gate_bias = _dispatch.cast(x.dtype, *tensors)
-    return mlp_fused(x, *weights, _envelope_of(kept), activation, gate_weight, gate_bias)
+def mlp_in_place(x: Tensor, *arguments) -> Tensor:
+    """`uvc_kernels.mlp` of these arguments."""
+    *weights, kept, activation = arguments[:6]
+    weights, gate = (_dispatch.cast(x.dtype, *tensors) for tensors in (weights, arguments[6:8]))
+    return mlp_fused(x, *weights, _envelope_of(kept), activation, *gate)
 
 
 WAYS = {"attention": attention_in_place, "mlp": mlp_in_place}

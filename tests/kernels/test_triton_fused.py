@@ -57,17 +57,18 @@ def test_attention_and_mlp_can_go_this_way_with_their_own_records():
     kept = uvc_kernels.kept_heads(qk, v, DEVICE), uvc_kernels.kept_neurons(some(30, 90), DEVICE)
     envelopes = fused.envelope_heads(qk, v, DEVICE), fused.envelope_neurons(kept[1].whole >= 0, DEVICE)
     calls = [
-        (attention_inputs(17, 3, 20), (kept[0], 0.25), (envelopes[0], 0.25)),
-        (mlp_inputs(90), (kept[1], "gelu"), (envelopes[1], "gelu")),
-        (mlp_inputs(90, gated=True), (kept[1], "silu"), (envelopes[1], "silu")),
+        ("attention", attention_inputs(17, 3, 20), 0, 0.25, ()),
+        ("mlp", mlp_inputs(90), 1, "gelu", (None, None)),
+        ("mlp", mlp_inputs(90, gated=True), 1, "silu", ()),
     ]
-    ways = [(fused.WAYS[op], getattr(fused, f"{op}_fused")) for op in ("attention", "mlp", "mlp")]
-    for (way, op), (tensors, *rest) in zip(ways, calls, strict=True):
-        tensors = [None if t is None else t.float().to(DEVICE) for t in tensors]
-        found, expected = (
-            with_gradients(forced(lambda *t, f=f, r=r: f(*t[:5], *r, *t[5:])), tensors)
-            for f, r in zip((way, op), rest, strict=True)
-        )
+    for op, tensors, which, how, absent in calls:
+        way, direct = fused.WAYS[op], getattr(fused, f"{op}_fused")
+        args = kept[which], envelopes[which], how, absent
+        # As dispatch calls it, with every argument of the public op: no packed weights, no recomputing.
+        one = forced(lambda *t, f=way, a=args: f(*t[:5], a[0], a[2], *t[5:], *a[3], None, False))
+        other = forced(lambda *t, f=direct, a=args: f(*t[:5], a[1], a[2], *t[5:]))
+        tensors = [t.float().to(DEVICE) for t in tensors]
+        found, expected = with_gradients(one, tensors), with_gradients(other, tensors)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     for record, envelope in zip(kept, envelopes, strict=True):
         assert torch.equal(fused._envelope_of(record).flat, envelope.flat)
