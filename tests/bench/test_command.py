@@ -10,7 +10,7 @@ import torch
 from uvc import cli
 from uvc.bench.rows import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "bench",
     "--model",

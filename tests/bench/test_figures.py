@@ -13,7 +13,7 @@ from uvc.bench.measure import Timing
 from uvc.bench.rows import Group, append, make_rows
 from uvc.bench.work import Pass, Work
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 

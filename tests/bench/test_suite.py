@@ -9,7 +9,7 @@ import pytest
 
 from uvc.bench.rows import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HIDE = """
 import sys
 
