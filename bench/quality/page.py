@@ -75,7 +75,7 @@ def _judged(field: str, budget: float, mean: float, half: float, mode: str) -> s
     if field == "before_top1":
         return "" if budget > LEADS or mode == "compute" else ("ahead" if mean > half else "**not shown**")
     if mode == "compute":
-        return "ahead" if mean > half else "**not shown**"
+        return "ahead" if mean > half else "**behind**" if mean < -half else "**level**"
     if mean > half:
         return "better"
     if budget <= SMALL:
@@ -140,7 +140,10 @@ def write(rows: list[Row], results: Path, docs: Path) -> None:
     """The page, three pictures beside it, and the README above it."""
     for page in (docs / "quality.md", docs.parent / "README.md"):
         page.write_text(filled(page.read_text(), rows))
-    curves(rows).savefig(docs / "quality_curves.png", dpi=110)
+    for mode, name in (("epochs", "quality_curves.png"), ("compute", "quality_curves_compute.png")):
+        here = [row for row in rows if row["mode"] == mode]
+        if here:
+            curves(here).savefig(docs / name, dpi=110)
     structures(rows).savefig(docs / "quality_structures.png", dpi=110)
     file = results.with_name(TRACES)
     if file.exists():
@@ -150,7 +153,7 @@ def write(rows: list[Row], results: Path, docs: Path) -> None:
 
 
 def curves(rows: list[Row]):
-    """Accuracy over budget, before and after post-training, with 95% intervals over seeds."""
+    """Accuracy over budget, before and after post-training, with 95% intervals; all rows of one mode."""
     from matplotlib.figure import Figure
 
     tasks = sorted({row["task"] for row in rows})
@@ -160,7 +163,7 @@ def curves(rows: list[Row]):
         for axis, field in zip(line, ("before_top1", "after_top1"), strict=True):
             for colour, arm in zip(COLOURS, [a for a in MAIN if ARMS[a].budgeted], strict=False):
                 points = []
-                for (_, budget), here in _cases([r for r in rows if r["task"] == task], "epochs"):
+                for (_, budget), here in _cases([r for r in rows if r["task"] == task], rows[0]["mode"]):
                     values = [float(r[field]) for r in here if r["arm"] == arm]
                     if values:
                         mean, half = interval(values)
@@ -174,7 +177,7 @@ def curves(rows: list[Row]):
             dense = [float(r["after_top1"]) for r in rows if r["task"] == task and r["arm"] == "dense_extra"]
             if dense and field == "after_top1":
                 axis.axhline(
-                    sum(dense) / len(dense), color="#2b2b2b", linestyle=":", label="dense, same epochs"
+                    sum(dense) / len(dense), color="#2b2b2b", linestyle=":", label="dense, trained on as well"
                 )
             low, high = axis.get_ylim()
             if dense and field == "after_top1":

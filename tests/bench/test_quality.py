@@ -208,6 +208,16 @@ def test_the_verdict_compares_with_the_closest_rival_and_names_what_is_not_shown
     assert large.endswith("| -0.60 ± 0.00 | **missed** |")
 
 
+@pytest.mark.parametrize(
+    ("rival", "word"), [([78.9, 80, 81], "ahead"), ([78, 84, 81], "**level**"), ([82, 83, 84], "**behind**")]
+)
+def test_at_equal_compute_only_ahead_is_what_was_asked(rival, word):
+    rows = rows_of("uvc", 0.5, [50, 60, 55], [80, 81, 82], "compute")
+    rows += rows_of("global_taylor", 0.5, [30, 29, 31], rival, "compute")
+    assert page.verdict(rows, "compute")[2].endswith(f"| {word} |")
+    assert page.verdict(rows, "epochs")[2:] == []
+
+
 def test_ablations_are_differences_from_uvc():
     rows = rows_of("uvc", 0.08, [50, 60], [80, 82]) + rows_of("uvc_no_dims", 0.08, [40, 40], [79, 80])
     assert page.ablations(rows)[2:] == ["| uvc no dims | +15.0, +1.50 ± 6.35 (2) |"]
@@ -227,6 +237,9 @@ def test_pictures_come_from_rows(tmp_path):
         ",".join(harness.TRACE_FIELDS) + "\n" + "tiny,0,0.08,5" + ",0.5" * 11 + ",1\n"
     )
     page.write(rows, tmp_path / "results.csv", docs)
+    assert len(list(docs.glob("quality_*.png"))) == 3
+    rows += rows_of("uvc", 0.08, [50, 60], [80, 82], "compute")
+    page.write(rows, tmp_path / "results.csv", docs)
     for path in (docs / "quality.md", tmp_path / "README.md"):
         assert "3 rows at equal epochs" in path.read_text()
-    assert len(list(docs.glob("quality_*.png"))) == 3
+    assert len(list(docs.glob("quality_*.png"))) == 4
