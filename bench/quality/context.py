@@ -49,8 +49,8 @@ CONFIG = Config(
 )
 # Equal total training compute: what this many dense epochs cost, forward and backward.
 COMPUTE_EPOCHS = 4.0
-# There a search is one epoch long (as good or better on validation images, seed 100, than three, which leave
-# less for post-training), and one shot scores on part of an epoch.
+# There a search is one epoch long (on validation images no worse than three, which leave less for
+# post-training, or than half of one), and one shot scores on part of an epoch.
 COMPUTE_SEARCH_EPOCHS, COMPUTE_SCORING = 1, 0.25
 WIDTH, DEPTH, HEADS = 48, 6, 3
 
