@@ -169,6 +169,9 @@ def run(stage: Stage, limit_s: float, variables: dict[str, str], log: TextIO) ->
     except subprocess.TimeoutExpired:
         status = f"stopped at its limit of {limit_s:.0f} s"
         code = end(process)
+    except BaseException:
+        end(process)  # interrupted: a stage has a session of its own and would go on
+        raise
     log.seek(start)
     lines = log.read().splitlines()
     log.seek(0, os.SEEK_END)
@@ -265,4 +268,8 @@ def last_table(lines: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped; what came out until now is in the folder of results")

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,23 @@ def test_a_stage_is_stopped_at_its_limit_and_may_still_write_what_it_has(gpu, tm
     assert time.monotonic() - start < 25
     assert results(tmp_path) == {"endless": "stopped at its limit of 3 s", "next": "ok"}
     assert "written" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_stage_behind(tmp_path, sign):
+    python, pid = tmp_path / "python", tmp_path / "pid"  # what every stage is run by: it waits
+    python.write_text(f"#!/bin/sh\necho $$ > {pid}.new && mv {pid}.new {pid}\nexec sleep 60\n")
+    python.chmod(0o755)
+    program = f"import runpy, sys; sys.argv[1:] = ['--out', {str(tmp_path)!r}]; "
+    program += f"sys.executable = {str(python)!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    run = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    while not pid.exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(sign)
+    assert run.communicate(timeout=60)[1].startswith("stopped; ") and run.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_an_optional_tool_that_is_missing_is_no_failure(gpu, tmp_path, monkeypatch):
