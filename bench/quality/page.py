@@ -137,7 +137,7 @@ def filled(text: str, rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], results: Path, docs: Path) -> None:
-    """The page, three pictures beside it, and the README above it."""
+    """The page, the pictures beside it, and the README above it."""
     for page in (docs / "quality.md", docs.parent / "README.md"):
         page.write_text(filled(page.read_text(), rows))
     for mode, name in (("epochs", "quality_curves.png"), ("compute", "quality_curves_compute.png")):

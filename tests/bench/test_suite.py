@@ -6,30 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hidden import hide
 
 from uvc.bench.rows import read
 
 ROOT = Path(__file__).parents[2]
-HIDE = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in {hidden} else self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-"""
 
 
 def suite(tmp_path, *options, hidden=(), tools=True):
     """A run of the suite in a fresh interpreter without some packages, and without any tool on the PATH."""
-    (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
+    (tmp_path / "sitecustomize.py").write_text(hide(hidden))
     kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CUDA_HOME", "UVC_BACKEND")}
     path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = kept | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
