@@ -268,7 +268,9 @@ def last_table(lines: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where SIGINT came in ignored, as in a shell's background: stages are asked to stop by it.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

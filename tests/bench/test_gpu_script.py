@@ -20,7 +20,9 @@ def gpu():
     spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    yield module
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_dry_run_says_what_is_missing_in_a_line_per_stage(tmp_path):
@@ -67,7 +69,7 @@ def test_a_failing_stage_is_named_and_the_others_go_on(gpu, tmp_path, capsys):
 
 
 def test_a_stage_is_stopped_at_its_limit_and_may_still_write_what_it_has(gpu, tmp_path):
-    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')"
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('writ' 'ten')"
     start = time.monotonic()
     chosen = [stage(gpu, "endless", code, limit_s=3), stage(gpu, "next", "print('next')")]
     assert gpu.run_all(chosen, tmp_path, dict(os.environ)) == 1
