@@ -26,7 +26,7 @@ lint: install
 
 # Compiles every Triton kernel for GPUs that are not here: registers, spills, shared memory, tensor cores.
 gate: install
-	$(BIN)/python -m uvc_kernels.compile_gate
+	$(BIN)/python -m uvc_kernels.compile_check
 
 # The C++ and the host build of CUDA, slow tests too, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
@@ -36,7 +36,7 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -s -m "" --timeout 3000 tests/kernels \
-	-k "not triton and not cuda_gate"
+	-k "not triton and not cuda_compile"
 
 # Adds rows to bench/results and prints a table of speed-ups.
 bench: install

@@ -168,6 +168,7 @@ setup(
         "uvc",
         *find_packages(include=["uvc.*"]),
         "uvc_kernels",
+        "uvc_kernels.compile_check",
         "uvc_kernels.packed",
         "uvc_kernels.triton",
     ],

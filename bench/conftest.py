@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from uvc import environment
 from uvc.bench import ceilings as ceilings_module
-from uvc.bench import machine, table
-from uvc.bench.measure import Round
+from uvc.bench import table
 from uvc.bench.rows import Group, Row, append, make_rows
+from uvc.bench.timing import Round
 
 RESULTS = Path(__file__).parent / "results"
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -127,7 +128,7 @@ def pytest_sessionfinish(session):
     if rows:
         c = measured.ceilings
         out.append(
-            f"ceilings of {machine.device_name(measured.device)}: {c.gflop_per_s:,.0f} GFLOP/s in "
+            f"ceilings of {environment.device_name(measured.device)}: {c.gflop_per_s:,.0f} GFLOP/s in "
             f"{rows[0].dtype}, {c.gbyte_per_s:,.1f} GB/s copied"
         )
     terminal = config.pluginmanager.get_plugin("terminalreporter")

@@ -32,7 +32,7 @@ def check() -> int:
     """Runs every op on every GPU backend; 1 when one is wrong."""
     from uvc_kernels import self_check
 
-    from uvc.bench.layer_ways import backends
+    from uvc.bench.layer_variants import backends
 
     device, wrong = torch.device("cuda"), 0
     for op in self_check.EXAMPLES:
@@ -48,7 +48,7 @@ def check() -> int:
 
 def profile() -> int:
     """One layer of each kind, DeiT-S at batch 128, half kept, with the fastest backend's own kernels."""
-    from uvc.bench.layer_ways import SHAPES, backends, layer
+    from uvc.bench.layer_variants import SHAPES, backends, layer
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     for op in ("attention", "mlp"):

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from uvc.bench.figure import draw
-from uvc.bench.machine import slug
 from uvc.bench.rows import Row, latest, read
 from uvc.bench.table import OPS, SOLVER, fractions, solver_shares
+from uvc.environment import slug
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from uvc.bench.ceilings import Ceilings
+from uvc.bench.roofline import Kept, Shape, everything, model_work
 from uvc.bench.rows import Row, latest, read
-from uvc.bench.work import Kept, Shape, everything, model_work
 from uvc.recipes import default
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from uvc.bench import layer_ways, op_ways
+from uvc.bench import layer_variants, op_variants
 from uvc.bench.rows import Group
 
 KEEPS = (1.0, 0.75, 0.5, 0.25)
@@ -19,22 +19,22 @@ OPS += [("gather", direction, keep) for direction in ("forward", "backward") for
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("op", ["attention", "mlp"])
-@pytest.mark.parametrize("model", layer_ways.SHAPES)
+@pytest.mark.parametrize("model", layer_variants.SHAPES)
 def test_layer(benchmark, session, model, op, direction, keep):
     if session.quick and (model != "deit_tiny" or keep not in (1.0, 0.5)):
         pytest.skip("--quick measures DeiT-T at keep 1 and 0.5 only")
     batch = BATCH[session.device.type][model]
     if session.quick:
         batch = min(batch, 32)
-    shape = layer_ways.SHAPES[model]
-    ways = list(layer_ways.WAYS)
+    shape = layer_variants.SHAPES[model]
+    ways = list(layer_variants.WAYS)
     # What compiling dense gives does not depend on the kept fraction, and it takes its time.
     often = session.on_gpu or model == "deit_tiny" or keep == 0.5
     if session.options.no_compile or not often:
         ways.remove("compiled")
     x_bytes = batch * shape.tokens * shape.dim * session.dtype.itemsize
     inputs = max(2, round(CACHE / x_bytes)) if session.on_gpu else 1
-    made = layer_ways.layer(
+    made = layer_variants.layer(
         op, shape, keep, batch, session.device, session.dtype, direction == "backward", min(inputs, 8), ways
     )
     for way, reason in made.left:
@@ -61,17 +61,17 @@ def test_layer(benchmark, session, model, op, direction, keep):
 
 
 @pytest.mark.parametrize(("op", "direction", "keep"), OPS)
-@pytest.mark.parametrize("model", layer_ways.SHAPES)
+@pytest.mark.parametrize("model", layer_variants.SHAPES)
 def test_op(benchmark, session, model, op, direction, keep):
     if session.quick and (model != "deit_tiny" or keep not in (1.0, 0.5)):
         pytest.skip("--quick measures DeiT-T at keep 1 and 0.5 only")
     if not session.on_gpu and model != "deit_tiny" and op != "group_scores" and keep != 0.5:
         pytest.skip("no GPU (--device cuda): larger ops at every fraction would pass eight minutes on a CPU")
-    shape = layer_ways.SHAPES[model]
+    shape = layer_variants.SHAPES[model]
     dtype = session.dtype if op == "gather" else torch.float32
     x_bytes = 4 * shape.depth * shape.dim * (4 * shape.heads * shape.head_dim + 2 * shape.hidden)
     inputs = max(1, min(8, round(CACHE / x_bytes)))
-    made = op_ways.op(op, shape, keep, session.device, dtype, direction == "backward", inputs)
+    made = op_variants.op(op, shape, keep, session.device, dtype, direction == "backward", inputs)
     for way, reason in made.left:
         session.leave_out(way, reason)
     timings = session.time(benchmark, made.calls, inputs, 15 if session.on_gpu else 5, replay=True)

@@ -7,7 +7,7 @@ import pytest
 from uvc.bench.models import BESIDE, models
 from uvc.bench.rows import Group
 from uvc.bench.steps import peak_mib
-from uvc.bench.ways import WAYS
+from uvc.bench.variants import WAYS
 
 TINY, SMALL, BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
 # Every peer stands beside keep 0.5; at other fractions only what depends on them, and dense.

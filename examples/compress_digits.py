@@ -13,10 +13,10 @@ import torch
 
 import uvc
 import uvc.models  # registers uvc_vit_digits
-from uvc.data import load_data
 from uvc.recipes import RECIPES
-from uvc.report import RunLog
-from uvc.train import train_teacher
+from uvc.training.compress import train_teacher
+from uvc.training.data import load_data
+from uvc.training.logger import RunLog
 
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 config = replace(RECIPES["digits"](), teacher_epochs=epochs, search_epochs=epochs, post_epochs=epochs)

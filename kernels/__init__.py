@@ -4,7 +4,7 @@ from ._dispatch import backend, packs_ahead, select
 from .attention import attention, attention_packing
 from .gather import gather
 from .group_scores import group_scores
-from .kept import KeptHeads, KeptNeurons, kept_heads, kept_neurons
+from .indices import KeptHeads, KeptNeurons, kept_heads, kept_neurons
 from .mlp import mlp, mlp_packing
 from .prox_shrink import prox_shrink
 

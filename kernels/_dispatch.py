@@ -8,11 +8,10 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 PROVIDERS = ("reference", "cpu", "triton", "cuda", "cuda-host")
 
@@ -42,66 +41,6 @@ def _load_extension() -> str | None:
 
 
 extension_error = _load_extension()
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and log-sum-exps are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def cpu_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the cpu ops compute in and save: float32 for float16, which CPUs store but hardly multiply."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in the dtype that autocast gives the input of a linear layer; unchanged outside autocast."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
-
-
-def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in `dtype`."""
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
-
-
-def check_dtypes(op: str, x: Tensor, *weights: Tensor | None) -> None:
-    """ValueError unless the weights have the dtype of x; under autocast they may stay as they are."""
-    other = next((w.dtype for w in weights if w is not None and w.dtype != x.dtype), None)
-    if other is not None and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"{op}: x and the weights must have one dtype outside autocast, got {x.dtype} and {other}"
-        )
-
-
-def need_bits(needs: Sequence[bool]) -> int:
-    """`ctx.needs_input_grad` as one bit per gradient, in order: what a backward op takes."""
-    return sum(1 << i for i, need in enumerate(needs) if need)
-
-
-def asked_for(grads: Sequence[Tensor], needs: int) -> list[Tensor | None]:
-    """None in place of the gradients that were not asked for."""
-    return [grad if needs >> i & 1 else None for i, grad in enumerate(grads)]
-
-
-def empty_gradients(tensors: Sequence[Tensor | None], needs: int) -> tuple[Tensor, ...]:
-    """Fake outputs of a backward op: like the tensors where asked for, else empty."""
-    some = next(t for t in tensors if t is not None)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needs >> i & 1 else some.new_empty(0)
-        for i, t in enumerate(tensors)
-    )
-
-
-def forbid_double_backward(op: str) -> None:
-    """To be called in the backward pass of `op`: RuntimeError when that pass itself is being recorded."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"uvc_kernels.{op} has no second derivative (create_graph=True); use backend('reference')"
-        )
 
 
 def provide_reference(op: str, run: Callable) -> None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch, fastest
-from .kept import KeptHeads
+from . import _autograd, _dispatch, _dtypes, autotune
+from .indices import KeptHeads
 
 
 def attention_reference(
@@ -31,7 +31,7 @@ def attention_reference(
     """The formula in plain torch, any dtype and device, differentiable."""
     A = proj_weight.shape[1]
     rows = torch.cat([kept.qk, kept.qk + A, kept.v + 2 * A])
-    weight, proj, proj_bias = _dispatch.cast(
+    weight, proj, proj_bias = _dtypes.cast(
         x.dtype, qkv_weight.index_select(0, rows), proj_weight.index_select(1, kept.v), proj_bias
     )
     bias = None if qkv_bias is None else qkv_bias.index_select(0, rows).to(x.dtype)
@@ -68,18 +68,18 @@ def _fake(
     x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale, recompute=False
 ):
     B, N, _ = x.shape
-    dtype = _dispatch.cpu_dtype(x.dtype)
+    dtype = _dtypes.cpu_dtype(x.dtype)
     return (
         x.new_empty(B, N, proj_weight.shape[0]),
         x.new_empty(0 if recompute else 2 * qk.shape[0] + v.shape[0], B * N, dtype=dtype),
         x.new_empty(v.shape[0], B * N, dtype=dtype),
-        x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dispatch.statistics_dtype(x.dtype)),
+        x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dtypes.statistics_dtype(x.dtype)),
     )
 
 
 def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
     qkv_bias, proj_bias = qkv_weight.new_empty(len(qkv_weight)), proj_weight.new_empty(len(proj_weight))
-    return _dispatch.empty_gradients((x, qkv_weight, qkv_bias, proj_weight, proj_bias), rest[-1])
+    return _autograd.empty_gradients((x, qkv_weight, qkv_bias, proj_weight, proj_bias), rest[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -95,19 +95,19 @@ def _backward(ctx, grad, *_):
     x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
     if grad is None:
         return (None,) * 11
-    _dispatch.forbid_double_backward("attention")
-    needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
+    _autograd.forbid_double_backward("attention")
+    needs = _autograd.need_bits(ctx.needs_input_grad[:5])
     grads = torch.ops.uvc_kernels.attention_backward(
         grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, stats, needs
     )
-    return *_dispatch.asked_for(grads, needs), None, None, None, None, None, None
+    return *_autograd.asked_for(grads, needs), None, None, None, None, None, None
 
 
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::attention", _fake)
     torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::attention", _backward, setup_context=_setup_context)
-    _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
 def attention_packing(
@@ -155,9 +155,9 @@ def attention(
             f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
             f"{proj_weight.shape[1]}"
         )
-    _dispatch.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    x = _dispatch.autocast(x)
+    _dtypes.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    x = _dtypes.autocast(x)
     arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed, recompute)
     dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
-    run = fastest.choose("attention", arguments, *dims, case=kept.whole_columns.shape, recompute=recompute)
+    run = autotune.choose("attention", arguments, *dims, case=kept.whole_columns.shape, recompute=recompute)
     return run(*arguments)

@@ -2,7 +2,7 @@
 
     attention: q, v of removed dims are zero;  mlp: activations of removed neurons are zero
 
-What serves a nearly whole structure where measurement (`fastest.py`) finds it faster; not a backend.
+What serves a nearly whole structure where measurement (`autotune.py`) finds it faster; not a backend.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch
-from .kept import KeptHeads, KeptNeurons
+from . import _dtypes
+from .indices import KeptHeads, KeptNeurons
 from .mlp import ACTIVATIONS
 
 
@@ -29,7 +29,7 @@ def attention_dense(
     """`uvc_kernels.attention`."""
     B, N, _ = x.shape
     H, K = kept.whole_columns.shape
-    weight, bias, proj, proj_bias = _dispatch.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    weight, bias, proj, proj_bias = _dtypes.cast(x.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
     on = kept.whole_rows >= 0
     # Without its q a removed dim adds nothing to a score, and its k gets no gradient.
     q, k, v = F.linear(x, weight, bias).view(B, N, 3, H, K).unbind(2)
@@ -53,12 +53,12 @@ def mlp_dense(
 ) -> Tensor:
     """`uvc_kernels.mlp`."""
     act = ACTIVATIONS[activation]
-    hidden = F.linear(x, *_dispatch.cast(x.dtype, fc1_weight, fc1_bias))
+    hidden = F.linear(x, *_dtypes.cast(x.dtype, fc1_weight, fc1_bias))
     if gate_weight is None:
         hidden = act(hidden)
     else:
-        hidden = act(F.linear(x, *_dispatch.cast(x.dtype, gate_weight, gate_bias))) * hidden
-    return F.linear(hidden * (kept.whole >= 0), *_dispatch.cast(x.dtype, fc2_weight, fc2_bias))
+        hidden = act(F.linear(x, *_dtypes.cast(x.dtype, gate_weight, gate_bias))) * hidden
+    return F.linear(hidden * (kept.whole >= 0), *_dtypes.cast(x.dtype, fc2_weight, fc2_bias))
 
 
 WAYS = {"attention": attention_dense, "mlp": mlp_dense}

@@ -5,7 +5,7 @@
 Shapes, launches and compiled code depend on the dense sizes alone. `envelope.write(...)` changes the
 structure by one small copy, also between replays of a captured CUDA graph. What was removed costs no
 arithmetic; memory is that of the dense layer. `attention` and `mlp` come here, too, where that was measured
-to be faster than packing (`fastest.py`).
+to be faster than packing (`autotune.py`).
 H heads, K head dim, A = H*K, F hidden; an envelope holds any structure.
 """
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import _dispatch
+from . import _dispatch, _dtypes
 from .attention import attention_reference
-from .kept import WIDTHS, KeptHeads, KeptNeurons, align, kept_heads, kept_neurons
+from .indices import WIDTHS, KeptHeads, KeptNeurons, align, kept_heads, kept_neurons
 from .mlp import ACTIVATIONS, mlp_reference
 
 
@@ -189,9 +189,9 @@ def mlp_fused(
             )
     _check_widths("mlp_fused", x=width, fc2_weight=fc2_weight.shape[0])
     tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
-    _dispatch.check_dtypes("mlp_fused", x, *tensors)
-    x = _dispatch.autocast(x)
-    *weights, gate_weight, gate_bias = _dispatch.cast(x.dtype, *tensors)
+    _dtypes.check_dtypes("mlp_fused", x, *tensors)
+    x = _dtypes.autocast(x)
+    *weights, gate_weight, gate_bias = _dtypes.cast(x.dtype, *tensors)
     run = _dispatch.implementation("mlp_fused", x.device, x.dtype)
     return run(x, *weights, envelope, activation, gate_weight, gate_bias)
 
@@ -228,10 +228,10 @@ def attention_fused(
         raise ValueError(f"attention_fused: heads have {A // H} dims, more than 128; attention takes any")
     _check_widths("attention_fused", x=x.shape[2], proj_weight=proj_weight.shape[0])
     tensors = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-    _dispatch.check_dtypes("attention_fused", x, *tensors)
-    x = _dispatch.autocast(x)
+    _dtypes.check_dtypes("attention_fused", x, *tensors)
+    x = _dtypes.autocast(x)
     run = _dispatch.implementation("attention_fused", x.device, x.dtype)
-    return run(x, *_dispatch.cast(x.dtype, *tensors), envelope, scale)
+    return run(x, *_dtypes.cast(x.dtype, *tensors), envelope, scale)
 
 
 # Of the record that `kept.flat` belongs to, for as long as that lives.
@@ -256,13 +256,13 @@ def _envelope_of(kept: KeptHeads | KeptNeurons) -> EnvelopeHeads | EnvelopeNeuro
 def attention_in_place(x: Tensor, *arguments) -> Tensor:
     """`uvc_kernels.attention` of these arguments."""
     *weights, kept, scale = arguments[:6]
-    return attention_fused(x, *_dispatch.cast(x.dtype, *weights), _envelope_of(kept), scale)
+    return attention_fused(x, *_dtypes.cast(x.dtype, *weights), _envelope_of(kept), scale)
 
 
 def mlp_in_place(x: Tensor, *arguments) -> Tensor:
     """`uvc_kernels.mlp` of these arguments."""
     *weights, kept, activation = arguments[:6]
-    weights, gate = (_dispatch.cast(x.dtype, *tensors) for tensors in (weights, arguments[6:8]))
+    weights, gate = (_dtypes.cast(x.dtype, *tensors) for tensors in (weights, arguments[6:8]))
     return mlp_fused(x, *weights, _envelope_of(kept), activation, *gate)
 
 

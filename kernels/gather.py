@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _dtypes
 
 SCHEMA = "(Tensor[] sources, Tensor[] indices, Tensor[] inverses, int[] dims, ScalarType? dtype) -> Tensor[]"
 
@@ -67,7 +67,7 @@ def differentiate(name: str, op: Callable) -> None:
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::gather", empty_gathered)
     differentiate("uvc_kernels::gather", torch.ops.uvc_kernels.gather)
-    _dispatch.provide("gather", "cpu", torch.ops.uvc_kernels.gather, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.provide("gather", "cpu", torch.ops.uvc_kernels.gather, "cpu", _dtypes.CPU_DTYPES)
 
 
 def gather(

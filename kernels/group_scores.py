@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _dtypes
 
 
 def group_scores_reference(a: Sequence[Tensor], b: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
@@ -34,12 +34,12 @@ def _group_scores_cpu(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tens
 def empty_scores(a, b, dims):
     """Fake output of the ops of every provider."""
     total = sum(t.shape[dim] for t, dim in zip(a, dims, strict=True))
-    return a[0].new_empty(total, dtype=_dispatch.statistics_dtype(a[0].dtype))
+    return a[0].new_empty(total, dtype=_dtypes.statistics_dtype(a[0].dtype))
 
 
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::group_scores", empty_scores)
-    _dispatch.provide("group_scores", "cpu", _group_scores_cpu, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.provide("group_scores", "cpu", _group_scores_cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
 def group_scores(a: Sequence[Tensor], b: Sequence[Tensor], dims: Sequence[int]) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dispatch, fastest
-from .kept import KeptNeurons
+from . import _autograd, _dispatch, _dtypes, autotune
+from .indices import KeptNeurons
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -48,7 +48,7 @@ def mlp_reference(
 
     hidden, act = linear(fc1_weight, fc1_bias), ACTIVATIONS[activation]
     hidden = act(hidden) if gate_weight is None else act(linear(gate_weight, gate_bias)) * hidden
-    return F.linear(hidden, *_dispatch.cast(x.dtype, fc2_weight.index_select(1, kept.neurons), fc2_bias))
+    return F.linear(hidden, *_dtypes.cast(x.dtype, fc2_weight.index_select(1, kept.neurons), fc2_bias))
 
 
 _dispatch.provide_reference("mlp", mlp_reference)
@@ -85,12 +85,12 @@ def _fake(
 ):
     rows = 0 if recompute else neurons.shape[0] * (1 if gate_weight is None else 2)
     out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
-    return out, x.new_empty(rows, x.shape[:-1].numel(), dtype=_dispatch.cpu_dtype(x.dtype))
+    return out, x.new_empty(rows, x.shape[:-1].numel(), dtype=_dtypes.cpu_dtype(x.dtype))
 
 
 def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, *rest):
     fc1_bias, fc2_bias = fc1_weight.new_empty(len(fc1_weight)), fc2_weight.new_empty(len(fc2_weight))
-    return _dispatch.empty_gradients(
+    return _autograd.empty_gradients(
         (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, fc1_weight, fc1_bias), rest[-1]
     )
 
@@ -107,17 +107,17 @@ def _backward(ctx, grad, _):
     *tensors, hidden = ctx.saved_tensors
     if grad is None:
         return (None,) * 10
-    _dispatch.forbid_double_backward("mlp")
-    needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
+    _autograd.forbid_double_backward("mlp")
+    needs = _autograd.need_bits(ctx.needs_input_grad[:7])
     grads = torch.ops.uvc_kernels.mlp_backward(grad, *tensors, ctx.activation, hidden, needs)
-    return *_dispatch.asked_for(grads, needs), None, None, None
+    return *_autograd.asked_for(grads, needs), None, None, None
 
 
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::mlp", _fake)
     torch.library.register_fake("uvc_kernels::mlp_backward", _fake_backward)
     torch.library.register_autograd("uvc_kernels::mlp", _backward, setup_context=_setup_context)
-    _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
 def mlp_packing(
@@ -168,12 +168,12 @@ def mlp(
         raise ValueError(
             f"mlp: kept is of {len(kept.whole)} neurons, but fc2_weight has {fc2_weight.shape[1]}"
         )
-    _dispatch.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
-    x = _dispatch.autocast(x)
+    _dtypes.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
+    x = _dtypes.autocast(x)
     arguments = (
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed,
         recompute,
     )  # fmt: skip
     neurons = kept.neurons.shape[0], kept.whole.shape[0]
-    run = fastest.choose("mlp", arguments, *neurons, case=(activation,), recompute=recompute)
+    run = autotune.choose("mlp", arguments, *neurons, case=(activation,), recompute=recompute)
     return run(*arguments)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _dispatch
+from . import _dispatch, _dtypes
 
 
 def prox_shrink_reference(weights: Sequence[Tensor], factors: Tensor, dims: Sequence[int]) -> None:
@@ -25,7 +25,7 @@ _dispatch.provide_reference("prox_shrink", prox_shrink_reference)
 
 
 def _prox_shrink_cpu(weights: list[Tensor], factors: Tensor, dims: list[int]) -> None:
-    wide = _dispatch.statistics_dtype(weights[0].dtype)
+    wide = _dtypes.statistics_dtype(weights[0].dtype)
     torch.ops.uvc_kernels.prox_shrink(weights, factors.to(wide).contiguous(), dims)
 
 
@@ -36,7 +36,7 @@ def nothing(weights, factors, dims):
 
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::prox_shrink", nothing)
-    _dispatch.provide("prox_shrink", "cpu", _prox_shrink_cpu, "cpu", _dispatch.CPU_DTYPES)
+    _dispatch.provide("prox_shrink", "cpu", _prox_shrink_cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
 def prox_shrink(weights: Sequence[Tensor], factors: Tensor, dims: Sequence[int]) -> None:

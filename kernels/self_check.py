@@ -10,7 +10,7 @@ from .attention import attention
 from .fused import attention_fused, envelope_heads, envelope_neurons, mlp_fused
 from .gather import gather
 from .group_scores import group_scores
-from .kept import kept_heads, kept_neurons
+from .indices import kept_heads, kept_neurons
 from .mlp import mlp
 from .prox_shrink import prox_shrink
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
 import uvc.models
-from uvc.budget import prices
 from uvc.config import SolverConfig
+from uvc.costs import prices
 from uvc.solver import Search
 from uvc.structure import sizes_of
 
@@ -108,5 +108,5 @@ def test_the_budget_holds_and_no_unit_fits(name, budget, seed):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", ["DeiT-T", "DeiT-S", "T2T-ViT-14"])
 def test_the_budget_holds_at_224_pixels_for_every_budget_that_can_be_met(name, budget, seed):
-    if budget >= uvc.budget.reachable(dense(name))[0].skipped:
+    if budget >= uvc.costs.reachable(dense(name))[0].skipped:
         hold(name, budget, seed)

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from timm.models import generate_default_cfgs, register_model
 
 import uvc
-import uvc.latency
+import uvc.latency_table
 from uvc import cli
 from uvc.models import uvc_vit_digits
-from uvc.report import RunLog
+from uvc.training.logger import RunLog
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EPOCHS = {"teacher": 1, "warmup": 1, "search": 2, "post": 1}
@@ -144,7 +144,7 @@ def test_cuda_that_is_absent_is_one_line(tmp_path, capsys):
 
 
 def test_a_model_that_could_not_be_saved_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("uvc.checkpoint.CLASSES", {})
+    monkeypatch.setattr("uvc.io.serialization.CLASSES", {})
     assert cli.run(["compress", "--out", str(tmp_path / "out"), "--data", "digits"]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "VisionTransformer" in shown
@@ -155,10 +155,10 @@ def test_what_can_be_reached_is_said_before_any_training(tmp_path, capsys, monke
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("uvc.run._make_teacher", stop)
+    monkeypatch.setattr("uvc.app.pipeline._make_teacher", stop)
     assert cli.run(["compress", "--out", str(tmp_path / "out"), "--model", "uvc_test_vit"]) == 130
     lines = capsys.readouterr().err.splitlines()
-    smallest = uvc.budget.reachable(uvc_test_vit())[0].skipped
+    smallest = uvc.costs.reachable(uvc_test_vit())[0].skipped
     assert lines[0].startswith(f"reachable macs: {smallest:.4f} of the dense cost")
     assert lines[1].startswith("reachable params: ") and "interrupted" in lines[2]
 
@@ -260,11 +260,14 @@ def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, ca
         assert len(images) in (1, 4, 64)
         return 1e-3 * sum(p.numel() for p in model.parameters())
 
-    monkeypatch.setattr(uvc.latency, "time_ms", clock)
+    monkeypatch.setattr(uvc.latency_table, "time_ms", clock)
     options = ["--metric", "latency", "--budget", "0.6", *SHORT]
     batch = ["--latency-batch", "4", "--grain", "3,8"]
     assert cli.run(["compress", "--out", str(tmp_path / "a"), *options, *batch]) == 0
-    figures, table = summary(tmp_path / "a"), uvc.latency.LatencyTable.load(tmp_path / "a" / "latency.json")
+    figures, table = (
+        summary(tmp_path / "a"),
+        uvc.latency_table.LatencyTable.load(tmp_path / "a" / "latency.json"),
+    )
     check = figures["latency_budget"]
     assert (table.batch, check["batch"]) == (4, 4)
     assert 0.55 < check["predicted_ratio"] <= 0.6
@@ -275,7 +278,7 @@ def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, ca
     assert "0.6 of latency" in capsys.readouterr().out
 
     # A table from elsewhere is not measured again.
-    monkeypatch.setattr("uvc.run.measure", None)
+    monkeypatch.setattr("uvc.app.pipeline.measure", None)
     given = ["--latency-table", str(tmp_path / "a" / "latency.json")]
     assert cli.run(["compress", "--out", str(tmp_path / "b"), *options, *given]) == 0
     assert summary(tmp_path / "b")["latency_budget"]["predicted_ratio"] <= 0.6
@@ -284,7 +287,7 @@ def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, ca
 def test_a_latency_table_is_made_for_later(tmp_path, capsys):
     options = ["--model", "uvc_test_vit", "--batch-size", "2", "--grain", "6,16"]
     assert cli.run(["latency", str(tmp_path / "table.json"), *options]) == 0
-    table = uvc.latency.LatencyTable.load(tmp_path / "table.json")
+    table = uvc.latency_table.LatencyTable.load(tmp_path / "table.json")
     table.check(uvc_test_vit())
     assert table.batch == 2 and not any(n % 16 for n in table.neurons)
     assert "smallest budget" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import torch
 
 import uvc.models  # noqa: F401  registers T2T-ViT
 from uvc import cli
-from uvc.budget import limits
+from uvc.constraints import limits
 from uvc.recipes import AIMS, RECIPES
 
 
@@ -51,7 +51,7 @@ def test_a_recipe_sets_model_and_budget_when_none_are_given(tmp_path, capsys, mo
         asked["blocks"], asked["width"] = len(model.blocks), model.embed_dim
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("uvc.run._make_teacher", stop)
+    monkeypatch.setattr("uvc.app.pipeline._make_teacher", stop)
     options = ["--recipe", "deit_tiny_50", "--data", "digits", "--out"]
     assert cli.run(["compress", *options, str(tmp_path / "a")]) == 130
     assert asked == {"blocks": 12, "width": 192}

@@ -1,8 +1,8 @@
 """Compress vision transformers under one budget: heads, head dims, neurons, blocks, found while training."""
 
-from uvc.budget import cost
-from uvc.checkpoint import load, save
-from uvc.compact import compact
+from uvc.compaction import compact
+from uvc.costs import cost
+from uvc.io.serialization import load, save
 from uvc.layers import UVCAttention, UVCMlp, convert
 from uvc.structure import Structure, apply_structure, structure_of
 
@@ -24,7 +24,7 @@ __all__ = [
 def __getattr__(name: str):
     # The training room is heavy and only `compress` needs it.
     if name == "compress":
-        from uvc.train import compress
+        from uvc.training.compress import compress
 
         return compress
     raise AttributeError(f"module 'uvc' has no attribute {name!r}")

@@ -132,7 +132,7 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
-    from uvc.run import compress_run
+    from uvc.app.pipeline import compress_run
 
     # The run may be continued and its model measured from another folder.
     for name in ("teacher", "data_root", "latency_table"):
@@ -153,7 +153,7 @@ def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
 @_data_options
 def evaluate(folder: Path, **options: Any) -> None:
     """Load the model in DIR and measure its top-1 accuracy; the data default to those of its run."""
-    from uvc.run import evaluate_run
+    from uvc.app.pipeline import evaluate_run
 
     figures = evaluate_run(folder, options)
     click.echo(f"top-1 {figures['top1']:.2f} %  of {figures['images']} images of {figures['data']}")
@@ -164,7 +164,7 @@ def evaluate(folder: Path, **options: Any) -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(folder: Path) -> None:
     """Show the results of the run in DIR and draw its structure again."""
-    from uvc.run import draw_run, read_summary
+    from uvc.app.pipeline import draw_run, read_summary
 
     summary = read_summary(folder)
     draw_run(folder, summary)
@@ -179,7 +179,7 @@ def report(folder: Path) -> None:
 )
 def export(folder: Path, format_: str, to: Path | None) -> None:
     """Write the model in DIR for other programs, read it back, and compare."""
-    from uvc.export import export
+    from uvc.io.export import export
 
     target, error = export(folder, format_, to)
     click.echo(f"{target}  (outputs differ by {error:.0e} of the largest)")
@@ -194,7 +194,7 @@ def export(folder: Path, format_: str, to: Path | None) -> None:
 @click.option("--grain", callback=_grain, help="Measure multiples of these dims and neurons, as in 16,64.")
 def latency(to: Path, **options: Any) -> None:
     """Measure what the parts of a model take on this device, for compress --latency-table FILE, anywhere."""
-    from uvc.run import measure_run
+    from uvc.app.pipeline import measure_run
 
     table = measure_run(to, options)
     dense = table.fixed + table.blocks * (table.attn[-1][-1] + table.mlp[-1])
@@ -206,7 +206,7 @@ def doctor() -> None:
     """Say what was built, what this machine can run, and what passed its self-check."""
     from rich.console import Console
 
-    from uvc.doctor import diagnosis
+    from uvc.app.doctor import diagnosis
 
     Console().print(diagnosis())
 
@@ -232,7 +232,7 @@ def bench(**options: Any) -> int:
 def _print_report(out: Path, summary: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from uvc.report import result_table
+    from uvc.app.summary import result_table
 
     console = Console(highlight=False)
     console.print(result_table(summary))

@@ -11,7 +11,7 @@ from torch import nn
 from bench.quality import pruning, rivals
 from bench.quality.context import Context, build, narrow_width
 from uvc.config import DistillConfig
-from uvc.train import compress
+from uvc.training.compress import compress
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uvc.models  # noqa: F401  registers the small ViT
 from bench.quality.tasks import Batches, Remembered, Split, Task
-from uvc.budget import Prices, counts, prices, total
-from uvc.compact import compact
+from uvc.compaction import compact
 from uvc.config import Config, SolverConfig
-from uvc.data import TensorLoader
+from uvc.costs import Prices, counts, prices, total
 from uvc.layers import convert
-from uvc.report import RunLog
 from uvc.structure import Structure, structure_of
-from uvc.task import Classification, Distillation
-from uvc.train import train_teacher
-from uvc.trainer import Trainer, evaluate
+from uvc.training.compress import train_teacher
+from uvc.training.data import TensorLoader
+from uvc.training.logger import RunLog
+from uvc.training.losses import Classification, Distillation
+from uvc.training.trainer import Trainer, evaluate
 
 CACHE = Path("runs/quality")
 # One setting for all tasks, arms and budgets. Warm-up, search and post-training together are EPOCHS.

@@ -18,9 +18,9 @@ from torch import nn
 from bench.quality.arms import ARMS, context_of
 from bench.quality.context import COMPUTE_EPOCHS, Context, converted, locked, macs_of
 from bench.quality.tasks import TASKS
-from uvc.budget import block_costs, counts, total
-from uvc.compact import compact
-from uvc.report import measure_latency
+from uvc.compaction import compact
+from uvc.costs import block_costs, counts, total
+from uvc.latency_table import measure_latency
 from uvc.structure import Structure, structure_of
 
 RESULTS = Path(__file__).parent / "results.csv"

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from bench.quality.context import Context
-from uvc.budget import Limit, prices
-from uvc.solver.basis import balance_heads
-from uvc.solver.groups import Groups
+from uvc.constraints import Limit
+from uvc.costs import prices
+from uvc.solver.head_basis import balance_heads
 from uvc.solver.objective import masks_cost
-from uvc.solver.project import project_to_budget
+from uvc.solver.param_groups import Groups
+from uvc.solver.rounding import project_to_budget
 from uvc.solver.state import State
 from uvc.structure import Structure, apply_structure
-from uvc.task import Classification
+from uvc.training.losses import Classification
 
 RESCORES = 10
 # A head goes with its last v dim. Whole heads as candidates of their own made this rival weaker by 2 points

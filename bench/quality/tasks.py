@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from uvc.data import Loader
+from uvc.training.data import Loader
 
 
 @dataclass(frozen=True)

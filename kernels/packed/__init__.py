@@ -4,6 +4,18 @@ Attention and MLP are written here once, as pack, GEMM, piece, GEMM, with their 
 provider supplies the pieces between the GEMMs. See `pieces.py` for what it must supply.
 """
 
-from .pieces import Pieces, provide
+import torch
+
+from .. import _dispatch
+from . import attention, gather, mlp, solver
+from .pieces import Pieces, Provider
 
 __all__ = ["Pieces", "provide"]
+
+
+def provide(name: str, device: str, dtypes: tuple[torch.dtype, ...], pieces: Pieces) -> None:
+    """Makes `name` a backend for tensors of this device type and these dtypes."""
+    provider = Provider(name.replace("-", "_"), device, pieces)
+    for module in (attention, gather, mlp, solver):
+        for op, run in module.define(provider).items():
+            _dispatch.provide(op, name, run, device, dtypes)

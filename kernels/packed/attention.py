@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _autograd, _dtypes
 from ..attention import attention_packing
 from ..gather import gather
-from ..kept import WIDTHS, KeptHeads, counts_of
+from ..indices import WIDTHS, KeptHeads, counts_of
 from .pieces import Pieces, Provider, bias_gradient, given, multiply
 
 X, WEIGHT, BIAS, PROJ, PROJ_BIAS = (1 << i for i in range(5))
@@ -63,13 +63,13 @@ def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, tab
 
 def _fake(x, weight, bias, proj, proj_bias, table, *rest):
     M, h = x.shape[0] * x.shape[1], table.shape[0]
-    top, inverse = (x.new_empty(h, M, dtype=_dispatch.statistics_dtype(x.dtype)) for _ in range(2))
+    top, inverse = (x.new_empty(h, M, dtype=_dtypes.statistics_dtype(x.dtype)) for _ in range(2))
     out, heads = x.new_empty(*x.shape[:2], proj.shape[0]), x.new_empty(M, proj.shape[1])
     return out, x.new_empty((0,) if rest[-1] else (M, weight.shape[0])), heads, top, inverse
 
 
 def _fake_backward(grad, x, weight, bias, proj, proj_bias, *rest):
-    return _dispatch.empty_gradients((x, weight, bias, proj, proj_bias), rest[-1])
+    return _autograd.empty_gradients((x, weight, bias, proj, proj_bias), rest[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -95,11 +95,11 @@ def define(provider: Provider) -> dict[str, Callable]:
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 12
-        _dispatch.forbid_double_backward("attention")
-        needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
+        _autograd.forbid_double_backward("attention")
+        needs = _autograd.need_bits(ctx.needs_input_grad[:5])
         tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
         grads = attend_backward(grad, *tensors, ctx.scale, ctx.recompute, *saved, needs)
-        return *_dispatch.asked_for(grads, needs), *[None] * 7
+        return *_autograd.asked_for(grads, needs), *[None] * 7
 
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _autograd
 from ..gather import gather
-from ..kept import KeptNeurons
+from ..indices import KeptNeurons
 from ..mlp import mlp_packing
 from .pieces import Pieces, Provider, bias_gradient, given, multiply
 
@@ -87,7 +87,7 @@ def _fake(x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recomp
 def _fake_backward(
     grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute, u, g, needs
 ):
-    return _dispatch.empty_gradients((x, weight1, bias1, gate, gate_bias, weight2, bias2), needs)
+    return _autograd.empty_gradients((x, weight1, bias1, gate, gate_bias, weight2, bias2), needs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -119,11 +119,11 @@ def define(provider: Provider) -> dict[str, Callable]:
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 9
-        _dispatch.forbid_double_backward("mlp")
-        needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
+        _autograd.forbid_double_backward("mlp")
+        needs = _autograd.need_bits(ctx.needs_input_grad[:7])
         tensors, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         grads = packed_mlp_backward(grad, *tensors, ctx.activation, ctx.recompute, *saved, needs)
-        return *_dispatch.asked_for(grads, needs), None, None
+        return *_autograd.asked_for(grads, needs), None, None
 
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dtypes
 
 
 class Pieces(NamedTuple):
@@ -55,16 +55,6 @@ class Provider(NamedTuple):
         return getattr(torch.ops.uvc_kernels, f"{name}_{self.suffix}").default
 
 
-def provide(name: str, device: str, dtypes: tuple[torch.dtype, ...], pieces: Pieces) -> None:
-    """Makes `name` a backend for tensors of this device type and these dtypes."""
-    from . import attention, gather, mlp, solver
-
-    provider = Provider(name.replace("-", "_"), device, pieces)
-    for module in (attention, gather, mlp, solver):
-        for op, run in module.define(provider).items():
-            _dispatch.provide(op, name, run, device, dtypes)
-
-
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a b + bias, by the vendor's GEMM."""
     return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
@@ -72,7 +62,7 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     """The sum over the rows of `grad` in the dtype of `bias`."""
-    return grad.sum(0, dtype=_dispatch.statistics_dtype(grad.dtype)).to(bias.dtype)
+    return grad.sum(0, dtype=_dtypes.statistics_dtype(grad.dtype)).to(bias.dtype)
 
 
 def given(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .. import _dispatch
+from .. import _dtypes
 from ..group_scores import empty_scores
 from ..prox_shrink import nothing
 from .pieces import Pieces, Provider
@@ -17,7 +17,7 @@ def _scores(pieces: Pieces, a, b, dims):
 def _shrink(pieces: Pieces, weights, factors, dims):
     if any(not w.is_contiguous() or w.dtype != weights[0].dtype for w in weights):
         raise ValueError("prox_shrink: the weights must be contiguous and of one dtype")
-    factors = factors.to(_dispatch.statistics_dtype(weights[0].dtype)).contiguous()
+    factors = factors.to(_dtypes.statistics_dtype(weights[0].dtype)).contiguous()
     pieces.prox_shrink(list(weights), factors, list(dims))
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kept import WIDTHS
+from ..indices import WIDTHS
 from . import attention_whole as whole
 from .attention_head import NUMBERS, by_of, head_of, load, power, scores, store
 from .launch import DTYPES, ELEMENT, Case, dot, dot_precision, narrow, wide

@@ -9,9 +9,9 @@ removed heads, whose widths in the table are zero, leave at once.
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _autograd, _dispatch, _dtypes
 from ..fused import EnvelopeHeads
-from ..kept import WIDTHS
+from ..indices import WIDTHS
 from ..packed.pieces import bias_gradient
 from .attention_core import attention_core, attention_core_backward
 from .fused_matmul import back, grads, onto, transpose
@@ -44,8 +44,8 @@ def _attention_backward(
     grad, x, weight, bias, proj, proj_bias, S, V, rows, columns, whole_rows, whole_columns, table, scale,
     transposed, qkv, heads, top, inverse, needs,
 ):  # fmt: skip
-    results = list(_dispatch.empty_gradients((x, weight, bias, proj, proj_bias), needs))
-    grad_x, grad_weight, grad_bias, grad_proj, _ = _dispatch.asked_for(results, needs)
+    results = list(_autograd.empty_gradients((x, weight, bias, proj, proj_bias), needs))
+    grad_x, grad_weight, grad_bias, grad_proj, _ = _autograd.asked_for(results, needs)
     tokens = x.shape[1]
     grad, x = grad.reshape(-1, proj.shape[0]).contiguous(), x.reshape(-1, x.shape[2]).contiguous()
     if needs & (X | WEIGHT | BIAS):
@@ -66,13 +66,13 @@ def _attention_backward(
 
 def _fake(x, weight, bias, proj, proj_bias, S, V, rows, columns, whole_rows, whole_columns, table, scale):
     M, H = x.shape[0] * x.shape[1], table.shape[0]
-    top, inverse = (x.new_empty(H, M, dtype=_dispatch.statistics_dtype(x.dtype)) for _ in range(2))
+    top, inverse = (x.new_empty(H, M, dtype=_dtypes.statistics_dtype(x.dtype)) for _ in range(2))
     out, transposed = x.new_empty(*x.shape[:2], proj.shape[0]), proj.new_empty(proj.shape[1], proj.shape[0])
     return out, transposed, x.new_empty(M, rows.shape[0]), x.new_empty(M, columns.shape[0]), top, inverse
 
 
 def _fake_backward(grad, *rest):
-    return _dispatch.empty_gradients(rest[:5], rest[-1])
+    return _autograd.empty_gradients(rest[:5], rest[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -82,11 +82,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad, *_):
-    _dispatch.forbid_double_backward("attention_fused")
-    needs = _dispatch.need_bits(ctx.needs_input_grad[:5])
+    _autograd.forbid_double_backward("attention_fused")
+    needs = _autograd.need_bits(ctx.needs_input_grad[:5])
     tensors, saved = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
     results = torch.ops.uvc_kernels.attention_fused_backward(grad, *tensors, ctx.scale, *saved, needs)
-    return *_dispatch.asked_for(results, needs), *[None] * 8
+    return *_autograd.asked_for(results, needs), *[None] * 8
 
 
 _INPUTS = (

@@ -9,7 +9,7 @@ T = W2^T, in kept rows only, made once per step. M tokens, E envelope.
 import torch
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _autograd, _dispatch
 from ..fused import EnvelopeNeurons
 from ..packed.pieces import bias_gradient
 from .fused_matmul import back, grads, onto, transpose
@@ -53,8 +53,8 @@ def _mlp_backward(
     needs,
 ):
     tensors = (x, fc1, bias1, fc2, bias2, gate, gate_bias)
-    results = list(_dispatch.empty_gradients(tensors, needs))
-    grad_x, grad_fc1, grad_bias1, grad_fc2, _, grad_gate, grad_gate_bias = _dispatch.asked_for(results, needs)
+    results = list(_autograd.empty_gradients(tensors, needs))
+    grad_x, grad_fc1, grad_bias1, grad_fc2, _, grad_gate, grad_gate_bias = _autograd.asked_for(results, needs)
     grad, x = grad.reshape(-1, fc2.shape[0]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
     if needs & (X | FC1 | BIAS1 | GATE | GATE_BIAS):
         grad_u = torch.empty_like(u)
@@ -83,7 +83,7 @@ def _fake(x, fc1, bias1, fc2, bias2, gate, gate_bias, count, rows, whole, activa
 
 
 def _fake_backward(grad, *rest):
-    return _dispatch.empty_gradients(rest[:7], rest[-1])
+    return _autograd.empty_gradients(rest[:7], rest[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -93,11 +93,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad, *_):
-    _dispatch.forbid_double_backward("mlp_fused")
-    needs = _dispatch.need_bits(ctx.needs_input_grad[:7])
+    _autograd.forbid_double_backward("mlp_fused")
+    needs = _autograd.need_bits(ctx.needs_input_grad[:7])
     tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
     results = torch.ops.uvc_kernels.mlp_fused_backward(grad, *tensors, ctx.activation, *saved, needs)
-    return *_dispatch.asked_for(results, needs), None, None, None, None
+    return *_autograd.asked_for(results, needs), None, None, None, None
 
 
 _INPUTS = (

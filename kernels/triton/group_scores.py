@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _dispatch
+from .. import _dtypes
 from .launch import DTYPES, ELEMENT, Case, addresses, tiles_of, wide
 
 ROWS, COLUMNS = (8, 256), (64, 32)  # groups per program, terms per step; when groups are rows, columns
@@ -62,7 +62,7 @@ def group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
         (t.shape[d], t.numel() // max(1, t.shape[d]), int(t.dim() == 2 and d == 0))
         for t, d in zip(a, dims, strict=True)
     ]
-    out = a[0].new_empty(sum(groups for groups, _, _ in shapes), dtype=_dispatch.statistics_dtype(a[0].dtype))
+    out = a[0].new_empty(sum(groups for groups, _, _ in shapes), dtype=_dtypes.statistics_dtype(a[0].dtype))
     fields, place = [], 0
     for first, second, (groups, terms, by_row) in zip(a, b, shapes, strict=True):
         fields.append((first.data_ptr(), second.data_ptr(), groups, terms, by_row, place))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from uvc.bench.ceilings import Ceilings
-from uvc.bench.measure import Timing
+from uvc.bench.roofline import Pass, Work
 from uvc.bench.rows import Group, append, make_rows
-from uvc.bench.work import Pass, Work
+from uvc.bench.timing import Timing
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"

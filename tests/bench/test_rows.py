@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from uvc.bench import machine, regression, rows, table
+from uvc import environment
+from uvc.bench import regression, rows, table
 from uvc.bench.ceilings import Ceilings
 from uvc.bench.figure import speedup_figure
-from uvc.bench.measure import Timing
+from uvc.bench.roofline import Pass, Work
 from uvc.bench.rows import Group, append, latest, make_rows, read
-from uvc.bench.work import Pass, Work
+from uvc.bench.timing import Timing
 
 CEILINGS = Ceilings(100.0, ((1 << 20, 40.0), (1 << 28, 10.0)))
 
@@ -55,7 +56,7 @@ def test_rows_are_appended_and_read_back(tmp_path):
     found = read(path)
     assert [row.key for row in found] == [row.key for row in first + second]
     assert [row.ms for row in latest(found)] == [100.0, 90.0, 50.0]
-    assert path.parent.name == machine.slug(first[0].device)
+    assert path.parent.name == environment.slug(first[0].device)
 
 
 def test_each_suite_has_its_file(tmp_path):
@@ -204,11 +205,11 @@ def test_a_csv_of_other_settings_is_one_line():
 
 
 def test_the_commit_is_that_of_this_tree_or_unknown():
-    assert machine.commit() == "unknown" or 7 <= len(machine.commit().rstrip("+")) <= 12
+    assert environment.commit() == "unknown" or 7 <= len(environment.commit().rstrip("+")) <= 12
 
 
 def test_a_slug_is_fit_for_a_folder():
-    assert machine.slug("AMD EPYC(tm) 9R14  96-Core") == "amd-epyc-tm-9r14-96-core"
+    assert environment.slug("AMD EPYC(tm) 9R14  96-Core") == "amd-epyc-tm-9r14-96-core"
 
 
 def test_missing_figures_are_empty_cells():

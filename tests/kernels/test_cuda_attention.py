@@ -5,7 +5,7 @@ import pytest
 import torch
 import uvc_kernels
 from on_cuda import CASES, PROVIDERS, forced, on_every_build, on_every_type, ops, poisoned, statistics
-from uvc_kernels.kept import counts_of
+from uvc_kernels.indices import counts_of
 
 
 def ragged(heads, dims, keep=0.6):

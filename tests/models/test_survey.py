@@ -120,7 +120,7 @@ def test_no_plain_vision_transformer_of_timm_is_left_out_unnamed(file):
         except ValueError as refusal:
             assert any(f"is a {kind}" in str(refusal) for kind in kinds.split("|")), name
         else:
-            uvc.checkpoint.describe(model)
+            uvc.io.serialization.describe(model)
             assert uvc.cost(model).params == sum(p.numel() for p in model.parameters())
 
 

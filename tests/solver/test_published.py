@@ -5,10 +5,10 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from uvc.budget import cost
 from uvc.config import Config, SolverConfig
+from uvc.costs import cost
 from uvc.solver import PublishedSearch
-from uvc.train import compress
+from uvc.training.compress import compress
 
 
 def small_vit():

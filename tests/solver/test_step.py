@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from uvc.budget import Limit, Prices
 from uvc.config import SolverConfig
+from uvc.constraints import Limit
+from uvc.costs import Prices
 from uvc.solver import reference, step
-from uvc.solver.objective import hard_cost, marginal, quantiles, soft_cost
+from uvc.solver.importance import quantiles
+from uvc.solver.objective import hard_cost, marginal, soft_cost
 from uvc.solver.reference import SlowState
 from uvc.solver.state import FAMILIES, Geometry, State, ranks, smallest
 

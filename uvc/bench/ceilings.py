@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from uvc.bench.measure import Round
+from uvc.bench.timing import Round
 
 GIGA = 1e9
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.bench.layer_ways import backends, forced
+from uvc.bench.layer_variants import backends, forced
+from uvc.bench.roofline import Work, model_work, solver_work
 from uvc.bench.steps import (
     Step,
     burying,
@@ -20,8 +21,7 @@ from uvc.bench.steps import (
     standing_mib,
     training,
 )
-from uvc.bench.ways import PRUNED, Built, Left, build, fault_of, gate
-from uvc.bench.work import Work, model_work, solver_work
+from uvc.bench.variants import PRUNED, Built, Left, build, fault_of, gate
 
 # What may be timed on the fly besides a plain training step.
 BESIDE = {"with_solver": searching, "solver": solving, "solver_burying": burying}

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from uvc.bench import ceilings, machine, regression, rows, table
+from uvc import environment
+from uvc.app.pipeline import known_model
+from uvc.bench import ceilings, regression, rows, table
 from uvc.bench.figure import speedup_figure
-from uvc.bench.measure import Round
 from uvc.bench.models import models
 from uvc.bench.rows import Group, Row
 from uvc.bench.steps import peak_mib
-from uvc.run import choose_device, known_model
+from uvc.bench.timing import Round
+from uvc.environment import choose_device
 
 MODEL = "deit_tiny_patch16_224"
 KEEPS = (0.75, 0.5, 0.25)
@@ -89,7 +91,7 @@ def measure(
     say: Say,
 ) -> list[Row]:
     """The rows of a training step, one group per kept fraction, and first of all nothing pruned."""
-    say(f"{model}, batch {batch}, on {machine.device_name(device)}: training steps, interleaved")
+    say(f"{model}, batch {batch}, on {environment.device_name(device)}: training steps, interleaved")
     highest = ceilings.measure(device, dtype)
     groups = []
     for keep in (1.0, *(keep for keep in keeps if keep < 1)):

@@ -19,8 +19,8 @@ import uvc_kernels
 
 import uvc
 from uvc.bench import worker
-from uvc.bench.measure import Timing, ratio
 from uvc.bench.rows import BASES, Row, labelled, latest
+from uvc.bench.timing import Timing, ratio
 
 WARM_UPS = 2
 TOO_NOISY = 0.2  # a band this wide says that the machine was busy, not that nothing changed

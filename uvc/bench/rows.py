@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from uvc.bench import machine
+from uvc import environment
 from uvc.bench.ceilings import Ceilings
-from uvc.bench.measure import Timing, ratio
-from uvc.bench.work import Work
+from uvc.bench.roofline import Work
+from uvc.bench.timing import Timing, ratio
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
                 speedup_compacted=beside[0],
                 noise_compacted=beside[1],
                 error=group.error,
-                device=machine.device_name(group.device),
-                commit=machine.commit(),
-                versions=machine.versions(),
+                device=environment.device_name(group.device),
+                commit=environment.commit(),
+                versions=environment.versions_line(),
             )
         )
     return rows
@@ -159,7 +159,7 @@ def append(folder: Path, rows: Iterable[Row]) -> list[Path]:
     """Adds each row to `folder`/<device>/<suite>.csv, with a header where the file is new."""
     touched: dict[Path, None] = {}
     for row in rows:
-        path = folder / machine.slug(row.device) / f"{row.suite}.csv"
+        path = folder / environment.slug(row.device) / f"{row.suite}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="") as file:

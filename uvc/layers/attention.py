@@ -11,8 +11,8 @@ import uvc_kernels
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from uvc.layers._common import say_once, take_over
-from uvc.layers.tokens import Slimming, row_scores
+from uvc.layers._surgery import say_once, take_over
+from uvc.layers.token_pruning import Slimming, row_scores
 
 
 class UVCAttention(Attention):

@@ -7,10 +7,10 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from uvc.layers._common import take_over
+from uvc.layers._surgery import take_over
 from uvc.layers.attention import UVCAttention
 from uvc.layers.mlp import MLPS
-from uvc.layers.tokens import Slimming, due, slim
+from uvc.layers.token_pruning import Slimming, due, slim
 
 
 class UVCBlock(nn.Module):

@@ -6,9 +6,9 @@ from torch import nn
 
 from uvc.layers.attention import UVCAttention, attention_fault
 from uvc.layers.block import UVCBlock
-from uvc.layers.compact import CompactBlock
+from uvc.layers.compact_block import CompactBlock
 from uvc.layers.mlp import MLPS, mlp_fault
-from uvc.layers.pack import pack_ahead
+from uvc.layers.prepack import pack_ahead
 
 SUPPORTED = (
     "supported are VisionTransformers built of vision_transformer's Block or ResPostBlock with Attention and "
@@ -53,7 +53,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def is_compacted(model: nn.Module) -> bool:
-    """Whether `model` came out of `uvc.compact`."""
+    """Whether `model` came out of `uvc.compaction`."""
     return any(isinstance(block, CompactBlock) for block in getattr(model, "blocks", ()))
 
 

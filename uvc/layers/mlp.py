@@ -14,7 +14,7 @@ import uvc_kernels
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from uvc.layers._common import say_once, take_over
+from uvc.layers._surgery import say_once, take_over
 
 
 class Neurons(nn.Module):

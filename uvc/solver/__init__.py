@@ -20,9 +20,9 @@ exact budget, ``published`` is the paper's code as an ablation, and ``search`` r
 training loop.
 """
 
+from uvc.solver.pruner import Search
 from uvc.solver.published import PublishedSearch
-from uvc.solver.search import Search
-from uvc.solver.tokens import check_tokens
+from uvc.solver.token_groups import check_tokens
 
 METHODS = {"uvc": Search, "published": PublishedSearch}
 

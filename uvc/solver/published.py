@@ -20,13 +20,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from uvc.budget import Costs, Counts, limits, total
 from uvc.config import SolverConfig
+from uvc.constraints import limits
+from uvc.costs import Costs, Counts, total
 from uvc.layers import convert
-from uvc.solver.groups import Groups
-from uvc.solver.project import project_to_budget
-from uvc.solver.state import State, smallest
-from uvc.solver.step import Factors
+from uvc.solver.param_groups import Groups
+from uvc.solver.rounding import project_to_budget
+from uvc.solver.state import Factors, State, smallest
 
 TEMPERATURE, COUNT_RATE, DUAL_RATE, BUDGET_RATE = 0.5, 0.02, 1e-4, 1.0
 GATE_RATE, GATE_MOMENTUM, GATE_COST, GATE_EVERY = 0.1, 0.9, 5e-4, 50

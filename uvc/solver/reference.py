@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from uvc.budget import BlockCounts, Costs, Counts, Limit, Prices
 from uvc.config import SolverConfig
+from uvc.constraints import Limit
+from uvc.costs import BlockCounts, Costs, Counts, Prices
 from uvc.solver.state import FAMILIES, State, TokenState
 
 Rows = list[list[float]]

@@ -5,6 +5,7 @@ device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,3 +199,15 @@ class State:
             self.tokens.importance.copy_(flat["token.importance"])
             self.tokens.s.copy_(flat["token.s"])
             self.tokens.gone = flat["token.gone"].tolist()
+
+
+class Factors(NamedTuple):
+    """What the prox multiplies weights with: q/k dims and v dims [L, H, K], neurons [L, F]."""
+
+    qk: Tensor
+    v: Tensor
+    neuron: Tensor
+
+
+# q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
+Masks = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -10,23 +10,16 @@ group is removed for good only when the prox has brought it to zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from uvc.budget import Limit, Prices, total
 from uvc.config import SolverConfig
-from uvc.solver.objective import masks_counts, quantiles, soft_cost, used, weights
-from uvc.solver.state import State
-
-
-class Factors(NamedTuple):
-    """What the prox multiplies weights with: q/k dims and v dims [L, H, K], neurons [L, F]."""
-
-    qk: Tensor
-    v: Tensor
-    neuron: Tensor
+from uvc.constraints import Limit
+from uvc.costs import Prices, total
+from uvc.solver.importance import quantiles
+from uvc.solver.objective import masks_counts, soft_cost, used, weights
+from uvc.solver.state import Factors, State
 
 
 def prox(state: State, config: SolverConfig) -> Factors:

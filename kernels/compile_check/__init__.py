@@ -1,0 +1,1 @@
+"""Compiles the GPU kernels without a GPU and reports what came out."""

@@ -1,0 +1,200 @@
+"""Dispatch by measurement: what is measured, when, and what is kept on disk."""
+
+import json
+import stat
+import warnings
+
+import pytest
+import torch
+import uvc_kernels
+from uvc_kernels import _dispatch, autotune, dense, fused
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """Measuring is on, with an empty cache of its own and times that a test can set."""
+    monkeypatch.setenv("UVC_MEASURE", "1")
+    monkeypatch.setenv("UVC_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "_known", {})
+    torch.use_deterministic_algorithms(False)
+
+
+def times(monkeypatch, **ms):
+    """Lets the measurement find these times; returns the list of what was measured."""
+    asked = []
+
+    def measured(op, ways, arguments):
+        asked.append((op, tuple(ways)))
+        return {way: ms[way] for way in ways}
+
+    monkeypatch.setattr(autotune, "_times", measured)
+    return asked
+
+
+def call(keep=50, batch=2, mlp=uvc_kernels.mlp):
+    kept = uvc_kernels.kept_neurons(torch.arange(100) < keep)
+    x, w1, w2 = torch.ones(batch, 5, 8), torch.ones(100, 8), torch.ones(8, 100)
+    return mlp(x, w1, None, w2, None, kept)
+
+
+def choices(tmp_path):
+    (file,) = tmp_path.glob("*.json")
+    return json.loads(file.read_text())["choices"]
+
+
+def test_the_faster_way_serves_and_a_tie_leaves_the_kernel(monkeypatch, tmp_path):
+    asked = times(monkeypatch, cpu=1.0, dense=0.98)
+    call(50)
+    times(monkeypatch, cpu=1.0, dense=0.5)
+    call(99)
+    assert asked == [("mlp", ("cpu", "dense"))]
+    assert sorted(choice["way"] for choice in choices(tmp_path).values()) == ["cpu", "dense"]
+
+
+def test_rows_read_in_place_serve_where_they_can_and_are_faster(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(fused, "serves", lambda op, arguments: True)
+    monkeypatch.setitem(fused.WAYS, "mlp", lambda *arguments: ran.append(arguments) or arguments[0])
+    asked = times(monkeypatch, cpu=1.0, dense=0.9, fused=0.5)
+    call()
+    assert asked == [("mlp", ("cpu", "dense", "fused"))] and len(ran) == 1
+    # The file says so; here it cannot run.
+    monkeypatch.setattr(fused, "serves", lambda op, arguments: False)
+    assert call().shape == (2, 5, 8) and len(ran) == len(asked) == 1
+
+
+def test_rows_are_not_read_in_place_on_a_cpu(monkeypatch):
+    asked = times(monkeypatch, cpu=1.0, dense=0.9)
+    call()
+    assert asked == [("mlp", ("cpu", "dense"))]
+
+
+def test_where_memory_counts_only_what_recomputes_is_measured(monkeypatch):
+    asked = times(monkeypatch, cpu=1.0, dense=0.1)
+    call(mlp=lambda *arguments: uvc_kernels.mlp(*arguments, recompute=True))
+    assert asked == [("mlp", ("cpu",))]
+
+
+def test_a_case_is_measured_once_and_neighbouring_counts_share_it(monkeypatch):
+    asked = times(monkeypatch, cpu=1.0, dense=2.0)
+    for keep in (50, 50, 49, 45):
+        call(keep)
+    assert len(asked) == 1
+    call(30)
+    call(50, batch=16)
+    assert len(asked) == 3
+
+
+def test_another_process_reads_what_was_measured(monkeypatch):
+    times(monkeypatch, cpu=1.0, dense=0.5)
+    call()
+    monkeypatch.setattr(autotune, "_known", {})
+    asked = times(monkeypatch)
+    call()
+    assert asked == []
+
+
+def test_inference_and_training_are_different_cases(monkeypatch):
+    asked = times(monkeypatch, cpu=1.0, dense=2.0)
+    call()
+    with torch.no_grad():
+        call()
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[]", '{"build": {}, "choices": {}}', '{"choices": 3}'])
+def test_a_file_that_is_not_ours_is_replaced(content, monkeypatch, tmp_path):
+    path = autotune.cache_file(torch.device("cpu"))
+    path.write_text(content)
+    asked = times(monkeypatch, cpu=1.0, dense=2.0)
+    call()
+    assert len(asked) == 1 and len(choices(tmp_path)) == 1
+
+
+def test_a_way_that_no_longer_serves_is_not_taken_from_the_file(monkeypatch):
+    times(monkeypatch, cpu=1.0, dense=2.0)
+    call()
+    (known,) = autotune._known.values()
+    for choice in known.values():
+        choice["way"] = "cuda"
+    assert call().isfinite().all()
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("UVC_CACHE_DIR", str(blocked))
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    times(monkeypatch, cpu=1.0, dense=2.0)
+    with pytest.warns(RuntimeWarning, match="cannot be kept in .*; set UVC_CACHE_DIR"):
+        call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(10)
+
+
+@pytest.mark.parametrize("how", ["switched off", "forced", "deterministic", "traced"])
+def test_nothing_is_measured_when(how, monkeypatch):
+    asked = times(monkeypatch, cpu=1.0, dense=0.1)
+    if how == "switched off":
+        monkeypatch.setenv("UVC_MEASURE", "0")
+    if how == "forced":
+        monkeypatch.setenv("UVC_BACKEND", "reference")
+    if how == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    if how == "traced":
+        call(mlp=torch.compile(uvc_kernels.mlp, backend="eager", fullgraph=True))
+    else:
+        call()
+    assert asked == []
+
+
+def test_a_counting_mode_does_not_see_a_measurement(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    asked = times(monkeypatch, cpu=1.0, dense=0.1)
+    with FlopCounterMode(display=False):
+        call()
+    assert asked == []
+
+
+def test_a_real_measurement_changes_neither_gradients_nor_random_numbers(tmp_path):
+    leaf = torch.ones(100, 8, requires_grad=True)
+    kept = uvc_kernels.kept_neurons(torch.arange(100) < 50)
+    before = torch.get_rng_state()
+    uvc_kernels.mlp(torch.ones(2, 5, 8), leaf, None, torch.ones(8, 100), None, kept)
+    assert leaf.grad is None and torch.equal(torch.get_rng_state(), before)
+    (choice,) = choices(tmp_path).values()
+    assert choice["way"] in ("cpu", "dense") and all(ms > 0 for ms in choice["ms"].values())
+    (file,) = tmp_path.glob("*.json")
+    assert stat.S_ISREG(file.stat().st_mode)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_full_products_equal_the_reference_and_its_gradients(gated):
+    tensors = [torch.randn(s, dtype=torch.float64) for s in ((2, 17, 8), (40, 8), (40,), (8, 40), (8,))]
+    extra = [torch.randn(40, 8, dtype=torch.float64), torch.randn(40, dtype=torch.float64)] if gated else []
+    kept = uvc_kernels.kept_neurons(torch.rand(40) < 0.5)
+    leaves = [t.requires_grad_() for t in (*tensors, *extra)]
+    results = []
+    for mlp in (dense.mlp_dense, uvc_kernels.mlp):
+        with uvc_kernels.backend("reference"):
+            out = mlp(*leaves[:5], kept, "silu", *leaves[5:])
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 1e-12 * b.norm()
+
+
+def test_full_attention_equals_the_reference_and_its_gradients():
+    shapes = ((2, 17, 24), (72, 24), (72,), (24, 24), (24,))
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    qk, v = torch.rand(3, 8) < 0.5, torch.rand(3, 8) < 0.5
+    v[1] = False
+    kept = uvc_kernels.kept_heads(qk, v)
+    results = []
+    for attention in (dense.attention_dense, uvc_kernels.attention):
+        with uvc_kernels.backend("reference"):
+            out = attention(*leaves, kept, 0.3)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() < 1e-12 * b.norm()

@@ -1,0 +1,175 @@
+"""One sentence, three computations: dense without what is removed = skipped on the fly = compacted."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from oracle import (
+    MODELS,
+    TOLERANCE,
+    absent,
+    distilled_198,
+    error,
+    gradient_error,
+    gradients,
+    images,
+    positions,
+    small_vit,
+    structures,
+)
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import uvc
+from uvc.compaction import equivalent
+
+CASES = list(structures(small_vit()))
+
+
+def agree(model: nn.Module, structure: uvc.Structure, x: torch.Tensor) -> None:
+    """Hold the converted and the compacted model to the dense one without the removed contributions."""
+    tolerance = TOLERANCE[x.dtype]
+    truth = absent(model, structure)(x)
+    truth_gradients = gradients(model, truth)
+    converted = uvc.apply_structure(copy.deepcopy(model), structure)
+    small = uvc.compact(converted)
+
+    out = converted(x)
+    found = gradients(converted, out)
+    assert error(out, truth) < tolerance
+    assert gradient_error(found, truth_gradients) < tolerance
+    where = positions(converted)
+    for name, gradient in found.items():
+        removed = torch.ones(gradient.numel(), dtype=torch.bool)
+        removed[where.get(name, torch.empty(0, dtype=torch.int64)).flatten()] = False
+        assert (gradient.flatten()[removed] == 0).all(), f"{name} has gradients in removed groups"
+
+    out = small(x)
+    found = gradients(small, out)
+    kept_gradients = {name: truth_gradients[name].flatten()[index] for name, index in where.items()}
+    assert error(out, truth) < tolerance
+    assert gradient_error(found, kept_gradients) < tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_fly_and_compacted_equal_dense_with_contributions_absent(case, dtype):
+    model = small_vit().to(dtype)
+    agree(model, structures(model)[case], torch.randn(3, 3, 16, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", list(MODELS)[1:])
+@pytest.mark.parametrize("case", ["random at keep 0.5", "halves skipped in turn", "no heads", "no neurons"])
+def test_every_kind_of_model_equals_dense_with_contributions_absent(name, case):
+    model = MODELS[name]().double().eval()  # a T2T stem drops in training whatever is asked
+    agree(model, structures(model)[case], images(model, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_198_tokens_at_batch_1_equal_dense_with_contributions_absent(dtype):
+    model = distilled_198().to(dtype)
+    agree(model, uvc.Structure.random(model, 0.5, seed=1), torch.randn(1, 3, 224, 224, dtype=dtype))
+
+
+def test_deit_tiny_equals_dense_with_contributions_absent():
+    model = timm.create_model("deit_tiny_patch16_224")
+    agree(model, uvc.Structure.random(model, 0.5, seed=0), torch.randn(1, 3, 224, 224))
+
+
+def test_the_model_itself_stays_as_it_was():
+    model = uvc.apply_structure(small_vit(), uvc.Structure.random(small_vit(), 0.5))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    small = uvc.compact(model)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_skipped_half_leaves_no_parameters_behind():
+    model = small_vit(init_values=0.1)
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["every block skipped"]))
+    assert not list(small.blocks.parameters())
+    assert uvc.cost(small).blocks == ((0, 0),) * 3
+
+
+def test_a_compacted_model_holds_no_uvc_layer_and_calls_no_kernel(monkeypatch):
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5)))
+    assert not any(isinstance(m, uvc.UVCAttention | uvc.UVCMlp) for m in small.modules())
+    for op in ("attention", "mlp"):
+        monkeypatch.setattr(f"uvc_kernels.{op}", None)
+    assert small(torch.randn(1, 3, 16, 16)).isfinite().all()
+    with pytest.raises(TypeError):
+        model(torch.randn(1, 3, 16, 16))
+
+
+def test_a_compacted_model_is_timm_style():
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5))).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert type(small) is VisionTransformer
+    assert torch.equal(small.forward_head(small.forward_features(x)), small(x))
+    small.set_grad_checkpointing()
+    assert torch.equal(small.train()(x), small.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore:UVCAttention")
+@pytest.mark.parametrize("mask", ["boolean mask", "additive mask per head", "causal"])
+def test_attention_masks_reach_the_kept_heads(mask):
+    model = small_vit().double()
+    structure = structures(model)["a head without q/k dims"]
+    converted = uvc.apply_structure(copy.deepcopy(model), structure)
+    arguments = {
+        "boolean mask": dict(attn_mask=torch.eye(17, dtype=torch.bool) | (torch.rand(17, 17) > 0.4)),
+        "additive mask per head": dict(attn_mask=torch.randn(2, 4, 17, 17, dtype=torch.float64)),
+        "causal": dict(is_causal=True),
+    }[mask]
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    truth = absent(model, structure)(x, **arguments)
+    expected = gradients(model, truth)
+    out = converted(x, **arguments)
+    assert error(out, truth) < 1e-10
+    assert gradient_error(gradients(converted, out), expected) < 1e-10
+    assert error(uvc.compact(converted)(x, **arguments), truth) < 1e-10
+
+
+def test_dropout_runs_in_training_only():
+    model = small_vit(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
+    small = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5)))
+    x = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(small.train()(x), small(x))
+    assert torch.equal(small.eval()(x), small(x))
+
+
+def test_a_frozen_parameter_stays_frozen():
+    model = small_vit()
+    model.blocks[0].attn.qkv.weight.requires_grad_(False)
+    small = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5)))
+    assert not small.blocks[0].attn.qkv.weight.requires_grad
+    assert small.blocks[1].attn.qkv.weight.requires_grad
+
+
+def test_equivalent_measures_the_difference_of_two_models():
+    model = uvc.apply_structure(small_vit(), uvc.Structure.random(small_vit(), 0.5))
+    small, x = uvc.compact(model), torch.randn(2, 3, 16, 16)
+    assert equivalent(model, small, x) < 1e-5
+    with torch.no_grad():
+        small.head.bias += 1
+    assert equivalent(model, small, x) > 0.01
+    assert model.training and small.training
+
+
+def test_torch_export_gives_the_same_outputs():
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"])).eval()
+    x = torch.randn(2, 3, 16, 16)
+    exported = torch.export.export(small, (x,)).module()
+    assert error(exported(x), small(x)) < 1e-6
+
+
+def test_compacting_twice_is_an_error():
+    small = uvc.compact(small_vit())
+    with pytest.raises(ValueError, match=r"blocks\.0 is a CompactBlock"):
+        uvc.compact(small)

@@ -1,0 +1,156 @@
+"""Costs: the linear formula against torch's flop counter and the parameters of the compacted model."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import MODELS, distilled_198, small_vit, structures
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+import uvc
+from uvc.constraints import limits, reachable
+from uvc.costs import Counts, Prices, block_costs, counts, prices, total
+from uvc.structure import BlockStructure, Structure
+
+
+def counted_macs(model: torch.nn.Module, backends: tuple = (SDPBackend.MATH,)) -> int:
+    # Plain products by default: older torch does not count what its CPU flash attention multiplies.
+    image = torch.randn(1, model.in_chans, *model.patch_embed.img_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(list(backends)):
+        model.eval().requires_grad_(False)(image)
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0
+    return flops // 2
+
+
+def hold(model: torch.nn.Module, structure: Structure) -> None:
+    """Formula, flop counter and parameters agree, to the integer."""
+    uvc.apply_structure(model, structure)
+    small = uvc.compact(model)
+    cost = uvc.cost(model)
+    assert cost.macs == counted_macs(small)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    assert uvc.cost(small) == cost
+    for half in ("macs", "params"):
+        fixed = prices(model, half).fixed
+        assert getattr(cost, half) == fixed + sum(getattr(block, half) for block in cost.blocks)
+    for block, b in zip(small.blocks, cost.blocks, strict=True):
+        assert b.params == sum(p.numel() for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cost_is_what_the_compacted_model_counts_and_holds(name):
+    for case in structures(MODELS[name]()).values():
+        hold(MODELS[name](), case)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), st.floats(0, 1), st.integers(0, 1000))
+def test_cost_of_any_random_structure_is_exact(name, keep, seed):
+    model = MODELS[name]()
+    hold(model, Structure.random(model, keep, seed))
+
+
+def test_cost_is_exact_at_198_tokens():
+    hold(distilled_198(), Structure.random(distilled_198(), 0.5, seed=4))
+
+
+def test_cost_of_a_plain_timm_model_is_what_it_counts():
+    model = timm.create_model("deit_tiny_patch16_224")
+    cost = uvc.cost(model)
+    assert cost.macs == counted_macs(model) == 1_253_683_200
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    assert cost == uvc.cost(uvc.convert(model))
+
+
+@pytest.mark.skipif(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry,
+    reason="this torch does not count its CPU flash attention",
+)
+def test_cost_is_exact_with_flash_attention():
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["uniform with equal heads"]))
+    assert uvc.cost(small).macs == counted_macs(small, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
+
+
+def test_cost_of_a_structure_needs_no_applying():
+    model = small_vit()
+    structure = Structure.random(model, 0.5)
+    assert uvc.costs.cost(model, structure) == uvc.cost(uvc.apply_structure(small_vit(), structure))
+
+
+def test_cost_does_not_touch_the_model():
+    model = small_vit().train()
+    uvc.cost(model)
+    assert model.training
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_total_is_the_same_for_ints_and_tensors_and_its_gradients_are_the_prices(metric):
+    model = small_vit()
+    p, n = prices(model, metric), counts(structures(model)["halves skipped in turn"])
+    tensors = Counts(*(torch.tensor(c, dtype=torch.float64, requires_grad=True) for c in n))
+    cost = total(p, tensors)
+    assert (
+        int(cost)
+        == total(p, n)
+        == getattr(uvc.costs.cost(model, structures(model)["halves skipped in turn"]), metric)
+    )
+    cost.backward()
+    attn, mlp = (torch.tensor(c, dtype=torch.float64) for c in (n.attn, n.mlp))
+    p = Prices(p.fixed, *(torch.tensor(part) for part in p[1:]))
+    assert torch.equal(tensors.qk.grad, attn * p.qk)
+    assert torch.equal(tensors.v.grad, attn * p.v)
+    assert torch.equal(tensors.neuron.grad, mlp * p.neuron)
+    assert torch.equal(tensors.mlp.grad, p.mlp + p.neuron * tensors.neuron.detach())
+    assert torch.equal(tensors.attn.grad, p.attn + p.qk * tensors.qk.detach() + p.v * tensors.v.detach())
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_nothing_costs_less_than_the_smallest_reachable_budget(metric):
+    model = small_vit()
+    reach = next(line for line in reachable(model) if line.metric == metric)
+    smallest = reach.skipped
+    costs = [getattr(uvc.costs.cost(model, s), metric) for s in structures(model).values()]
+    assert min(costs) == smallest * getattr(uvc.cost(model), metric)
+    assert 0 < smallest < reach.thin < 1
+    limits(model, smallest, metric)
+    with pytest.raises(ValueError, match=f"is below {smallest:.4f}, the smallest reachable {metric} budget"):
+        limits(model, 0.999 * smallest, metric)
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("grain", [(1, 1), (3, 8)], ids=str)
+def test_the_thinnest_structure_costs_what_is_said_to_be_reachable(metric, grain):
+    model, (dims, neurons) = small_vit(), grain
+    kept = ((tuple(range(dims)),),) * 2
+    thin = BlockStructure(True, True, (0,), *kept, tuple(range(neurons)))
+    reach = next(line for line in reachable(model, grain=grain) if line.metric == metric)
+    cost = getattr(uvc.costs.cost(model, Structure((thin,) * 3)), metric)
+    assert reach.thin == cost / reach.dense == cost / getattr(uvc.cost(model), metric)
+    assert f"{metric}: {reach.skipped:.4f} of the dense cost with every block skipped" in str(reach)
+
+
+def test_blocks_may_cost_differently():
+    n = Counts(attn=(1, 0), mlp=(1, 1), qk=(2, 3), v=(5, 7), neuron=(11, 13), heads=(1, 2))
+    p = Prices(100, attn=(1, 2), mlp=(3, 4), qk=(5, 6), v=(7, 8), neuron=(9, 10))
+    assert block_costs(p, n) == (1 + 5 * 2 + 7 * 5 + 3 + 9 * 11, 4 + 10 * 13)
+    tensors = Counts(*(torch.tensor(c, dtype=torch.float64) for c in n))
+    assert block_costs(p, tensors).tolist() == list(block_costs(p, n))
+    assert total(p, n) == 100 + sum(block_costs(p, n)) == float(total(p, tensors))
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="metric must be one of macs, params, got 'flops'"):
+        prices(small_vit(), "flops")
+
+
+def test_a_model_without_an_input_size_has_no_cost():
+    model = small_vit()
+    model.patch_embed.img_size = None
+    with pytest.raises(ValueError, match="no input size"):
+        uvc.cost(model)

@@ -1,0 +1,56 @@
+"""What was built, what runs here, and whether each kernel computes what its float64 reference does."""
+
+import os
+import platform
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from uvc_kernels import _dispatch, self_check
+
+from uvc.environment import versions
+
+
+def diagnosis() -> Group:
+    """Two tables for a rich console: versions and machine; every op with every provider."""
+    return Group(_machine(), _checks())
+
+
+def _machine() -> Table:
+    table = Table(title="this machine", show_header=False)
+    for name, value in versions().items():
+        table.add_row(name, value)
+    table.add_row(
+        "processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    )
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("CUDA devices", ", ".join(devices) or "none")
+    built = "built" if _dispatch.extension_error is None else f"not built: {_dispatch.extension_error}"
+    table.add_row("uvc_kernels._C", built)
+    table.add_row("forced backend", os.environ.get("UVC_BACKEND") or "none")
+    return table
+
+
+def _checks() -> Group:
+    table = Table(title="self-check: float32 against the float64 reference, outputs and gradients")
+    for column in ("op", *_dispatch.PROVIDERS):
+        table.add_column(column)
+    notes = {}
+    for op in self_check.EXAMPLES:
+        results = {provider: _check(op, provider) for provider in _dispatch.PROVIDERS}
+        table.add_row(op, *(verdict for verdict, _ in results.values()))
+        notes |= {provider: note for provider, (_, note) in results.items() if note}
+    return Group(table, *(f"{provider}: {note}" for provider, note in notes.items()))
+
+
+def _check(op: str, provider: str) -> tuple[str, str]:
+    """'ok' or 'WRONG' with the worst error, or '-' and why this provider cannot serve here."""
+    on_gpu = provider in ("triton", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        error, share = self_check.errors(op, provider, device, torch.float32)
+    except (RuntimeError, ImportError) as failure:
+        # A forced provider that cannot serve says why after the colon; anything else is a fault.
+        _, expected_refusal, reason = str(failure).partition("cannot run it: ")
+        return ("-", reason) if expected_refusal else ("FAILED", str(failure))
+    return f"{'ok' if share <= 1 else 'WRONG'} {error:.0e}", ""

@@ -1,0 +1,55 @@
+"""What a run tells its user: log, progress, picture of the structure, latency, final table."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from uvc.structure import Structure
+
+
+def result_table(summary: Mapping[str, Any]) -> "Table":
+    """Teacher beside compressed model, from the fields of `summary.json`."""
+    from rich.table import Table
+
+    budget = summary["budget"]
+    budgets = budget if isinstance(budget, Mapping) else {summary["metric"]: budget}
+    asked = " and ".join(f"{fraction:g} of {metric}" for metric, fraction in budgets.items())
+    title = f"{summary['model']} on {summary['data']}, budget {asked}"
+    # Wide enough that the title stays on one line.
+    table = Table(title=title, min_width=len(title))
+    for name in ("", "teacher", "compressed", "ratio"):
+        table.add_column(name, justify="right" if name else "left")
+    before, after = summary["teacher_top1"], summary["final_top1"]
+    table.add_row("top-1 (%)", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
+    for label, key in (("MACs", "macs"), ("parameters", "params")):
+        dense, final = summary[f"dense_{key}"], summary[f"final_{key}"]
+        table.add_row(label, _count(dense), _count(final), f"{final / dense:.4f}")
+    for entry in summary.get("latency", ()):
+        dense, final = entry["teacher_ms"], entry["compressed_ms"]
+        label = f"latency, batch {entry['batch']} (ms)"
+        table.add_row(label, f"{dense:.2f}", f"{final:.2f}", f"{final / dense:.2f}")
+    return table
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3f} {unit}"
+    return f"{value:g}"
+
+
+def draw_structure(structure: "Structure", dense: "Structure", path: Path, title: str) -> None:
+    """Write a PNG: one row per block, what is kept in colour, what is removed in grey.
+
+    `dense` is the structure of the uncompressed model; it says how many heads, dims and neurons there were.
+    """
+    from uvc.app.plots import structure_figure
+
+    figure = structure_figure(structure, dense, title)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=150)
+    os.replace(part, path)

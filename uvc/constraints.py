@@ -1,0 +1,122 @@
+"""What a structure may cost: budgets in one metric or several, what they can reach, multiples."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from uvc.costs import LINEAR, Costs, Counts, counts, prices, total
+from uvc.structure import Structure, sizes_of
+
+METRICS = (*LINEAR, "latency")
+
+
+class Limit(NamedTuple):
+    """One budget: a fraction of what the dense model costs in one metric."""
+
+    metric: str
+    costs: Costs
+    dense: float
+    budget: float
+
+    @property
+    def most(self) -> float:
+        """What may be spent; a whole number where costs are."""
+        return int(self.budget * self.dense) if isinstance(self.dense, int) else self.budget * self.dense
+
+    @property
+    def smallest(self) -> float:
+        """The smallest budget that can be met: every block skipped."""
+        return self.costs.fixed / self.dense
+
+
+def limits(
+    model: nn.Module,
+    budget: float | Mapping[str, float],
+    metric: str = "macs",
+    latency: Costs | None = None,
+) -> tuple[Limit, ...]:
+    """The limits that `budget` sets: a fraction in `metric`, or a fraction for each metric that it names.
+
+    `latency` is the table behind the metric "latency". ValueError for a fraction outside (0, 1], an unknown
+    metric, a latency without its table, or a budget below the smallest that can be met.
+    """
+    dense, found = Structure.dense(model), []
+    for name, fraction in named_budgets(budget, metric).items():
+        if name == "latency" and latency is None:
+            raise ValueError(
+                "budget: one in latency needs a table; make one with uvc.latency_table.measure(model)"
+            )
+        # A fraction of the cost with all tokens; what the blocks keep is priced at the model's own tokens.
+        costs, whole = (
+            (latency,) * 2 if name == "latency" else (prices(model, name, at) for at in (None, dense))
+        )
+        limit = Limit(name, costs, total(whole, counts(dense)), fraction)
+        if fraction < limit.smallest:
+            raise ValueError(
+                f"budget: {fraction} is below {limit.smallest:.4f}, the smallest reachable {name} budget of "
+                "this model"
+            )
+        found.append(limit)
+    return tuple(found)
+
+
+def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str, float]:
+    """{metric: fraction} of a budget given either way; ValueError for what is no fraction or no metric."""
+    named = dict(budget) if isinstance(budget, Mapping) else {metric: budget}
+    if not named:
+        raise ValueError('budget: {} names no metric; give a fraction, or a dict such as {"macs": 0.5}')
+    for name, fraction in named.items():
+        if name not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
+        if not 0.0 < fraction <= 1.0:  # so that nan fails too
+            raise ValueError(
+                f"budget: {fraction} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost"
+            )
+    return named
+
+
+class Reach(NamedTuple):
+    """How far a metric can go: the dense cost, and fractions of it.
+
+    `skipped`: with every block skipped, the smallest budget that can be met. `thin`: with all halves running,
+    on one head of one q/k dim and one v dim, and on one neuron (or on one grain of them).
+    """
+
+    metric: str
+    dense: float
+    skipped: float
+    thin: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric}: {self.skipped:.4f} of the dense cost with every block skipped, {self.thin:.4f} "
+            "with the least in every block"
+        )
+
+
+def reachable(
+    model: nn.Module, latency: Costs | None = None, grain: tuple[int, int] = (1, 1)
+) -> tuple[Reach, ...]:
+    """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
+    dense_structure, found = Structure.dense(model), []
+    whole = counts(dense_structure)
+    ones, (dims, neurons) = (1,) * len(whole.qk), grain
+    least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
+    for metric in METRICS if latency is not None else LINEAR:
+        costs = latency if metric == "latency" else prices(model, metric, dense_structure)
+        dense = total(costs, whole)
+        found.append(Reach(metric, dense, costs.fixed / dense, total(costs, least) / dense))
+    return tuple(found)
+
+
+def check_grain(model: nn.Module, grain: tuple[int, int]) -> None:
+    """ValueError unless the dims of a head and the neurons of a timm or converted ``model`` are multiples."""
+    sizes = sizes_of(model)
+    for name, whole, part in zip(
+        ("head dim", "neurons"), (sizes.head_dim, sizes.neurons), grain, strict=True
+    ):
+        if not isinstance(part, int) or part < 1 or whole % part:
+            raise ValueError(
+                f"grain: {part} does not divide the {name} of this model, {whole}; 1 always does"
+            )

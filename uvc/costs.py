@@ -1,0 +1,203 @@
+"""What a structure costs: MACs and parameters by one linear formula; latency comes from a table.
+
+N tokens, D width, H heads, K head dim, L blocks.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from uvc.layers import hollow
+from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
+
+LINEAR = ("macs", "params")
+
+
+class Counts(NamedTuple):
+    """How much each block keeps, as L ints or tensors [L]; `attn`, `mlp`: 1 if that half runs, else 0.
+
+    `qk`, `v`: dims over all heads; `heads`: kept heads.
+    """
+
+    attn: tuple[float, ...] | Tensor
+    mlp: tuple[float, ...] | Tensor
+    qk: tuple[float, ...] | Tensor
+    v: tuple[float, ...] | Tensor
+    neuron: tuple[float, ...] | Tensor
+    heads: tuple[float, ...] | Tensor
+
+
+class BlockCounts(NamedTuple):
+    """The entries of ``Counts`` for one block."""
+
+    attn: float
+    mlp: float
+    qk: float
+    v: float
+    neuron: float
+    heads: float
+
+
+class Costs(Protocol):
+    """How a metric prices a structure. `fixed`: what the model costs without any block."""
+
+    fixed: float
+
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """What block `index` costs when it keeps `kept`."""
+        ...
+
+    def at(self, counts: Counts) -> "Prices":
+        """What one more unit of each kind costs where the blocks keep `counts`."""
+        ...
+
+
+class Prices(NamedTuple):
+    """What each part costs in one metric: MACs per image, or parameters.
+
+    `fixed`: everything outside the blocks. The rest has L entries, one per block: `attn`, `mlp`: a half that
+    runs, whatever it keeps; `qk`, `v`: a kept q/k dim or v dim; `neuron`: a kept neuron.
+    """
+
+    fixed: float
+    attn: tuple[float, ...]
+    mlp: tuple[float, ...]
+    qk: tuple[float, ...]
+    v: tuple[float, ...]
+    neuron: tuple[float, ...]
+
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """What block `index` costs when it keeps `kept`."""
+        return _block_cost(*(part[index] for part in self[1:]), *kept)
+
+    def at(self, counts: Counts) -> "Prices":
+        """The same everywhere: the cost is linear."""
+        return self
+
+
+class BlockCost(NamedTuple):
+    """MACs per image and parameters of one block."""
+
+    macs: int
+    params: int
+
+
+class Cost(NamedTuple):
+    """MACs per image and parameters of a model, and of each of its blocks."""
+
+    macs: int
+    params: int
+    blocks: tuple[BlockCost, ...]
+
+
+def counts(structure: Structure) -> Counts:
+    """How much `structure` keeps in each block."""
+    return Counts(
+        attn=tuple(int(b.attn) for b in structure.blocks),
+        mlp=tuple(int(b.mlp) for b in structure.blocks),
+        qk=tuple(sum(map(len, b.qk_dims)) for b in structure.blocks),
+        v=tuple(sum(map(len, b.v_dims)) for b in structure.blocks),
+        neuron=tuple(len(b.neurons) for b in structure.blocks),
+        heads=tuple(len(b.heads) for b in structure.blocks),
+    )
+
+
+def prices(model: nn.Module, metric: str, structure: Structure | None = None) -> Prices:
+    """The prices of a timm, converted or compacted model in "macs" or "params", at its own input size.
+
+    They hold while as many tokens go on from block to block as in `structure`, by default the model's own.
+    """
+    if metric not in LINEAR:
+        raise ValueError(f"metric must be one of {', '.join(LINEAR)}, got {metric!r}")
+    s = sizes_of(model)
+    if metric == "params":
+        fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
+        row = s.dim + s.qkv_bias
+        # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
+        parts = (s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
+        return Prices(fixed, *((part,) * s.blocks for part in parts))
+    if s.patches is None:
+        raise ValueError(
+            "the model has no input size of its own, so its cost is undefined; give it an img_size"
+        )
+    tokens = patch_tokens(structure_of(model) if structure is None else structure, s.patches)
+    return macs_at(s, tokens, fixed_macs(model, s.prefix + tokens[-1][1]))
+
+
+def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Prices:
+    """The prices in MACs where so many patch tokens reach each block and go on from its attention half."""
+    # N tokens in the attention half, M in the MLP.
+    tokens = [(s.prefix + arriving, s.prefix + leaving) for arriving, leaving in tokens]
+    # A v dim: a row, N^2 products, a column. A q/k dim: a row of q, one of k, a term of N^2 dot products, and
+    # where tokens are dropped one more row of them, which ranks the tokens.
+    v = tuple(2 * N * s.dim + N * N for N, _ in tokens)
+    qk = tuple(dim + (N if M < N else 0) for dim, (N, M) in zip(v, tokens, strict=True))
+    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
+    neuron = tuple((s.neuron_rows + 1) * M * s.dim for _, M in tokens)
+    free = (0,) * s.blocks
+    return Prices(fixed, free, free, qk, v, neuron)
+
+
+class _FirstTokens(nn.Module):
+    """Blocks that compute nothing and drop tokens."""
+
+    def __init__(self, tokens: int | None):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.tokens]
+
+
+def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
+    """MACs per image outside the blocks, which leave so many tokens (None: all) to the head.
+
+    By torch's flop counter, on a copy that holds no weights.
+    """
+    blocks = nn.Sequential(_FirstTokens(tokens))
+    stem_and_head = hollow(model, {id(model.blocks): blocks}).eval().requires_grad_(False)
+    dtype = next(stem_and_head.patch_embed.parameters()).dtype
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stem_and_head(torch.empty(1, model.in_chans, *model.patch_embed.img_size, dtype=dtype, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def block_costs(costs: Costs, counts: Counts) -> tuple[float, ...] | Tensor:
+    """Cost of each block, as `counts` are: L numbers, exact for ints, or a tensor [L].
+
+    The tensor has gradients with respect to counts where the cost is linear.
+    """
+    if not isinstance(counts.qk, Tensor):
+        return tuple(costs.block(i, BlockCounts(*kept)) for i, kept in enumerate(zip(*counts, strict=True)))
+    if isinstance(costs, Prices):
+        return _block_cost(*(counts.qk.new_tensor(part) for part in costs[1:]), *counts)
+    return counts.qk.new_tensor(block_costs(costs, Counts(*(tuple(part.tolist()) for part in counts))))
+
+
+def _block_cost(p_attn, p_mlp, p_qk, p_v, p_neuron, attn, mlp, qk, v, neuron, heads):
+    return attn * (p_attn + p_qk * qk + p_v * v) + mlp * (p_mlp + p_neuron * neuron)
+
+
+def total(costs: Costs, counts: Counts) -> float | Tensor:
+    """R = fixed + sum over blocks of attn (p_attn + p_qk n_qk + p_v n_v) + mlp (p_mlp + p_neuron n_neuron).
+
+    Counts are tuples of ints (the exact int comes back) or tensors [L] (a scalar tensor with gradients).
+    """
+    blocks = block_costs(costs, counts)
+    return costs.fixed + (blocks.sum() if isinstance(blocks, Tensor) else sum(blocks))
+
+
+def cost(model: nn.Module, structure: Structure | None = None) -> Cost:
+    """What `model` costs per image with its own structure, or with the one given.
+
+    MACs count patch embedding, linear layers, attention products and head: half of what torch's flop counter
+    counts on the compacted model. Parameters are those of the compacted model.
+    """
+    structure = structure_of(model) if structure is None else structure
+    kept = counts(structure)
+    macs, params = (prices(model, metric, structure) for metric in LINEAR)
+    blocks = map(BlockCost, block_costs(macs, kept), block_costs(params, kept))
+    return Cost(total(macs, kept), total(params, kept), tuple(blocks))

@@ -1,0 +1,309 @@
+"""Models on disk: `model.safetensors` and `config.json`, each written whole, read without running code.
+
+The config holds constructor arguments of one of timm's classes, or of `uvc.models`, read off the model, and
+the structure.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm.layers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import create_model, is_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from uvc.compaction import compacted
+from uvc.io.files import one_line, write_whole
+from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, convert, hollow, is_compacted
+from uvc.models import T2TVisionTransformer
+from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
+
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-2"
+# What older formats did not say, because they knew nothing else.
+OLDER = {"uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp"}}
+# fmt: off
+FIELDS = {
+    "format", "class", "architecture", "block", "norm", "mlp", "activation", "arguments", "compacted",
+    "structure",
+}
+# fmt: on
+
+# fmt: off
+ARGUMENTS = {
+    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "num_heads",
+    "mlp_ratio", "qkv_bias", "proj_bias", "init_values", "class_token", "pos_embed", "no_embed_class",
+    "reg_tokens", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_size",
+    "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
+    "drop_path_rate",
+}
+# fmt: on
+
+CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, T2TVisionTransformer)}
+# Arguments that only one class takes.
+OWN_ARGUMENTS = {"T2TVisionTransformer": {"form"}}
+BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
+NORMS = {
+    "LayerNorm": nn.LayerNorm,
+    "timm.LayerNorm": timm.layers.LayerNorm,
+    "timm.LayerNormFp32": timm.layers.LayerNormFp32,
+    "timm.RmsNorm": timm.layers.RmsNorm,
+}
+MLPS = {
+    "Mlp": UVCMlp,
+    "GluMlp": UVCGluMlp,
+    "GluMlp, gate first": functools.partial(UVCGluMlp, gate_last=False),
+    "SwiGLU": UVCSwiGLU,
+}
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "sigmoid": nn.Sigmoid,
+    "mish": nn.Mish,
+    "timm.gelu": timm.layers.activations.GELU,
+    "timm.gelu_tanh": timm.layers.activations.GELUTanh,
+    "timm.quick_gelu": timm.layers.activations.QuickGELU,
+}
+# Attributes that tell how a model was initialised, is trained, or picks among equal kernels: not part of it.
+UNSAVED = {
+    "training",
+    "weight_init_mode",
+    "fix_init",
+    "grad_checkpointing",
+    "distilled_training",
+    "fused_attn",
+}
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a compacted, converted or timm model to `folder`, which is made if need be.
+
+    ValueError, naming the part and before anything is written, when the model cannot be rebuilt from timm's
+    constructor arguments. ValueError when the folder cannot be written; what was there before stays whole.
+    """
+    text = json.dumps(describe(model))
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    # The weights carry the digest of their config, so that files of two saves are never taken for one model.
+    metadata = {"config": hashlib.sha256(text.encode()).hexdigest()}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
+        write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot write a model to {folder}: {one_line(error)}") from None
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save` wrote to `folder`, on `device`, in eval mode: same outputs, dtype and structure.
+
+    A compacted model comes back compacted, any other converted. ValueError, in one line that names the file,
+    for a missing, truncated or foreign file; all sizes are checked before anything is allocated.
+    """
+    config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
+    try:
+        text = config_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {config_path}: {one_line(error)}") from None
+    try:
+        config = json.loads(text)
+        structure, model = rebuild(config)
+    except Exception as error:  # timm's constructors answer wrong values with whatever they run into
+        raise ValueError(f"{config_path} does not describe a model: {one_line(error)}") from None
+    check_header(weights_path, model, hashlib.sha256(text.encode()).hexdigest())
+    try:
+        tensors = load_file(weights_path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {weights_path}: {one_line(error)}") from None
+    model.load_state_dict(tensors, assign=True)
+    if not is_compacted(model):
+        apply_structure(model, structure)
+    return model.eval()
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The config of `model`; ValueError, naming the part, unless a rebuild from it gives the same modules."""
+    if type(model) not in CLASSES.values():
+        raise ValueError(f"cannot save a {type(model).__name__}; {' and '.join(CLASSES)} can be saved")
+    if is_compacted(model):
+        blocks = nn.Sequential(*(block.origin for block in model.blocks))
+        dense = hollow(model, {id(model.blocks): blocks})
+    else:
+        dense = convert(hollow(model))
+    block = dense.blocks[0]
+    config = {
+        "format": FORMAT,
+        "class": type(model).__name__,
+        "architecture": None,
+        "block": "ResPostBlock" if block.norm_last else "Block",
+        "norm": {"name": name_of(block.norm1, "blocks.0.norm1", NORMS), "eps": block.norm1.eps},
+        "mlp": name_of(block.mlp, "blocks.0.mlp", MLPS),
+        "activation": name_of(block.mlp.act, "blocks.0.mlp.act", ACTIVATIONS),
+        "arguments": arguments_of(dense),
+        "compacted": is_compacted(model),
+        "structure": json.loads(structure_of(model).to_json()),
+    }
+    try:
+        compare(dense, rebuild_dense(config, len(dense.blocks)))
+    except ValueError:
+        # What the class alone does not make (the ResNet stem of a hybrid), timm's function for the model may.
+        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
+        if not is_model(name):
+            raise
+        config["architecture"] = name
+        compare(dense, rebuild_dense(config, len(dense.blocks)))
+    return config
+
+
+def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
+    """The constructor arguments that gave `dense`, as far as they travel as JSON, read off its modules."""
+    block, stem = dense.blocks[0], dense.patch_embed
+    D, F = dense.embed_dim, next(block.mlp.children()).out_features
+    # timm rounds width * ratio down, which for some ratios loses a neuron; half a neuron more is safe.
+    ratio = F / D if int(D * (F / D)) == F else (F + 0.5) / D
+    has_fc_norm = not isinstance(dense.fc_norm, nn.Identity)
+    scale = block if block.norm_last else block.ls1
+    return {
+        "img_size": stem.img_size,
+        "patch_size": stem.patch_size,
+        "in_chans": dense.in_chans,
+        "num_classes": dense.num_classes,
+        "global_pool": dense.global_pool,
+        "embed_dim": D,
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": ratio,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": getattr(scale, "init_values", None),
+        "class_token": dense.has_class_token,
+        "pos_embed": "none" if dense.pos_embed is None else "learn",
+        "no_embed_class": dense.no_embed_class,
+        "reg_tokens": dense.num_reg_tokens,
+        "pre_norm": not isinstance(dense.norm_pre, nn.Identity),
+        "final_norm": has_fc_norm or not isinstance(dense.norm, nn.Identity),
+        "fc_norm": has_fc_norm,
+        "pool_include_prefix": dense.pool_include_prefix,
+        "dynamic_img_size": dense.dynamic_img_size,
+        "dynamic_img_pad": getattr(stem, "dynamic_img_pad", False),
+        "drop_rate": dense.head_drop.p,
+        "pos_drop_rate": dense.pos_drop.p,
+        "patch_drop_rate": getattr(dense.patch_drop, "prob", 0.0),
+        "proj_drop_rate": block.attn.proj_drop.p,
+        "attn_drop_rate": block.attn.attn_drop.p,
+        "drop_path_rate": getattr(dense.blocks[-1].drop_path1, "drop_prob", 0.0),
+        **{name: getattr(stem, name) for name in OWN_ARGUMENTS.get(type(dense).__name__, ())},
+    }
+
+
+def rebuild(config: object) -> tuple[Structure, nn.Module]:
+    """The structure and the model, on the meta device, that a config describes; an exception if none."""
+    if isinstance(config, dict):
+        config = {**config, **OLDER.get(config.get("format"), {})}
+    if not isinstance(config, dict) or set(config) != FIELDS:
+        raise ValueError(f"expected an object with the fields {', '.join(sorted(FIELDS))}")
+    if config["format"] != FORMAT:
+        raise ValueError(f"format must be {FORMAT!r}, got {config['format']!r}")
+    structure = Structure.from_data(config["structure"])
+    dense = rebuild_dense(config, len(structure.blocks))
+    fit(structure, sizes_of(dense))
+    return structure, compacted(dense, structure) if config["compacted"] else dense
+
+
+def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
+    """The converted model without weights, on the meta device, of `depth` blocks."""
+    tables = {"class": CLASSES, "block": BLOCKS, "mlp": MLPS, "activation": ACTIVATIONS}
+    for field, table in tables.items():
+        if config[field] not in table:
+            raise ValueError(f"{field} must be one of {', '.join(table)}, got {config[field]!r}")
+    if config["norm"]["name"] not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
+    known = ARGUMENTS | OWN_ARGUMENTS.get(config["class"], set())
+    for name in sorted(known ^ arguments.keys()):
+        raise ValueError(f"{'missing' if name in known else 'unknown'} argument {name}")
+    make, name = CLASSES[config["class"]], config["architecture"]
+    if name is not None:
+        # Only a registered name: timm would take others for addresses of code and weights.
+        if not isinstance(name, str) or not is_model(name):
+            raise ValueError(f"architecture must be a model of timm, got {name!r:.60}")
+        make = functools.partial(create_model, name)
+    with torch.device("meta"):
+        model = make(
+            **arguments,
+            depth=depth,
+            weight_init="skip",
+            norm_layer=functools.partial(NORMS[config["norm"]["name"]], eps=config["norm"]["eps"]),
+            mlp_layer=MLPS[config["mlp"]],
+            act_layer=ACTIVATIONS[config["activation"]],
+            block_fn=BLOCKS[config["block"]],
+        )
+    return convert(model)
+
+
+def name_of(module: nn.Module, path: str, table: dict[str, Callable[..., nn.Module]]) -> str:
+    """The entry of `table` that makes modules like `module`; ValueError naming `path` when there is none."""
+    for name, make in table.items():
+        kind = make.func if isinstance(make, functools.partial) else make
+        settings = make.keywords if isinstance(make, functools.partial) else {}
+        default = {nn.GELU: {"approximate": "none"}, UVCGluMlp: {"gate_last": True}}.get(kind, {})
+        if type(module) is kind and all(getattr(module, k) == v for k, v in {**default, **settings}.items()):
+            return name
+    raise ValueError(f"cannot save: {path} is a {type(module).__name__}; {', '.join(table)} can be saved")
+
+
+def compare(saved: nn.Module, rebuilt: nn.Module) -> None:
+    """ValueError, naming the first module that differs in type, settings or sizes."""
+    modules = dict(saved.named_modules())
+    for name, module in rebuilt.named_modules():
+        mine, where = modules.get(name), name or "the model"
+        if type(mine) is not type(module):
+            made = type(module).__name__
+            raise ValueError(f"cannot save: {where} is a {type(mine).__name__} where timm makes a {made}")
+        settings = settings_of(mine)
+        for key, made in settings_of(module).items():
+            if settings.get(key) != made:
+                raise ValueError(f"cannot save: {where} has {key} {settings.get(key)!r}, timm makes {made!r}")
+    shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (saved, rebuilt)]
+    for name in shapes[0].keys() | shapes[1].keys():
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise ValueError(f"cannot save: {name} is not what timm's constructor makes")
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The public attributes of a module that are plain values."""
+    plain = (bool, int, float, str, tuple, type(None))
+    public = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in UNSAVED}
+    return {k: v for k, v in public.items() if isinstance(v, plain)}
+
+
+def check_header(path: Path, model: nn.Module, digest: str) -> None:
+    """ValueError naming the file unless it holds the tensors of `model`, saved with this config."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from None
+    floats = ("a float", ("F64", "F32", "F16", "BF16"))
+    expected = {
+        name: (tuple(tensor.shape), *(floats if tensor.is_floating_point() else ("an I64", ("I64",))))
+        for name, tensor in model.state_dict().items()
+    }
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found or name not in expected:
+            raise ValueError(f"{path} {'lacks' if name in expected else 'has the unknown tensor'} {name}")
+        (shape, dtype), (right, kind, dtypes) = found[name], expected[name]
+        if shape != right or dtype not in dtypes:
+            raise ValueError(f"{path} has {name} as {dtype} {list(shape)}, not {kind} {list(right)}")
+    if metadata.get("config") != digest:
+        raise ValueError(f"{path} was saved with another {CONFIG} than the one beside it")

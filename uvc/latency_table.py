@@ -1,0 +1,335 @@
+"""Latency as a cost: a table measured on compacted models on one device, interpolated between kept sizes.
+
+H heads, K head dim, F neurons, L blocks. A forward pass takes `fixed` plus, for every block, a time of its
+attention half, by kept heads and their mean dims, and a time of its MLP half, by kept neurons.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uvc.compaction import compacted
+from uvc.costs import BlockCounts, Counts, Prices, counts, total
+from uvc.environment import device_name, versions_line
+from uvc.structure import BlockStructure, Sizes, Structure, sizes_of, structure_of
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of a forward pass of `batch` images, as measured on one device.
+
+    fixed: without any block. attn: one attention half, [len(heads)][len(dims)], heads from 0 to H, dims the
+    mean over q/k and v of the kept heads. mlp: one MLP half, [len(neurons)]. All ascend, but where heads keep
+    all dims: alike, they run as one product, which may take less than heads of different sizes.
+    """
+
+    model: str
+    device: str
+    threads: int
+    versions: str
+    batch: int
+    image: tuple[int, ...]
+    blocks: int
+    dim: int
+    fixed: float
+    heads: tuple[int, ...]
+    dims: tuple[int, ...]
+    attn: tuple[Row, ...]
+    neurons: tuple[int, ...]
+    mlp: Row
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.heads), len(self.dims), len(self.neurons))
+        if (
+            tuple(map(len, self.attn)) != (sizes[1],) * sizes[0]
+            or len(self.mlp) != sizes[2]
+            or min(sizes) < 2
+        ):
+            raise ValueError("attn and mlp must have a time for each of the heads, dims and neurons")
+        ragged = [row[:-1] for row in self.attn]
+        grown = all(_ascends(row) for row in (*ragged, *zip(*self.attn, strict=True), self.mlp))
+        if not grown or not 0 < self.fixed < float("inf"):
+            raise ValueError("times must be finite, above zero, and grow with what is kept")
+
+    def block(self, index: int, kept: BlockCounts) -> float:
+        """Milliseconds of a block that keeps `kept`, the same for every block."""
+        attn, mlp, qk, v, neuron, heads = kept
+        time = attn * self._attn(heads, (qk + v) / (2 * heads) if heads > 0 else 0.0) if attn else 0.0
+        return time + (mlp * _between(self.neurons, self.mlp, neuron) if mlp else 0.0)
+
+    def at(self, counts: Counts) -> Prices:
+        """Milliseconds of one more dim or neuron where the blocks keep `counts`: the slope of what an eighth
+        less of the head dim, or of the neurons, would save.
+        """
+        columns = (part.tolist() if isinstance(part, torch.Tensor) else part for part in counts)
+        rows = [self._prices(BlockCounts(*kept)) for kept in zip(*columns, strict=True)]
+        return Prices(self.fixed, *map(tuple, zip(*rows, strict=True)))
+
+    def _prices(self, kept: BlockCounts) -> tuple[float, float, float, float, float]:
+        heads, head_dim, hidden = max(kept.heads, 1.0), self.dims[-1], self.neurons[-1]
+        units = kept.qk + kept.v
+        # Full heads are priced as what they become when they lose a dim.
+        high = max(min(units / (2 * heads), self.dims[-2]), head_dim / 8)
+        low = high - head_dim / 8
+        now = self._attn(heads, high)
+        dim = (now - self._attn(heads, low)) / (high - low) / (2 * heads)
+        # No unit is free: a price of zero could not order anything.
+        dim = max(dim, 0.02 * (self.attn[-1][-2] - self.attn[0][-2]) / (2 * self.heads[-1] * self.dims[-2]))
+        most = max(kept.neuron, hidden / 8)
+        neuron = self._mlp(most) - self._mlp(most - hidden / 8)
+        neuron = max(neuron / (hidden / 8), 0.02 * (self.mlp[-1] - self.mlp[0]) / hidden)
+        whole = kept._replace(attn=1, mlp=0)
+        attn = self.block(0, whole) - dim * units
+        return attn, self._mlp(kept.neuron) - neuron * kept.neuron, dim, dim, neuron
+
+    def _attn(self, heads: float, dims: float) -> float:
+        return _between(self.heads, [_between(self.dims, row, dims) for row in self.attn], heads)
+
+    def _mlp(self, neurons: float) -> float:
+        return _between(self.neurons, self.mlp, neurons)
+
+    def check(self, model: nn.Module) -> None:
+        """ValueError unless this table was measured on a model of the same shapes."""
+        s = sizes_of(model)
+        own = (self.blocks, self.dim, self.heads[-1], self.dims[-1], self.neurons[-1], tuple(self.image))
+        image = (model.in_chans, *model.patch_embed.img_size)
+        mine = (s.blocks, s.dim, s.heads, s.head_dim, s.neurons, image)
+        if own != mine:
+            raise ValueError(
+                f"latency table: it is of {self.model}; blocks, width, heads, head dim, neurons, image are "
+                f"{own} there and {mine} here; measure this model"
+            )
+
+    def to_json(self) -> str:
+        """This table as JSON."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> LatencyTable:
+        """The table written by `to_json`; ValueError, in one line, for anything else."""
+        try:
+            data = json.loads(text)
+            names = {field.name for field in fields(cls)}
+            if not isinstance(data, dict) or set(data) != names:
+                raise ValueError(f"it must have exactly the keys {', '.join(sorted(names))}")
+            return cls(**{name: _tuples(value) for name, value in data.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"latency table: {error}; measure it again") from None
+
+    @classmethod
+    def load(cls, path: Path) -> LatencyTable:
+        """The table in a file; ValueError, in one line, when it cannot be read."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is no latency table: {error}") from None
+
+
+def _tuples(value: object) -> object:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _ascends(row: Sequence[float]) -> bool:
+    return all(0 <= a <= b < float("inf") for a, b in pairwise(row))
+
+
+def _between(grid: Sequence[float], values: Sequence[float], x: float) -> float:
+    """The piecewise linear function through (grid, values) at x, constant outside."""
+    i = min(max(bisect_right(grid, x) - 1, 0), len(grid) - 2)
+    share = min(max((x - grid[i]) / (grid[i + 1] - grid[i]), 0.0), 1.0)
+    return values[i] + share * (values[i + 1] - values[i])
+
+
+class Check(NamedTuple):
+    """What a table predicted of a compacted model, and what was timed: fractions of dense, milliseconds."""
+
+    predicted: float
+    measured: float
+    dense_ms: float
+    compacted_ms: float
+
+
+def verify(table: LatencyTable, dense: nn.Module, small: nn.Module, rounds: int = 30) -> Check:
+    """Times a compacted model beside its dense one, taking turns, at the batch of the table.
+
+    The measured fraction is the median over turns, the device that of the models, whatever the table's.
+    """
+    parameter = next(dense.parameters())
+    images = torch.randn(table.batch, *table.image, device=parameter.device, dtype=parameter.dtype)
+    times = _turns([dense, small], images, rounds)
+    predicted, whole = (
+        total(table, counts(structure)) for structure in (structure_of(small), Structure.dense(small))
+    )
+    measured = median(part / full for full, part in times)
+    return Check(predicted / whole, measured, *(median(column) for column in zip(*times, strict=True)))
+
+
+def time_ms(model: nn.Module, images: torch.Tensor) -> float:
+    """Milliseconds of one forward pass. On one CPU thread its own clock is read, as the wall's would count
+    the other work of a busy machine too, and more of it the longer the pass.
+    """
+    if images.is_cuda or torch.get_num_threads() > 1:
+        return wall_ms(model, images)
+    start = time.thread_time()
+    model(images)
+    return 1e3 * (time.thread_time() - start)
+
+
+def _turns(models: Sequence[nn.Module], images: torch.Tensor, rounds: int) -> list[list[float]]:
+    """Milliseconds of a forward pass through each model, in eval mode, for each of ``rounds`` turns."""
+    modes = [model.training for model in models]
+    with torch.inference_mode():
+        # Caches and allocators warm up in the first two.
+        times = [[time_ms(model.eval(), images) for model in models] for _ in range(rounds + 2)][2:]
+    for model, mode in zip(models, modes, strict=True):
+        model.train(mode)
+    return times
+
+
+def measure(
+    model: nn.Module, batch: int = 1, grain: tuple[int, int] = (1, 1), rounds: int = 15
+) -> LatencyTable:
+    """Times compacted forms of a timm or converted model on the device it is on.
+
+    In each form all blocks run the same half, cut to one size of the table, as a search leaves it: with a
+    grain of 1 heads differ in their dims. Every form takes turns with the dense model, so that a slower
+    machine slows both.
+
+    Args:
+        batch: images per forward pass.
+        grain: (dims, neurons) of ``SolverConfig.grain``: sizes are multiples of these.
+        rounds: turns of each form; the median counts.
+    """
+    s = sizes_of(model)
+    size, parameter = (model.in_chans, *model.patch_embed.img_size), next(model.parameters())
+    images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
+    dense = compacted(model, Structure.dense(model)).eval()
+
+    def share(block: BlockStructure) -> float:
+        """Time of the form whose blocks all are `block`, over that of the dense model."""
+        form = compacted(model, Structure((block,) * s.blocks)).eval()
+        times = _turns([dense, form], images, rounds)
+        dense_ms.extend(whole for whole, _ in times)
+        return median(part / whole for whole, part in times)
+
+    dense_ms: list[float] = []
+    heads, dims, neurons = _grid(s.heads, 1, 6), _grid(s.head_dim, grain[0], 4), _grid(s.neurons, grain[1], 8)
+    dims = tuple(sorted({*dims, max(s.head_dim - grain[0], grain[0])}))
+    nothing = BlockStructure(False, False, (), (), (), ())
+    fixed = share(nothing)
+    attn = [[share(_attn_form(s, h, d, grain[0])) - fixed for d in dims] for h in heads]
+    bare = share(BlockStructure(True, False, (), (), (), ())) - fixed
+    mlp = [share(BlockStructure(False, True, (), (), (), tuple(range(n)))) - fixed for n in neurons]
+    empty = share(BlockStructure(False, True, (), (), (), ())) - fixed
+    attn, mlp = [[bare] * len(dims), *attn], _monotone([[empty, *mlp]])[0]
+    ragged, full = _monotone([row[:-1] for row in attn]), _monotone([[row[-1] for row in attn]])[0]
+    attn = [[*row, last] for row, last in zip(ragged, full, strict=True)]
+    # The halves of the dense model, one by one, take a little more or less than in one go.
+    scale = (1.0 - fixed) / (attn[-1][-1] + mlp[-1]) / s.blocks * median(dense_ms)
+    return LatencyTable(
+        model=getattr(model, "default_cfg", {}).get("architecture") or type(model).__name__,
+        device=device_name(parameter.device),
+        threads=torch.get_num_threads(),
+        versions=versions_line(),
+        batch=batch,
+        image=size,
+        blocks=s.blocks,
+        dim=s.dim,
+        fixed=fixed * median(dense_ms),
+        heads=(0, *heads),
+        dims=dims,
+        attn=tuple(tuple(t * scale for t in row) for row in attn),
+        neurons=(0, *neurons),
+        mlp=tuple(t * scale for t in mlp),
+    )
+
+
+def _grid(whole: int, grain: int, parts: int) -> tuple[int, ...]:
+    """About ``parts`` sizes up to ``whole``, evenly spaced multiples of ``grain``.
+
+    Without a grain all but the last are odd, as most of what a search leaves is no round number.
+    """
+    sizes = {max(round(whole * i / parts / grain) * grain, grain) for i in range(1, parts)}
+    if grain == 1 and whole > 8 * parts:
+        sizes = {n - 1 + n % 2 for n in sizes}
+    return tuple(sorted(sizes | {whole}))
+
+
+def _attn_form(s: Sizes, heads: int, dims: int, grain: int) -> BlockStructure:
+    """Only attention, of some heads whose q/k and v dims have the mean ``dims``, apart where they can be."""
+    reach = min(dims - 1, s.head_dim - dims, max(dims // 4, grain)) // grain
+    offsets = [round(reach * (2 * i + 1 - heads) / heads) or reach for i in range(heads)]
+    qk = tuple(tuple(range(dims + grain * offset)) for offset in offsets)
+    v = tuple(tuple(range(dims - grain * offset)) for offset in offsets)
+    return BlockStructure(True, False, tuple(range(heads)), qk, v, ())
+
+
+def _monotone(rows: list[list[float]]) -> list[list[float]]:
+    """The rows, made to grow along rows and columns: the mean of the least growing table above them and the
+    greatest below; not less than zero.
+    """
+
+    def highest(table: list[list[float]]) -> list[list[float]]:
+        along = [list(accumulate(row, max)) for row in table]
+        return [
+            list(row) for row in zip(*(accumulate(c, max) for c in zip(*along, strict=True)), strict=True)
+        ]
+
+    above = highest(rows)
+    below = [
+        [-t for t in row[::-1]] for row in highest([[-t for t in row[::-1]] for row in rows[::-1]])[::-1]
+    ]
+    return [
+        [max((a + b) / 2, 0.0) for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)
+    ]
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module], images: Tensor, repeats: int = 20, seconds: float = 5.0
+) -> dict[str, float]:
+    """Median milliseconds of one forward pass of `images` [B, C, H, W] through each model.
+
+    The models take turns, so that a busy moment of the machine hits all of them. It ends after `repeats`
+    rounds, or after `seconds` and three rounds.
+    """
+    modes = {name: model.training for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    try:
+        with torch.inference_mode():
+            for model in models.values():
+                # Caches and allocators warm up.
+                wall_ms(model.eval(), images)
+            start = time.monotonic()
+            for i in range(repeats):
+                if i >= 3 and time.monotonic() - start > seconds:
+                    break
+                for name, model in models.items():
+                    times[name].append(wall_ms(model, images))
+    finally:
+        for name, model in models.items():
+            model.train(modes[name])
+    return {name: median(values) for name, values in times.items()}
+
+
+def wall_ms(model: nn.Module, images: Tensor) -> float:
+    """Milliseconds of one forward pass, until the device is done."""
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return (time.perf_counter() - start) * 1e3

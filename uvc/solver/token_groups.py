@@ -1,0 +1,185 @@
+"""Which patch tokens go: at a few sites a fraction of them each, on the one scale of all groups.
+
+A site is a block whose attention half may let fewer tokens go on; its interval is every half from there to
+the next site's attention half. The T patch tokens of an image, ranked by the block's own score, fall into G
+buckets; a bucket at a site is a group. Its first-order change of the loss is that of a gate of 1 on what the
+halves of the interval read of the bucket's tokens, its price what these cost there. A token takes no weights
+along, so a bucket can come back, and needs neither prox nor multiplier y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from uvc.constraints import Limit
+from uvc.costs import fixed_macs, macs_at, total
+from uvc.layers import slimming
+from uvc.solver.importance import group_prices
+from uvc.solver.objective import marginal, soft_counts, weights
+from uvc.solver.state import Masks, State, TokenState
+from uvc.structure import sizes_of
+
+BUCKETS = 16
+MOST_SITES = 3
+
+
+def check_tokens(model: nn.Module, sites: int, metrics: Sequence[str]) -> None:
+    """ValueError unless tokens can go at `sites` blocks (0: none are to) under budgets in these metrics."""
+    if sites not in range(MOST_SITES + 1):
+        raise ValueError(f"solver tokens: {sites} blocks are to drop tokens; use 0 to {MOST_SITES}")
+    drops = any(getattr(block, "tokens", None) is not None for block in model.blocks)
+    if "latency" in metrics and (sites or drops):
+        raise ValueError(
+            "solver tokens: a latency is measured with all tokens; budget macs, or keep all tokens"
+        )
+    if sites == 0:
+        return
+    slimming(model, 1)
+    if drops:
+        raise ValueError(
+            "solver tokens: the model drops tokens already; start from a structure that keeps all"
+        )
+    if "macs" not in metrics:
+        raise ValueError(f"solver tokens: {' and '.join(metrics)} count no tokens; set a budget in macs")
+
+
+class Tokens:
+    """The tokens of one model during a search.
+
+    Args:
+        model: converted, and fit for it (`check_tokens`).
+        sites: how many blocks may drop tokens, 1 to 3: the last one and, evenly apart, earlier ones.
+    """
+
+    def __init__(self, model: nn.Module, sites: int) -> None:
+        self.model, self.sizes = model, sizes_of(model)
+        depth, patches = self.sizes.blocks, self.sizes.patches
+        # The last block is always one: behind its attention a class token needs no other token.
+        self.sites = sorted({depth - 1 - depth * i // (sites + 1) for i in range(sites)})
+        self._slimming = slimming(model, patches)
+        buckets = min(BUCKETS, patches)
+        # left[n]: how many tokens are left without the n worst buckets.
+        self.left = [patches - round(patches * n / buckets) for n in range(buckets + 1)]
+        device = next(model.parameters()).device
+        self.state = TokenState.new(len(self.sites), buckets, device)
+        self._bucket = torch.tensor([sum(place < n for n in self.left) - 1 for place in range(patches)]).to(
+            device
+        )
+        self._read = torch.zeros(len(self.sites), patches, device=device)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._fixed: dict[int, int] = {}
+        self.apply()
+
+    def apply(self, ended: bool = False) -> None:
+        """Gives the model the tokens of the state; until the search has ended every site orders them."""
+        for site, gone in zip(self.sites, self.state.gone, strict=True):
+            slims = self._slimming._replace(tokens=self.left[gone], always=not ended)
+            self.model.blocks[site].set_slimming(None if ended and gone == 0 else slims)
+
+    def watch(self) -> None:
+        """Until `observe`, backward passes tell what the halves read of each token."""
+        for index, block in enumerate(self.model.blocks):
+            for half, reached in ((block.attn, index), (block.mlp, index + 1)):
+                interval = sum(site < reached for site in self.sites) - 1
+                if interval >= 0:
+                    self._hooks.append(half.register_forward_pre_hook(partial(self._watch, interval)))
+
+    def _watch(self, interval: int, half: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not (torch.is_grad_enabled() and args[0].requires_grad):
+            return None
+        # A node of its own in the graph, as the input of a half may also be the residual.
+        x = args[0].view_as(args[0])
+        x.register_hook(partial(self._add, interval, x.detach()))
+        return (x, *args[1:])
+
+    def _add(self, interval: int, x: Tensor, grad: Tensor) -> None:
+        # dloss/dg of a gate g = 1 on the token in place n: the sum over images of x[n] . dloss/dx[n]
+        gates = (x * grad).sum(-1, dtype=self._read.dtype).sum(0)[self.sizes.prefix :]
+        self._read[interval, : len(gates)] += gates
+
+    def observe(self, scale: float, decay: float) -> None:
+        """If watched: the importance of every bucket left follows the square of its gate's gradient."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        state = self.state
+        gates = torch.zeros_like(state.importance).index_add_(1, self._bucket, self._read / scale)
+        self._read.zero_()
+        gone = torch.tensor(state.gone, device=gates.device)[:, None]
+        there = torch.arange(gates.shape[1], device=gates.device) >= gone
+        state.importance.lerp_(gates.square(), (1.0 - decay) * there.to(gates.dtype))
+
+    def limits(self, limits: Sequence[Limit], gone: Sequence[int]) -> tuple[Limit, ...]:
+        """The limits, with MACs priced where so many buckets are gone at each site."""
+        tokens = self._spans([self.left[n] for n in gone])
+        last = tokens[-1][1]
+        if last not in self._fixed:
+            self._fixed[last] = fixed_macs(self.model, self.sizes.prefix + last)
+        costs = macs_at(self.sizes, tokens, self._fixed[last])
+        return tuple(m._replace(costs=costs) if m.metric == "macs" else m for m in limits)
+
+    def _spans(self, left: Sequence[float]) -> list[tuple[float, float]]:
+        """Patch tokens that reach each block, and that go on from its attention half."""
+        after, spans, arriving = dict(zip(self.sites, left, strict=True)), [], self.sizes.patches
+        for block in range(self.sizes.blocks):
+            leaving = after.get(block, arriving)
+            spans.append((arriving, leaving))
+            arriving = leaving
+        return spans
+
+    def reprice(self, state: State, limits: Sequence[Limit]) -> None:
+        """What a bucket costs in its interval, from what the blocks keep now."""
+        counts, patches = soft_counts(state), self.sizes.patches
+        left = [self.left[n] for n in self.state.gone]
+        shares = weights(state.z.tolist())
+        prices = torch.zeros(len(left), len(limits), dtype=torch.float64)
+        for m, limit in enumerate(limits):
+            if limit.metric != "macs":
+                continue
+            whole = float(total(macs_at(self.sizes, self._spans(left), 0), counts))
+            for i in range(len(left)):
+                fewer = [n - patches / (len(self.left) - 1) * (i == j) for j, n in enumerate(left)]
+                prices[i, m] = whole - float(total(macs_at(self.sizes, self._spans(fewer), 0), counts))
+        scale = torch.tensor([s * limits[0].dense / m.dense for s, m in zip(shares, limits, strict=True)])
+        self.state.price.copy_((prices @ scale.double()).clamp_min(1.0))
+        buckets = self.state.importance.shape[1]
+        self.state.shares = [float(p) * buckets / m.dense for p, m in zip(prices.sum(0), limits, strict=True)]
+
+    def move(self, allowed: Callable[[list[int]], bool]) -> bool:
+        """One bucket at each site towards the fraction s; whether any moved. Buckets go only if `allowed`."""
+        gone, wanted = self.state.gone, self.state.wanted()
+        step = [g + (w > g) - (w < g) for g, w in zip(gone, wanted, strict=True)]
+        for i in range(len(step) - 1, 0, -1):
+            step[i - 1] = min(step[i - 1], step[i])
+        back = [min(pair) for pair in zip(gone, step, strict=True)]
+        self.state.gone = step if step == back or allowed(step) else back
+        return self.state.gone != gone
+
+    def next_below(self, ratio: float) -> list[int] | None:
+        """Buckets gone after the one worth least per cost goes too; None if it is worth `ratio` or more."""
+        ratios, best = self.state.ratio().tolist(), None
+        for i, gone in enumerate(self.state.gone):
+            last = i + 1 == len(self.sites)
+            if (
+                gone + 1 < len(ratios[i])
+                and (last or gone < self.state.gone[i + 1])
+                and ratios[i][gone] < ratio
+            ):
+                best, ratio = i, ratios[i][gone]
+        return None if best is None else [n + (i == best) for i, n in enumerate(self.state.gone)]
+
+
+def dearest(state: State, limits: Sequence[Limit], masks: Masks) -> float:
+    """The largest importance per cost among the living groups that are not in `masks`; 0 without any."""
+    found = 0.0
+    prices = group_prices(state, marginal(state, limits)).items()
+    for (name, price), alive, kept in zip(prices, state.alive()[:3], masks[:3], strict=True):
+        ratio = (state.families[name].importance / price).view(kept.shape)[alive & ~kept]
+        found = max(found, float(ratio.max()) if len(ratio) else 0.0)
+    return found

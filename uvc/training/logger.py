@@ -1,0 +1,124 @@
+"""The log of a run: `log.jsonl`, TensorBoard events and progress."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uvc.io.files import _plain
+
+
+class RunLog:
+    """Writes `out/log.jsonl` (one JSON line per logged step) and TensorBoard events, and shows progress.
+
+    On a terminal progress is a bar; elsewhere it is a plain line at about every tenth of a phase. With
+    `out=None` nothing is written, with `progress=False` nothing is shown. A resumed run appends to its log.
+    """
+
+    def __init__(self, out: Path | None, progress: bool = False) -> None:
+        self._phase, self._step, self._total, self._tenth = "", 0, 0, 0
+        self._start = time.monotonic()
+        self._file = self._events = self._progress = self._task = self._console = None
+        if out is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            out = Path(out)
+            out.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(out / "log.jsonl")
+            # Line-buffered: a killed run loses at most the line being written.
+            self._file = open(out / "log.jsonl", "a", buffering=1)
+            self._events = SummaryWriter(str(out / "tensorboard"))
+        if progress:
+            from rich.console import Console
+
+            self._console = Console(stderr=True, highlight=False)
+
+    def phase(self, name: str, total_steps: int) -> None:
+        """Start a phase ('teacher', 'warmup', 'search', 'post-train') of `total_steps` steps."""
+        self._end_bar()
+        self._phase, self._step, self._total, self._tenth = name, 0, total_steps, 0
+        self._start = time.monotonic()
+        if self._console is not None and self._console.is_terminal:
+            self._start_bar()
+
+    def step(self, step: int, **scalars: float) -> None:
+        """Log the scalars of one step, counted from 0 within the phase, and advance the progress to it."""
+        self._step = step + 1
+        self._write({"phase": self._phase, "step": step, **scalars})
+        if self._events is not None:
+            for name, value in scalars.items():
+                self._events.add_scalar(f"{self._phase}/{name}", value, step)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._step, figures=_figures(scalars))
+        elif self._console is not None and self._new_tenth():
+            seconds = time.monotonic() - self._start
+            self._console.print(
+                f"{self._phase:<10} {self._step:>6}/{self._total}  {seconds:5.0f} s  {_figures(scalars)}",
+                soft_wrap=True,
+            )
+
+    def note(self, **fields: Any) -> None:
+        """Write one JSON line that is no step, such as the validation accuracy of an epoch."""
+        self._write({"phase": self._phase, **fields})
+        if self._events is not None:
+            for name, value in fields.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._events.add_scalar(f"{self._phase}/{name}", value, self._step)
+
+    def close(self) -> None:
+        """Flush and close the files; calling it twice is fine."""
+        self._end_bar()
+        for resource in (self._file, self._events):
+            if resource is not None:
+                resource.close()
+        self._file = self._events = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, fields: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(_plain(fields)) + "\n")
+
+    def _new_tenth(self) -> bool:
+        """Whether a further tenth of the phase has been done since this was last true."""
+        tenth = self._step * 10 // max(self._total, 1)
+        new = tenth > self._tenth
+        self._tenth = max(tenth, self._tenth)
+        return new
+
+    def _start_bar(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(self._phase, total=self._total, figures="")
+
+    def _end_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut what follows the last line end, left by a run that was killed while writing."""
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def _figures(scalars: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in list(scalars.items())[:4])

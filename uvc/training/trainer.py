@@ -1,0 +1,235 @@
+"""The training loop that every phase of a run goes through, with its log, its history and its checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from uvc.config import Config
+from uvc.solver import Search
+from uvc.structure import structure_of
+from uvc.training.checkpoint import (
+    load_optimizer_tensors,
+    load_run,
+    numpy_random,
+    optimizer_tensors,
+    save_run,
+    set_numpy_random,
+)
+from uvc.training.logger import RunLog
+from uvc.training.losses import Classification, Mixing
+
+LOG_EVERY = 5  # steps
+AVERAGED = ("teacher", "post-train")  # phases whose structure stays
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, device: torch.device | str | None = None) -> float:
+    """Top-1 accuracy in percent over ``loader``, in eval mode; the model's mode is restored."""
+    device = device or next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    right = total = 0
+    for images, labels in loader:
+        right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
+        total += len(labels)
+    model.train(was_training)
+    if total == 0:
+        raise ValueError("val_loader: it yields no images; top-1 needs at least one")
+    return 100.0 * right / total
+
+
+class Trainer:
+    """What the phases of a run share: model, loaders, log, checkpoint file, and its history by epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: DataLoader,
+        val: DataLoader,
+        config: Config,
+        log: RunLog,
+        file: Path | None,
+        **settings: Any,
+    ) -> None:
+        self.model, self.train_loader, self.val_loader, self.config, self.log, self.file = (
+            model,
+            train,
+            val,
+            config,
+            log,
+            file,
+        )
+        self.device = next(model.parameters()).device
+        self.mix = Mixing(config, getattr(model, "num_classes", 0))
+        if not 0.0 <= config.ema_decay < 1.0:
+            raise ValueError(f"ema_decay: {config.ema_decay} is outside [0, 1); 0 turns averaging off")
+        self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
+        self.settings = _json_like({**asdict(config), **settings})  # a checkpoint belongs to one set of them
+        self.history: list[dict[str, Any]] = []
+        self.steps = 0
+        self.resumed: dict[str, Any] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+
+    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """Fresh AdamW; norms, biases and embeddings are not decayed."""
+        decay = self.config.weight_decay
+        return create_optimizer_v2(self.model, opt="adamw", lr=learning_rate, weight_decay=decay, fused=True)
+
+    def phase(
+        self,
+        name: str,
+        epochs: int,
+        task: Classification,
+        optimizer: torch.optim.Optimizer,
+        search: Search | None = None,
+        schedule: tuple[int, int] | None = None,
+    ) -> None:
+        """Trains for some epochs under one cosine cycle.
+
+        schedule: (epochs before this phase, epochs in all) where several phases share the optimiser and its
+        cycle.
+        """
+        if self.config.ema_decay and name in AVERAGED:
+            self.average = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=True)
+        first = self._restore(name, epochs, optimizer, search)
+        before, cycle = schedule or (0, epochs)
+        steps = len(self.train_loader)
+        scheduler = self._cosine(optimizer, cycle * steps)
+        self.log.phase(name, epochs * steps)
+        for epoch in range(first, epochs):
+            start = time.perf_counter()
+            self.model.train()
+            for i, (images, labels) in enumerate(self.train_loader):
+                step = epoch * steps + i
+                scheduler.step_update(before * steps + step)
+                out = self._train_step(task, images, labels, optimizer, search)
+                if self.average:
+                    self.average.update(self.model, step=step + 1)
+                if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
+                    scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
+                    self.log.step(step, **scalars, **(search.metrics() if search else {}))
+                self.steps += 1
+            seconds = time.perf_counter() - start
+            entry = {
+                "phase": name,
+                "epoch": epoch,
+                "top1": evaluate(self.average.module if self.average else self.model, self.val_loader),
+                "step_ms": 1e3 * seconds / steps,
+            }
+            self.history.append({**entry, **(search.metrics() if search else {})})
+            self.log.note(epoch=epoch, top1=entry["top1"], step_ms=entry["step_ms"])
+            self._save(name, epoch + 1, optimizer, search)
+        if self.average:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+
+    def _train_step(
+        self,
+        task: Classification,
+        images: Tensor,
+        labels: Tensor,
+        optimizer: torch.optim.Optimizer,
+        search: Search | None,
+    ) -> dict[str, Any]:
+        if search:
+            search.before()
+        images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+        out = task(self.model, *self.mix(images, labels))
+        out["loss"].backward()
+        if search:
+            search.observe()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        optimizer.step()
+        if search:
+            search.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return out
+
+    def _cosine(self, optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
+        config = self.config
+        warmup = int(config.lr_warmup_fraction * steps)
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=max(steps, 1),
+            lr_min=config.min_learning_rate,
+            warmup_t=warmup,
+            warmup_lr_init=config.min_learning_rate,
+            warmup_prefix=False,
+            t_in_epochs=False,
+        )
+
+    def _save(self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, search: Search | None) -> None:
+        if self.file is None:
+            return
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
+        tensors["random"] = {"torch": torch.get_rng_state()}
+        if self.mix:
+            tensors["random"] |= numpy_random()
+        if self.average:
+            tensors["average"] = self.average.module.state_dict()
+        if search:
+            tensors["search"] = search.tensors()
+        loader = self.train_loader.state_dict() if hasattr(self.train_loader, "state_dict") else None
+        facts = {
+            "phase": phase,
+            "epoch": epoch,
+            "loader": loader,
+            "history": self.history,
+            "steps": self.steps,
+        }
+        structure = structure_of(self.model).to_json() if phase == "post-train" else None
+        save_run(self.file, tensors, {**facts, "structure": structure, "settings": self.settings})
+
+    def load(self) -> None:
+        """Reads the checkpoint; phases before the one it names are passed over, that one continues after its
+        last epoch.
+        """
+        self.tensors, self.resumed = load_run(self.file)
+        if self.resumed["settings"] != self.settings:
+            raise ValueError(
+                f"{self.file}: it was written with other settings; resume with the same ones or start afresh"
+            )
+        self.history, self.steps = self.resumed["history"], self.resumed["steps"]
+
+    def finished(self, phase: str) -> bool:
+        """Whether the loaded checkpoint is from a later phase."""
+        order = ["teacher", "warmup", "search", "post-train"]
+        return bool(self.resumed) and order.index(self.resumed["phase"]) > order.index(phase)
+
+    def _restore(
+        self, name: str, epochs: int, optimizer: torch.optim.Optimizer, search: Search | None
+    ) -> int:
+        if self.finished(name):
+            return epochs
+        if self.resumed.get("phase") != name:
+            return 0
+        self.model.load_state_dict(self.tensors["model"])
+        load_optimizer_tensors(optimizer, self.model, self.tensors["optimizer"])
+        if search:
+            search.load_tensors(self.tensors["search"])
+        torch.set_rng_state(self.tensors["random"]["torch"])
+        if self.mix:
+            set_numpy_random(self.tensors["random"])
+        if self.average:
+            self.average.module.load_state_dict(self.tensors["average"])
+        if self.resumed["loader"] is not None:
+            self.train_loader.load_state_dict(self.resumed["loader"])
+        epoch, self.resumed, self.tensors = self.resumed["epoch"], {}, {}
+        return epoch
+
+
+def _json_like(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {key: _json_like(item) for key, item in value.items()}
+    return [_json_like(item) for item in value] if isinstance(value, (list, tuple)) else value
