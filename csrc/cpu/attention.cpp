@@ -92,7 +92,7 @@ void for_heads(const Shape& s, F&& work) {
   Head<T> widest{};
   widest.tokens = s.N, widest.qk_dims = wide_qk, widest.v_dims = wide_v;
   const int64_t size = loops<T>().attention_scratch(widest);
-  torch::stable::parallel_for(0, s.B * s.heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.B * s.heads, 1, [&](int64_t begin, int64_t end) {
     // On a cache line, else every load of a whole register touches two.
     std::unique_ptr<Accumulator<T>[], Aligned> scratch(new (kLine) Accumulator<T>[size]);
     for (int64_t i = begin; i < end; ++i) work(i / s.heads, i % s.heads, scratch.get());

@@ -31,7 +31,7 @@ Tensor group_scores(std::vector<Tensor> a, std::vector<Tensor> b, std::vector<in
   for_type(a[0], "group_scores", [&]<class T>() {
     using A = Accumulator<T>;
     const auto& loop = loops<T>();
-    torch::stable::parallel_for(0, pieces.size(), 4, [&](int64_t first, int64_t last) {
+    parallel_for(0, pieces.size(), 4, [&](int64_t first, int64_t last) {
       for (int64_t p = first; p < last; ++p) {
         const Piece& piece = pieces[p];
         const Tensor& t = a[piece.tensor];

@@ -16,6 +16,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/denormals.h"
 #include "cpu/loops.h"
 
 namespace uvc {
@@ -146,7 +147,7 @@ template <class F>
 void for_rows(int64_t rows, int64_t columns, int64_t unit, F&& work) {
   const int64_t units = (rows + unit - 1) / unit;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns * unit));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     work(begin * unit, std::min(rows, end * unit));
   });
 }
@@ -244,7 +245,7 @@ void add_bias(const Tensor& out, const MaybeTensor& bias, int64_t rows, int64_t 
 template <class T>
 Tensor column_sums(const Tensor& weight, const Tensor& g, int64_t rows, int64_t n) {
   Tensor wide = empty_of<Accumulator<T>>(g, {n});
-  torch::stable::parallel_for(0, (n + 63) / 64, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (n + 63) / 64, 1, [&](int64_t begin, int64_t end) {
     const int64_t from = begin * 64, to = std::min(n, end * 64);
     loops<T>().sum_columns(data<T>(g) + from, rows, n, data<Accumulator<T>>(wide) + from, to - from);
   });

@@ -31,7 +31,7 @@ void prox_shrink(std::vector<Tensor> weights, Tensor factors, std::vector<int64_
   for_type(weights[0], "prox_shrink", [&]<class T>() {
     using A = Accumulator<T>;
     const auto& loop = loops<T>();
-    torch::stable::parallel_for(0, pieces.size(), 4, [&](int64_t first, int64_t last) {
+    parallel_for(0, pieces.size(), 4, [&](int64_t first, int64_t last) {
       std::vector<A> repeated;
       for (int64_t p = first; p < last; ++p) {
         const Piece& piece = pieces[p];
