@@ -1,7 +1,7 @@
 """Dispatch by measurement: of all ways that can serve a call, the one that was fastest here.
 
-The ways are every proven provider and, beside them, full products (`dense.py`) and, on GPUs, kept rows read
-in place (`fused.py`); not these two where recomputing is asked for, as they keep what it would not. A case is
+The ways are every proven provider and, beside them, full products (`dense.py`); not these where recomputing
+is asked for, as they keep what it would not. A case is
 (op, device, dtype, shape, kept fraction in eighths, with or without gradients); a new kept count within an
 eighth measures nothing. The first call of a case times all ways on its own tensors, forward and backward, and
 what it finds is kept on disk, in $UVC_CACHE_DIR or the user's cache folder, for this device, build and torch.
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _dispatch
 
-OTHERS = ("dense", "fused")  # modules with `WAYS` and `serves`, beside the providers
+OTHERS = ("dense",)  # modules with `WAYS` and `serves`, beside the providers
 ROUNDS = 5
 # Another way must be faster by this much: below it, timings are noise.
 MARGIN = 0.97

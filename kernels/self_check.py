@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ._dispatch import backend
 from .attention import attention
-from .fused import attention_fused, envelope_heads, envelope_neurons, mlp_fused
 from .gather import gather
 from .group_scores import group_scores
 from .indices import kept_heads, kept_neurons
@@ -42,23 +41,11 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return _with_gradients(attention(*inputs, kept_heads(*_masks(), device), 0.05), inputs)
 
 
-def _attention_fused(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    inputs = _tensors(device, dtype, (2, 70, 24), (576, 24), (576,), (24, 192), (24,))
-    return _with_gradients(attention_fused(*inputs, envelope_heads(*_masks(), device), 0.05), inputs)
-
-
 def _mlp(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     inputs = _tensors(device, dtype, (2, 17, 24), (40, 24), (40,), (24, 40), (24,), (40, 24), (40,))
     kept = kept_neurons(torch.arange(40) % 3 == 0, device)
     plain = _with_gradients(mlp(*inputs[:5], kept), inputs[:5])
     return plain + _with_gradients(mlp(*inputs[:5], kept, "silu", *inputs[5:]), inputs)
-
-
-def _mlp_fused(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    inputs = _tensors(device, dtype, (2, 70, 24), (40, 24), (40,), (24, 40), (24,), (40, 24), (40,))
-    envelope = envelope_neurons(torch.arange(40) % 3 == 0, device)
-    plain = _with_gradients(mlp_fused(*inputs[:5], envelope), inputs[:5])
-    return plain + _with_gradients(mlp_fused(*inputs[:5], envelope, "silu", *inputs[5:]), inputs)
 
 
 def _gather(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -85,8 +72,6 @@ def _prox_shrink(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 EXAMPLES: dict[str, Callable[[torch.device, torch.dtype], list[Tensor]]] = {
     "attention": _attention,
     "mlp": _mlp,
-    "attention_fused": _attention_fused,
-    "mlp_fused": _mlp_fused,
     "gather": _gather,
     "group_scores": _group_scores,
     "prox_shrink": _prox_shrink,

@@ -15,7 +15,6 @@ MODULES = (
     "attention_core",
     "attention_whole",
     "activation",
-    "fused_matmul",
     "group_scores",
     "prox_shrink",
 )
@@ -85,7 +84,7 @@ def _row(kernel: str, case, name: str) -> Row:
         (spilled or 0) > TOLERATED and f"spills {spilled} bytes",
         compiled.metadata.shared > target.shared and f"wants {compiled.metadata.shared} bytes shared",
         case.tensor_cores and found != target.instruction and f"no {target.instruction}",
-        case.tensor_cores and not case.scattered and "ld.global.b16" in text and "loads 2 bytes at a time",
+        case.tensor_cores and "ld.global.b16" in text and "loads 2 bytes at a time",
     ]
     fault = ", ".join(fault for fault in faults if fault)
     return Row(kernel, case.label, name, registers, spilled, compiled.metadata.shared, found, fault)

@@ -5,8 +5,6 @@ Under `TRITON_INTERPRET=1`, set before that, the same kernels run on CPU tensors
 
 from ..packed import Pieces, provide
 from . import activation, attention_core, gather, group_scores, prox_shrink
-from . import fused_attention as fused_attention
-from . import fused_mlp as fused_mlp
 from .launch import DTYPES, INTERPRETED
 
 provide(

@@ -68,8 +68,6 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
     head, _, _, _ = head_of(
         qkv, heads, heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
     )
-    if head[10] == 0:  # no head: only an envelope has such rows
-        return
     if TAIL == BLOCK or tile + 1 < tiles:
         _attend(head, tile * BLOCK, N, BLOCK, BLOCK, TAIL, MODE)
     else:
@@ -133,8 +131,6 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
     head, q, k, v = head_of(
         qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
     )
-    if head[10] == 0:
-        return
     first = part // 2 * BLOCK
     if part % 2 == 0:
         if TAIL == BLOCK or first + BLOCK < N:

@@ -72,8 +72,6 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
         qkv, heads, heads, top, inverse, table, tl.program_id(0), n_heads, first_head, N, M, qkv_stride,
         heads_stride,
     )  # fmt: skip
-    if head[10] == 0:  # no head: only an envelope has such rows
-        return
     keys0 = _keys(head, 0, N, KEYS[0], MODE)
     keys1 = keys0
     keys2 = keys0
@@ -95,8 +93,6 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
         qkv, heads, grad_heads, top, inverse, table, tl.program_id(0), n_heads, first_head, N, M, qkv_stride,
         heads_stride,
     )  # fmt: skip
-    if head[10] == 0:
-        return
     k, v = _keys(head, 0, N, KEYS, MODE)
     grad_k, grad_v = tl.full((KEYS, MODE[2]), 0.0, MODE[0]), tl.full((KEYS, MODE[2]), 0.0, MODE[0])
     for first in range(0, N, STEP):

@@ -1,7 +1,7 @@
 """What every Triton file shares: element types, rounding, descriptors on the device, gate cases."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,7 +62,6 @@ class Case(NamedTuple):
     options: dict[bool, dict[str, int]] | None = None  # of NVIDIA (False) and of AMD (True)
     tensor_cores: bool = False  # whether it multiplies 16-bit tiles
     targets: tuple[str, ...] = ()  # where it is chosen at all; everywhere when empty
-    scattered: bool = False  # whether it reads single 16-bit numbers on purpose
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:
@@ -73,18 +72,6 @@ def wide(dtype: torch.dtype) -> tl.dtype:
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: as the user lets torch multiply float32 matrices."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
-def register(
-    name: str, schema: str, run: Callable, fake: Callable, autograd: tuple[Callable, Callable] | None = None
-) -> None:
-    """Make `run` the op `uvc_kernels::name`; autograd: its backward and what sets up the context."""
-    name = f"uvc_kernels::{name}"
-    torch.library.define(name, schema)
-    torch.library.impl(name, "cpu" if INTERPRETED.value else "cuda")(run)
-    torch.library.register_fake(name, fake)
-    if autograd is not None:
-        torch.library.register_autograd(name, autograd[0], setup_context=autograd[1])
 
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

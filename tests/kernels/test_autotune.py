@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import uvc_kernels
-from uvc_kernels import _dispatch, autotune, dense, fused
+from uvc_kernels import _dispatch, autotune, dense
 
 
 @pytest.fixture(autouse=True)
@@ -49,24 +49,6 @@ def test_the_faster_way_serves_and_a_tie_leaves_the_kernel(monkeypatch, tmp_path
     call(99)
     assert asked == [("mlp", ("cpu", "dense"))]
     assert sorted(choice["way"] for choice in choices(tmp_path).values()) == ["cpu", "dense"]
-
-
-def test_rows_read_in_place_serve_where_they_can_and_are_faster(monkeypatch, tmp_path):
-    ran = []
-    monkeypatch.setattr(fused, "serves", lambda op, arguments: True)
-    monkeypatch.setitem(fused.WAYS, "mlp", lambda *arguments: ran.append(arguments) or arguments[0])
-    asked = times(monkeypatch, cpu=1.0, dense=0.9, fused=0.5)
-    call()
-    assert asked == [("mlp", ("cpu", "dense", "fused"))] and len(ran) == 1
-    # The file says so; here it cannot run.
-    monkeypatch.setattr(fused, "serves", lambda op, arguments: False)
-    assert call().shape == (2, 5, 8) and len(ran) == len(asked) == 1
-
-
-def test_rows_are_not_read_in_place_on_a_cpu(monkeypatch):
-    asked = times(monkeypatch, cpu=1.0, dense=0.9)
-    call()
-    assert asked == [("mlp", ("cpu", "dense"))]
 
 
 def test_where_memory_counts_only_what_recomputes_is_measured(monkeypatch):
