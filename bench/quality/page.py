@@ -48,6 +48,20 @@ def verdict(rows: list[Row], mode: str) -> list[str]:
     return out
 
 
+def short(rows: list[Row], task: str = "digits") -> list[str]:
+    """One line for each budget of one task: UVC, the best rival after post-training, their difference."""
+    out = ["| MACs kept | UVC | best rival | UVC - rival, points |", "|---" * 4 + "|"]
+    for (name, budget), here in _cases(rows, "epochs"):
+        found = _best(here, "after_top1") if name == task else None
+        if found:
+            ours = mean_of([row for row in here if row["arm"] == OURS], "after_top1")
+            theirs = f"{_at_seeds(here, found[0], 'after_top1'):.2f}, {_readable(found[0])}"
+            out.append(
+                "| {:g} | {:.2f} | {} | {:+.2f} ± {:.2f} |".format(budget, ours, theirs, *interval(found[1]))
+            )
+    return out
+
+
 def _cases(rows: list[Row], mode: str) -> list[tuple[tuple[str, float], list[Row]]]:
     cases = defaultdict(list)
     for row in rows:
@@ -115,6 +129,7 @@ def blocks(rows: list[Row]) -> dict[str, str]:
         there = any(row["mode"] == mode and row["arm"] == OURS for row in rows)
         found[f"verdict_{mode}"] = "\n".join(verdict(rows, mode)) if there else "No row yet."
         found[f"tables_{mode}"] = render(rows, mode).replace("no rows yet", "No row yet.")
+    found["short"] = "\n".join(short(rows))
     found["ablations"] = "\n".join(ablations(rows))
     dates = sorted({row["date"] for row in rows})
     counts = {mode: sum(row["mode"] == mode for row in rows) for mode in ("epochs", "compute")}

@@ -45,11 +45,22 @@ def results(tmp_path):
     return tmp_path / "results"
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/bench.md"])
-def test_every_marked_table_is_what_the_csv_says(plot, path):
-    text = (ROOT / path).read_text()
+def test_every_marked_table_is_what_the_csv_says(plot):
+    text = (ROOT / "docs" / "bench.md").read_text()
     assert "<!-- bench training -->" in text
     assert plot.filled(text, plot.load(RESULTS)) == text, "run: python bench/plot.py"
+
+
+def test_the_speed_that_the_readme_begins_with_is_a_row(plot):
+    case = ("models", "deit_tiny_patch16_224", "training", 0.5, "float32", 1)
+    rows = [r for r in plot.load(RESULTS) if (r.suite, r.model, r.what, r.keep, r.dtype, r.threads) == case]
+    fly, masked = (next(row.speedup for row in rows if row.way == way) for way in ("on_the_fly", "masked"))
+    assert f"({fly:.2f} times; {masked:.2f} times when" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_picture_is_drawn_from_the_rows(tmp_path):
+    script("hero").main(["--docs", str(tmp_path)])
+    assert (tmp_path / "hero.png").stat().st_size > 20_000 and (ROOT / "docs" / "hero.png").is_file()
 
 
 def test_the_scale_page_is_what_the_csv_says():
