@@ -1,6 +1,10 @@
 """Tensors in, tensors out: the ops that skip pruned structure, each with a plain-torch reference."""
 
-from ._dispatch import backend, packs_ahead, select
+from importlib import import_module
+
+from . import dense as dense
+from . import self_check as self_check
+from ._dispatch import backend, packs_ahead, provide_later, select
 from .attention import attention, attention_packing
 from .gather import gather
 from .group_scores import group_scores
@@ -24,3 +28,7 @@ __all__ = [
     "prox_shrink",
     "select",
 ]
+
+provide_later("triton", lambda: import_module("uvc_kernels.triton"))
+provide_later("cuda", lambda: import_module("uvc_kernels.cuda"))
+provide_later("cuda-host", lambda: import_module("uvc_kernels.cuda"))

@@ -20,11 +20,12 @@ class _Implementation(NamedTuple):
     run: Callable
     device: str
     dtypes: frozenset[torch.dtype]
+    packs: bool = False  # whether it takes weights that `gather` has packed
 
 
 _implementations: dict[tuple[str, str], _Implementation] = {}
-# Providers whose modules are imported at their first use.
-_ON_DEMAND = {"triton": "uvc_kernels.triton", "cuda": "uvc_kernels.cuda", "cuda-host": "uvc_kernels.cuda"}
+_loaders: dict[str, Callable[[], object]] = {}
+_checks: list[Callable[[str, str, torch.device, torch.dtype], str | None]] = []
 _references: dict[str, Callable] = {}
 _forced: list[str] = []
 _warned: set[tuple] = set()
@@ -48,9 +49,29 @@ def provide_reference(op: str, run: Callable) -> None:
     _references[op] = run
 
 
-def provide(op: str, provider: str, run: Callable, device: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Make `run` what `provider` offers for `op` on one device type and these dtypes."""
-    _implementations[op, provider] = _Implementation(run, device, frozenset(dtypes))
+def provide(
+    op: str,
+    provider: str,
+    run: Callable,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    packs: bool = False,
+) -> None:
+    """Make `run` what `provider` offers for `op` on one device type and these dtypes.
+
+    packs: whether it takes weights that `gather` has packed.
+    """
+    _implementations[op, provider] = _Implementation(run, device, frozenset(dtypes), packs)
+
+
+def provide_later(provider: str, load: Callable[[], object]) -> None:
+    """Call `load` when `provider` is first asked for; it calls `provide`, or raises ImportError."""
+    _loaders[provider] = load
+
+
+def provide_check(check: Callable[[str, str, torch.device, torch.dtype], str | None]) -> None:
+    """Let `check(op, provider, device, dtype)` decide whether a kernel may serve: None, or what is wrong."""
+    _checks.append(check)
 
 
 def _known(name: str, source: str) -> str:
@@ -75,9 +96,9 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
         return None
     if provider in ("cpu", "cuda", "cuda-host") and extension_error is not None:
         return f"the extension uvc_kernels._C is not built ({extension_error}); reinstall with a C++ compiler"
-    if (op, provider) not in _implementations and provider in _ON_DEMAND:
+    if (op, provider) not in _implementations and provider in _loaders:
         try:
-            importlib.import_module(_ON_DEMAND[provider])
+            _loaders[provider]()
         except ImportError as error:
             return f"{provider} is not installed ({error})"
     implementation = _implementations.get((op, provider))
@@ -101,7 +122,8 @@ def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) ->
     """Whether `provider` passed its self-check here; it runs once, and a failure is said once."""
     key = (op, provider, device, dtype)
     if key not in _proofs:
-        fault = importlib.import_module("uvc_kernels.self_check").fault(op, provider, device, dtype)
+        faults = (check(op, provider, device, dtype) for check in _checks)
+        fault = next((fault for fault in faults if fault is not None), None)
         _proofs[key] = fault is None
         if fault is not None:
             message = f"uvc_kernels.{op}: the {provider} kernel fails its self-check on {device}"
@@ -176,4 +198,5 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callabl
 
 def packs_ahead(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention and MLP here take weights that `gather` has packed for many layers at once."""
-    return select("attention", device, dtype) in _ON_DEMAND
+    found = _implementations.get(("attention", select("attention", device, dtype)))
+    return found is not None and found.packs

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _dispatch
 
-OTHERS = ("dense",)  # modules with `WAYS` and `serves`, beside the providers
 ROUNDS = 5
 # Another way must be faster by this much: below it, timings are noise.
 MARGIN = 0.97
@@ -35,6 +33,12 @@ TOKENS = {"cpu": 4096, "cuda": 65536}
 LARGEST_FILE = 4 * 1024 * 1024
 
 _known: dict[Path, dict[str, dict]] = {}
+_variants: dict[tuple[str, str], Callable] = {}
+
+
+def provide_variant(op: str, name: str, run: Callable) -> None:
+    """Let `run` compete with the providers of `op`; it takes any arguments of that op."""
+    _variants[op, name] = run
 
 
 def choose(
@@ -62,7 +66,7 @@ def choose(
     if path not in _known:
         _known[path] = _read(path)
     if key not in _known[path]:
-        others = [] if recompute else [way for way in OTHERS if _serves(op, way, arguments)]
+        others = [] if recompute else [name for of, name in _variants if of == op]
         times = _times(op, [*ways, *others], arguments)
         best = min(times, key=times.get)
         way = best if times[best] < MARGIN * times[ways[0]] else ways[0]
@@ -70,20 +74,12 @@ def choose(
         _write(path)
     way = _known[path][key]["way"]
     # What is in the file may not be what runs now: a kernel that failed its self-check since, say.
-    runs = _serves(op, way, arguments) if way in OTHERS else way in ways
+    runs = way in ways or (op, way) in _variants
     return _run_of(op, way if runs else ways[0])
 
 
 def _run_of(op: str, way: str) -> Callable:
-    return _module(way).WAYS[op] if way in OTHERS else _dispatch.run_of(op, way)
-
-
-def _serves(op: str, way: str, arguments: Sequence) -> bool:
-    return _module(way).serves(op, arguments)
-
-
-def _module(way: str) -> ModuleType:
-    return importlib.import_module(f"uvc_kernels.{way}")
+    return _variants.get((op, way)) or _dispatch.run_of(op, way)
 
 
 def _measuring(x: Tensor) -> bool:

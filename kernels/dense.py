@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _dtypes
+from . import _dtypes, autotune
 from .indices import KeptHeads, KeptNeurons
 from .mlp import ACTIVATIONS
 
@@ -61,9 +61,5 @@ def mlp_dense(
     return F.linear(hidden * (kept.whole >= 0), *_dtypes.cast(x.dtype, fc2_weight, fc2_bias))
 
 
-WAYS = {"attention": attention_dense, "mlp": mlp_dense}
-
-
-def serves(op: str, arguments: Sequence) -> bool:
-    """Whether `WAYS[op]` can run these arguments: always."""
-    return True
+autotune.provide_variant("attention", "dense", attention_dense)
+autotune.provide_variant("mlp", "dense", mlp_dense)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._dispatch import backend
+from ._dispatch import backend, provide_check
 from .attention import attention
 from .gather import gather
 from .group_scores import group_scores
@@ -111,3 +111,6 @@ def fault(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> s
     except Exception as failure:  # a compiler or a driver may raise anything
         return f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"
     return None if share <= 1 else f"its error is {error:.1e}, {share:.1f} times what is allowed"
+
+
+provide_check(fault)

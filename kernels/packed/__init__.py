@@ -18,4 +18,4 @@ def provide(name: str, device: str, dtypes: tuple[torch.dtype, ...], pieces: Pie
     provider = Provider(name.replace("-", "_"), device, pieces)
     for module in (attention, gather, mlp, solver):
         for op, run in module.define(provider).items():
-            _dispatch.provide(op, name, run, device, dtypes)
+            _dispatch.provide(op, name, run, device, dtypes, packs=True)
