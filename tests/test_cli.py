@@ -158,7 +158,7 @@ def test_what_can_be_reached_is_said_before_any_training(tmp_path, capsys, monke
     monkeypatch.setattr("uvc.app.pipeline._make_teacher", stop)
     assert cli.run(["compress", "--out", str(tmp_path / "out"), "--model", "uvc_test_vit"]) == 130
     lines = capsys.readouterr().err.splitlines()
-    smallest = uvc.costs.reachable(uvc_test_vit())[0].skipped
+    smallest = uvc.constraints.reachable(uvc_test_vit())[0].skipped
     assert lines[0].startswith(f"reachable macs: {smallest:.4f} of the dense cost")
     assert lines[1].startswith("reachable params: ") and "interrupted" in lines[2]
 
