@@ -1,5 +1,10 @@
 """Compress vision transformers under one budget: heads, head dims, neurons, blocks, found while training."""
 
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.util import spec_from_loader
+
 from uvc.compaction import compact
 from uvc.costs import cost
 from uvc.io.serialization import load, save
@@ -28,3 +33,22 @@ def __getattr__(name: str):
 
         return compress
     raise AttributeError(f"module 'uvc' has no attribute {name!r}")
+
+
+# Where modules stood before they moved into rooms; scripts written then still find them there.
+_MOVED = {
+    "uvc.data": "uvc.training.data",
+    "uvc.export": "uvc.io.export",
+    "uvc.trainer": "uvc.training.trainer",
+}
+
+
+class _OldAddresses(MetaPathFinder, Loader):
+    def find_spec(self, name, path=None, target=None):
+        return spec_from_loader(name, self) if name in _MOVED else None
+
+    def exec_module(self, module) -> None:
+        sys.modules[module.__name__] = import_module(_MOVED[module.__name__])
+
+
+sys.meta_path.append(_OldAddresses())

@@ -28,9 +28,10 @@ from uvc.layers import convert
 from uvc.structure import Structure, structure_of
 from uvc.training.compress import train_teacher
 from uvc.training.data import TensorLoader
+from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
-from uvc.training.trainer import Trainer, evaluate
+from uvc.training.trainer import Trainer
 
 CACHE = Path("runs/quality")
 # One setting for all tasks, arms and budgets. Warm-up, search and post-training together are EPOCHS.

@@ -13,8 +13,8 @@ import uvc.models
 from uvc.config import Config, SolverConfig
 from uvc.training.compress import compress, train_teacher
 from uvc.training.data import load_data
+from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
-from uvc.training.trainer import evaluate
 
 CONFIG = Config(
     teacher_epochs=3,

@@ -170,12 +170,25 @@ def test_cutmix_pastes_a_patch_and_labels_count_its_area():
     torch.testing.assert_close(soft[0], torch.tensor([own, 0, 0, 1 - own, 0], dtype=torch.float32))
 
 
-def test_the_last_of_an_odd_number_of_images_is_left_out_and_one_alone_is_refused():
-    mixing = Mixing(Config(mixup=0.5, cutmix=0.5), 5)
-    mixed, soft = mixing(*images_and_labels(7))
-    assert mixed.shape[0] == soft.shape[0] == 6
-    with pytest.raises(ValueError, match="batch size: 1; mixup and cutmix need at least 2"):
-        mixing(*images_and_labels(1))
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("alphas", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
+def test_the_last_of_an_odd_number_of_images_stays_as_it_is(count, alphas):
+    images, labels = images_and_labels(count)
+    mixed, soft = Mixing(Config(**alphas), 5)(images, labels)
+    assert mixed.shape == images.shape and soft.shape == (count, 5)
+    assert torch.equal(mixed[-1], images[-1]) and torch.equal(soft[-1], torch.eye(5)[labels[-1]])
+    torch.testing.assert_close(soft.sum(1), torch.ones(count))
+
+
+@pytest.mark.parametrize("count", [1, 6, 7])
+def test_soft_labels_are_mixed_as_the_classes_they_stand_for(count):
+    images, labels = images_and_labels(count)
+    found = []
+    for given in (labels, torch.eye(5)[labels]):
+        np.random.seed(4)
+        found.append(Mixing(Config(mixup=0.8, cutmix=1.0), 5)(images, given))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_a_negative_alpha_is_refused():

@@ -31,8 +31,8 @@ from uvc.solver import check_tokens
 from uvc.structure import Structure
 from uvc.training.compress import LATENCY, compress, train_teacher
 from uvc.training.data import DEFAULT_MODELS, DIGITS, Data, check_name, load_data
+from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
-from uvc.training.trainer import evaluate
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"

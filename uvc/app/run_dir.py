@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from uvc.io.files import write_json
+from uvc.io.finite import refuse_not_finite
 
 OPTIONS = "run.json"
 SUMMARY = "summary.json"
@@ -85,6 +86,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """The state_dict as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
+    refuse_not_finite(model.state_dict(), f"cannot save to {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)

@@ -22,6 +22,7 @@ from torch import nn
 
 from uvc.compaction import compacted
 from uvc.io.files import one_line, write_whole
+from uvc.io.finite import refuse_not_finite
 from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, convert, hollow, is_compacted
 from uvc.models import T2TVisionTransformer
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
@@ -88,8 +89,10 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """Write a compacted, converted or timm model to `folder`, which is made if need be.
 
     ValueError, naming the part and before anything is written, when the model cannot be rebuilt from timm's
-    constructor arguments. ValueError when the folder cannot be written; what was there before stays whole.
+    constructor arguments, or a weight is NaN or infinite. ValueError when the folder cannot be written; what
+    was there before stays whole.
     """
+    refuse_not_finite(model.state_dict(), f"cannot save to {folder}")
     text = json.dumps(describe(model))
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     # The weights carry the digest of their config, so that files of two saves are never taken for one model.

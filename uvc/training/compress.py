@@ -21,9 +21,10 @@ from uvc.layers import convert
 from uvc.solver import METHODS, check_tokens
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.checkpoint import set_seed
+from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
-from uvc.training.trainer import Trainer, evaluate
+from uvc.training.trainer import Trainer
 
 LATENCY = "latency.json"  # the table, in the folder of a run
 

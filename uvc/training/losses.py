@@ -24,24 +24,29 @@ class Mixing:
         for name in ("mixup", "cutmix"):
             if getattr(config, name) < 0:
                 raise ValueError(f"{name}: {getattr(config, name)} is negative; 0 turns it off")
-        self._mix = None
-        if config.mixup or config.cutmix:
-            self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=num_classes)
+        self._alphas = (config.mixup, config.cutmix) if config.mixup or config.cutmix else None
+        self.num_classes = num_classes
 
     def __bool__(self) -> bool:
-        return self._mix is not None
+        return self._alphas is not None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, C, H, W], labels int64 [B] -> mixed copies and soft labels [B, classes].
+        """images [B, C, H, W], labels int64 [B] or soft [B, classes] -> mixed copies and soft labels.
 
-        Images are mixed in pairs, so the last of an odd number is left out.
+        Images are mixed in pairs; the last of an odd number, or one alone, stays as it is.
         """
-        if self._mix is None:
+        if self._alphas is None:
             return images, labels
         pairs = len(images) // 2 * 2
+        soft = labels if labels.dim() == 2 else F.one_hot(labels, self.num_classes).float()
         if pairs == 0:
-            raise ValueError("batch size: 1; mixup and cutmix need at least 2 images per batch")
-        return self._mix(images[:pairs].clone(), labels[:pairs])
+            return images, soft
+        # Asked to label image i as class i of as many as there are images, timm's Mixup answers with the
+        # shares in which it has mixed them.
+        mix = Mixup(*self._alphas, label_smoothing=0.0, num_classes=pairs)
+        mixed, shares = mix(images[:pairs].clone(), torch.arange(pairs, device=images.device))
+        mixed_labels = shares.to(soft.dtype) @ soft[:pairs]
+        return torch.cat([mixed, images[pairs:]]), torch.cat([mixed_labels, soft[pairs:]])
 
 
 class Classification:
@@ -63,9 +68,14 @@ class Classification:
         output = self._run(model, images)
         logits = (output[0] + output[1]) / 2 if isinstance(output, tuple) else output
         return {
-            "loss": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing),
+            "loss": self.cross_entropy(logits, labels),
             "output": logits,
         }
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean over the batch, of logits [B, classes]; soft labels in the logits' dtype."""
+        labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def _run(self, model: nn.Module, images: Tensor) -> Any:
         """What the model returns: logits, or one of each head."""
@@ -105,7 +115,7 @@ class Distillation(Classification):
         class_logits, student_logits = output if isinstance(output, tuple) else (output, output)
         with torch.no_grad():
             teacher_logits, aim = self._run_and_read(self.teacher, images)
-        hard = F.cross_entropy(class_logits, labels, label_smoothing=self.label_smoothing)
+        hard = self.cross_entropy(class_logits, labels)
         distill = self.distance(student_logits, teacher_logits)
         loss = (1 - weight) * hard + weight * distill
         if features:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from uvc.config import Config
+from uvc.io.finite import refuse_not_finite
 from uvc.solver import Search
 from uvc.structure import structure_of
 from uvc.training.checkpoint import (
@@ -25,27 +26,13 @@ from uvc.training.checkpoint import (
     save_run,
     set_numpy_random,
 )
+from uvc.training.evaluation import evaluate, input_dtype, targets, unpack
+from uvc.training.finite import FiniteCheck
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Mixing
 
 LOG_EVERY = 5  # steps
 AVERAGED = ("teacher", "post-train")  # phases whose structure stays
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, device: torch.device | str | None = None) -> float:
-    """Top-1 accuracy in percent over ``loader``, in eval mode; the model's mode is restored."""
-    device = device or next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    right = total = 0
-    for images, labels in loader:
-        right += int((model(images.to(device)).argmax(-1) == labels.to(device)).sum())
-        total += len(labels)
-    model.train(was_training)
-    if total == 0:
-        raise ValueError("val_loader: it yields no images; top-1 needs at least one")
-    return 100.0 * right / total
 
 
 class Trainer:
@@ -69,7 +56,7 @@ class Trainer:
             log,
             file,
         )
-        self.device = next(model.parameters()).device
+        self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
         if not 0.0 <= config.ema_decay < 1.0:
             raise ValueError(f"ema_decay: {config.ema_decay} is outside [0, 1); 0 turns averaging off")
@@ -106,19 +93,23 @@ class Trainer:
         steps = len(self.train_loader)
         scheduler = self._cosine(optimizer, cycle * steps)
         self.log.phase(name, epochs * steps)
+        check = FiniteCheck(self.model, name, self._kept())
         for epoch in range(first, epochs):
             start = time.perf_counter()
             self.model.train()
-            for i, (images, labels) in enumerate(self.train_loader):
+            for i, batch in enumerate(self.train_loader):
                 step = epoch * steps + i
                 scheduler.step_update(before * steps + step)
-                out = self._train_step(task, images, labels, optimizer, search)
+                check.at(epoch, i)
+                out = self._train_step(task, batch, optimizer, search, check)
                 if self.average:
                     self.average.update(self.model, step=step + 1)
                 if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
+                    check.read()
                     scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
                     self.log.step(step, **scalars, **(search.metrics() if search else {}))
                 self.steps += 1
+            check.read()
             seconds = time.perf_counter() - start
             entry = {
                 "phase": name,
@@ -136,19 +127,22 @@ class Trainer:
     def _train_step(
         self,
         task: Classification,
-        images: Tensor,
-        labels: Tensor,
+        batch: tuple[Tensor, Tensor],
         optimizer: torch.optim.Optimizer,
         search: Search | None,
+        check: FiniteCheck,
     ) -> dict[str, Any]:
         if search:
             search.before()
-        images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+        images, labels = unpack(batch, "train_loader")
+        labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
+        images = images.to(self.device, self.dtype, non_blocking=True)
         out = task(self.model, *self.mix(images, labels))
         out["loss"].backward()
         if search:
             search.observe()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        check.see(out["loss"], norm, images)
         optimizer.step()
         if search:
             search.step(optimizer)
@@ -168,9 +162,17 @@ class Trainer:
             t_in_epochs=False,
         )
 
+    def _kept(self) -> str:
+        if self.file is None:
+            return "nothing of this run is kept"
+        return (
+            f"{self.file} keeps the last epoch that ended well" if self.file.exists() else "no epoch was kept"
+        )
+
     def _save(self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, search: Search | None) -> None:
         if self.file is None:
             return
+        refuse_not_finite(self.model.state_dict(), f"{phase}: epoch {epoch - 1}: not saved")
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
         tensors["random"] = {"torch": torch.get_rng_state()}
         if self.mix:

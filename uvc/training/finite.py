@@ -1,0 +1,58 @@
+"""A run stops at the first loss or gradient that is not finite, before that reaches the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from uvc.io.finite import first_not_finite
+
+
+class FiniteCheck:
+    """Looks at loss and gradient norm of every step: on the CPU at once, on other devices when ``read`` is
+    called, so that no step waits for the device.
+    """
+
+    def __init__(self, model: nn.Module, phase: str, kept: str) -> None:
+        """kept: what is left of the run, said in the error."""
+        self.model, self.phase, self.kept = model, phase, kept
+        self.epoch = self.batch = 0
+        self.pending: list[tuple[int, int, Tensor]] = []
+
+    def at(self, epoch: int, batch: int) -> None:
+        """The step that comes next."""
+        self.epoch, self.batch = epoch, batch
+
+    def see(self, loss: Tensor, norm: Tensor, images: Tensor) -> None:
+        """loss, norm: scalars of this step, before its update. RuntimeError if one is not finite."""
+        pair = torch.stack([loss.detach().float(), norm.float()])
+        self.pending.append((self.epoch, self.batch, pair))
+        if loss.device.type == "cpu":
+            self.read(images)
+
+    def read(self, images: Tensor | None = None) -> None:
+        """RuntimeError if loss or norm of a step seen since the last call was not finite. images: of the last
+        step, searched for the cause.
+        """
+        if self.pending:
+            values = torch.stack([pair for _, _, pair in self.pending]).tolist()
+            for (epoch, batch, _), (loss, norm) in zip(self.pending, values, strict=True):
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    self._stop(epoch, batch, loss, norm, images)
+            self.pending.clear()
+
+    def _stop(self, epoch: int, batch: int, loss: float, norm: float, images: Tensor | None) -> None:
+        parameters = dict(self.model.named_parameters())
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        name = first_not_finite(gradients) or first_not_finite(parameters)
+        where = f", first in {name}" if name else ""
+        cause = "lower the learning rate, or look at the images and labels of this batch"
+        if images is not None and not images.isfinite().all():
+            at = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+            cause = f"image {at} of this batch holds NaN or infinite values"
+        raise RuntimeError(
+            f"{self.phase}: epoch {epoch}, batch {batch}: the loss is {loss:g} and the norm of the gradient "
+            f"{norm:g}{where}; {cause}; {self.kept}"
+        )
