@@ -6,6 +6,7 @@ Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 an
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,25 @@ def evaluate(folder: Path, **options: Any) -> None:
 
 @cli.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Files read at a time; as many as processors.")
+def data(folder: Path, workers: int | None) -> int:
+    """Read every file of an image folder and say what is wrong with it; exit with 1 when something is."""
+    from rich.console import Console
+
+    from uvc.app.data_check import check_folder, data_table
+
+    checked = check_folder(folder, workers)
+    if checked.splits:
+        Console(highlight=False).print(data_table(checked))
+    for line in checked.notes:
+        click.echo(f"note: {line}")
+    for line in checked.problems:
+        click.echo(f"problem: {line}")
+    return 1 if checked.problems else 0
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(folder: Path) -> None:
     """Show the results of the run in DIR and draw its structure again."""
     from uvc.app.pipeline import draw_run, read_summary
@@ -247,7 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; errors that a user can cause become one line on stderr."""
+    """Run a command and return its exit code; errors that a user can cause become one line on stderr, and so
+    do warnings.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"uvc: {' '.join(str(message).split())}\n"
     try:
         status = cli.main(args=arguments, prog_name="uvc", standalone_mode=False)
     except click.ClickException as error:

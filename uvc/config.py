@@ -24,6 +24,22 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """How photographs become images of a batch, in the terms of timm's training script. None: as the model
+    was trained.
+    """
+
+    input_size: tuple[int, int, int] | None = None  # channels, height, width
+    crop_pct: float | None = None  # of the image that evaluation sees
+    mean: tuple[float, ...] | None = None  # of pixels in [0, 1], one for all channels or one of each
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    aa: str | None = None  # timm's name of a policy, such as rand-m9-mstd0.5
+    reprob: float = 0.0  # of erasing a random part of a training image
+    color_jitter: float = 0.4  # of training images; without effect under most policies of `aa`
+
+
+@dataclass(frozen=True)
 class SolverConfig:
     """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1]."""
 

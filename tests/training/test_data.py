@@ -1,5 +1,9 @@
 """Data: the fixed splits of digits, loaders that resume to the bit, image folders, and one-line errors."""
 
+import io
+import json
+import multiprocessing
+import tarfile
 from itertools import islice
 
 import numpy as np
@@ -177,6 +181,99 @@ def test_image_loader_resumes_in_the_middle_of_an_epoch(folder):
     second.load_state_dict(first.state_dict())
     assert isinstance(second, ImageLoader) and first.state_dict() == {"epoch": 1, "batch": 1}
     assert equal(list(batches), list(second))
+
+
+def test_workers_stay_from_epoch_to_epoch(folder):
+    data = load_data(folder, model_input=(3, 32, 32), batch_size=2, workers=2)
+    children = []
+    for _ in range(2):
+        batches = iter(data.train)
+        next(batches)
+        children.append({process.pid for process in multiprocessing.active_children()})
+        assert len(list(batches)) == 4
+    assert children[0] == children[1] and len(children[0]) == 2
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0), (2, 1)])
+@pytest.mark.parametrize("seen", [1, 4, 5, 7])
+def test_an_epoch_may_be_resumed_with_another_number_of_workers(folder, workers, seen):
+    def one(count):
+        return load_data(folder, model_input=(3, 32, 32), batch_size=2, seed=1, workers=count).train
+
+    def endless(loader):
+        while True:
+            yield from loader
+
+    first, second = map(one, workers)
+    batches = endless(first)
+    list(islice(batches, seen))
+    second.load_state_dict(first.state_dict())
+    assert equal(list(islice(batches, 8)), list(islice(endless(second), 8)))
+
+
+@pytest.fixture
+def shards(tmp_path, folder):
+    """The images of `folder` in tar files, two of training, as WebDataset writes them."""
+    pytest.importorskip("webdataset")
+    info = {}
+    for split, parts in (("train", 2), ("validation", 1)):
+        files = sorted((folder / ("val" if split == "validation" else split)).rglob("*.png"))
+        names = [f"{split}-{part}.tar" for part in range(parts)]
+        for part, name in enumerate(names):
+            with tarfile.open(folder / name, "w") as tar:
+                for number, file in enumerate(files[part::parts]):
+                    label = str(int(file.parent.name == "dog")).encode()
+                    for ending, data in (("cls", label), ("png", file.read_bytes())):
+                        member = tarfile.TarInfo(f"{number:04}.{ending}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        lengths = [len(files[part::parts]) for part in range(parts)]
+        info[split] = dict(name=split, filenames=names, shard_lengths=lengths, num_samples=len(files))
+    (folder / "_info.json").write_text(json.dumps({"splits": info}))
+    return folder
+
+
+def test_shards_are_read_each_image_once_and_resume_as_folders_do(shards):
+    def one(seed=1):
+        return load_data("wds/", root=shards, model_input=(3, 32, 32), batch_size=4, seed=seed)
+
+    data, files = one(), load_data(shards, model_input=(3, 32, 32), batch_size=4)
+    labels = torch.cat([labels for _, labels in data.val])
+    assert data.num_classes == 2 and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert equal(list(data.val), list(files.val))
+    batches = iter(data.train)
+    next(batches)
+    second = one().train
+    second.load_state_dict(data.train.state_dict())
+    assert equal(list(batches), list(second))
+
+
+def test_a_shard_that_is_cut_short_and_one_without_classes_are_one_line(shards):
+    path = shards / "validation-0.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"data: .*validation-0\.tar") as caught:
+        load_data("wds/", root=shards, model_input=(3, 32, 32), batch_size=4)
+    assert "\n" not in str(caught.value)
+    with tarfile.open(path, "w") as tar:
+        tar.add(shards / "val" / "cat" / "0.png", "0.png")
+    with pytest.raises(ValueError, match=r"0\.png has no 0\.cls, the number of its class"):
+        load_data("wds/", root=shards, model_input=(3, 32, 32), batch_size=4)
+
+
+def test_a_hugging_face_data_set_on_disk_is_read_by_its_path(folder, tmp_path_factory, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    deep = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "val" / "cat" / "0.png")
+    broken = folder / "val" / "dog" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    options = dict(model_input=(1, 32, 32), batch_size=4)
+    data = load_data(f"hfds/{folder}", root=tmp_path_factory.mktemp("cache"), **options)
+    with pytest.warns(UserWarning, match="val: 1 of 6 images cannot be read .*; 1 of 6 images have 16 bits"):
+        found = list(data.val)
+    assert data.classes == ("cat", "dog") and equal(found, list(load_data(folder, **options).val))
+    assert sum(len(labels) for _, labels in data.train) == 8
 
 
 def break_folder(folder, how):

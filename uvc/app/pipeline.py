@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 import uvc.models  # noqa: F401  registers the models that timm does not have
-from uvc.app.run_dir import SUMMARY, check_out, load_weights, merge_options, open_out, read_json, save_weights
+from uvc.app.run_dir import (
+    OPTIONS,
+    SUMMARY,
+    check_out,
+    load_weights,
+    merge_options,
+    open_out,
+    read_json,
+    save_weights,
+)
 from uvc.app.summary import draw_structure
 from uvc.compaction import compact
 from uvc.config import Config
@@ -31,7 +40,7 @@ from uvc.solver import check_tokens
 from uvc.structure import Structure
 from uvc.training.compress import LATENCY, compress, train_teacher
 from uvc.training.data import DEFAULT_MODELS, DIGITS, Data, check_name, load_data
-from uvc.training.evaluation import evaluate
+from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
 
 LATENCY_BATCHES = (1, 64)
@@ -154,6 +163,8 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     model = load(folder)
     summary = read_summary(folder) if (folder / SUMMARY).is_file() else {}
     data_name = options["data"] or summary.get("data", DIGITS)
+    if options["data"] is None and options["data_root"] is None and (folder / OPTIONS).is_file():
+        options = {**options, "data_root": read_json(folder / OPTIONS).get("data_root")}
     known = _model_input(summary["model"]) if "model" in summary else {}
     size = (model.in_chans, *model.patch_embed.img_size)
     config = RECIPES.get(data_name, RECIPES["default"])()
@@ -165,9 +176,10 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
             f"--data: {data_name!r} has {data.num_classes} classes, the model has {model.num_classes}"
         )
     figures = cost(model)
+    right, images = count_right(model.to(device), data.val, device)
     return {
-        "top1": evaluate(model.to(device), data.val, device),
-        "images": sum(len(labels) for _, labels in data.val),
+        "top1": 100.0 * right / images,
+        "images": images,
         "data": data_name,
         "macs": figures.macs,
         "params": figures.params,

@@ -1,214 +1,49 @@
-"""Data: one call gives a train and an evaluation loader of (images float32 [B, C, H, W], labels int64 [B]).
-
-A loader's random choices depend on its seed, its epoch and the image's place in that epoch only.
-`state_dict()` names the next batch as two integers, so a resumed run sees the batches it would have seen.
+"""Data: one call gives a train and an evaluation loader, from handwritten digits, image folders, or data sets
+that timm names.
 """
 
-import math
-import random
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+from uvc.config import DataConfig
+from uvc.training.folders import USAGE, open_folder
+from uvc.training.loaders import ImageLoader, Loader, TensorLoader
+from uvc.training.shards import ShardReader
 
 DIGITS = "digits"
 # The model that fits a data set when none is named.
 DEFAULT_MODELS = {DIGITS: "uvc_vit_digits"}
 # Mean and deviation of the 1297 training images, pixels in [0, 1].
 DIGITS_MEAN, DIGITS_STD = 0.305, 0.376
-# What timm.data.create_dataset knows and can read in random order.
-TIMM_PREFIXES = ("torch/", "hfds/")
-USAGE = (
-    "use 'digits', a folder with train/ and val/ full of class folders, or a timm name such as torch/cifar10"
-)
+# What timm.data.create_dataset knows and can be read in random order.
+TIMM_PREFIXES = ("torch/", "hfds/", "wds/")
+# torchvision's folders, which are ours: theirs clip 16-bit images and skip files without a word.
+FOLDER_NAMES = ("torch/image_folder", "torch/folder")
+# What timm's readers answer names and folders with that they cannot open.
+FAULTS = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+VALIDATION = ("validation", "val", "valid", "test")
 
 
 class Data(NamedTuple):
     """What `load_data` returns; `input_size` is (C, H, W) of the images that the loaders yield."""
 
-    train: "Loader"
-    val: "Loader"
+    train: Loader
+    val: Loader
     num_classes: int
     input_size: tuple[int, int, int]
     name: str
-
-
-class Loader(ABC):
-    """Counts epochs and batches; subclasses say how many batches there are and yield those of one epoch."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._epoch = 0
-        self._batch = 0
-        self._resume_at = 0
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Batches per epoch."""
-
-    @abstractmethod
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start` and following of an epoch."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._batch and not self._resume_at:
-            # The last epoch was left in the middle: the next one is a new one.
-            self._epoch += 1
-        epoch, self._batch, self._resume_at = self._epoch, self._resume_at, 0
-        for images, labels in self._batches(epoch, self._batch):
-            # Counted before it is handed over: a checkpoint that its receiver writes names the next one.
-            self._batch += 1
-            if self._batch == len(self):
-                self._epoch, self._batch = epoch + 1, 0
-            yield images, labels
-
-    def state_dict(self) -> dict[str, int]:
-        """The next batch, as its epoch and its place in that epoch."""
-        return {"epoch": self._epoch, "batch": self._batch}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue at the batch that `state_dict` named."""
-        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
-        self._resume_at = self._batch
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    # A large odd factor keeps the streams of neighbouring seeds apart for any number of epochs.
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-
-
-def _batch_count(images: int, batch_size: int, training: bool) -> int:
-    # Training drops the last short batch: the order is random, so no image is lost for long.
-    return max(1, images // batch_size) if training else -(-images // batch_size)
-
-
-class TensorLoader(Loader):
-    """Images that lie in memory, float32 [n, C, H, W], already normalised; labels int64 [n].
-
-    With `training` every epoch is reshuffled, and each image goes through a random affine map and gets normal
-    noise of deviation `noise`. `warp` 1 means up to 10 degrees, 10% of scale and shear, and 1/16 of the image
-    of shift; `fill` moves in. `size` (C, H, W) resizes each batch bilinearly and repeats its channel.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        training: bool = False,
-        seed: int = 0,
-        warp: float = 0.0,
-        noise: float = 0.0,
-        fill: float = 0.0,
-        size: tuple[int, int, int] | None = None,
-    ) -> None:
-        super().__init__(seed)
-        self.images, self.labels, self.batch_size, self.training = images, labels, batch_size, training
-        self.warp, self.noise, self.fill = warp, noise, fill
-        self.size = size or tuple(images.shape[1:])
-
-    def __len__(self) -> int:
-        return _batch_count(len(self.labels), self.batch_size, self.training)
-
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.images, self.labels
-        if self.training:
-            # One vectorised draw for the whole epoch: a batch then is a slice.
-            generator = _generator(self.seed, epoch)
-            order = torch.randperm(len(labels), generator=generator)
-            images, labels = self._augment(images[order], generator), labels[order]
-        for batch in range(start, len(self)):
-            rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield self._resize(images[rows]), labels[rows]
-
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        if self.warp:
-            # Bilinear, zeros outside: `fill` is made zero for the while.
-            maps = F.affine_grid(self._maps(len(images), generator), list(images.shape), align_corners=False)
-            images = F.grid_sample(images - self.fill, maps, align_corners=False) + self.fill
-        if self.noise:
-            images = images + self.noise * torch.randn(images.shape, generator=generator)
-        return images
-
-    def _maps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random affine maps [count, 2, 3] in `affine_grid` coordinates: the image spans [-1, 1]."""
-        angle, shear, *rest = ((torch.rand(6, count, generator=generator) * 2 - 1) * self.warp).unbind(0)
-        angle, shear = angle * math.radians(10), shear * 0.1
-        scale_x, scale_y, shift_x, shift_y = 1 + rest[0] * 0.1, 1 + rest[1] * 0.1, rest[2] / 8, rest[3] / 8
-        rows = [
-            angle.cos() * scale_x,
-            shear - angle.sin(),
-            shift_x,
-            angle.sin(),
-            angle.cos() * scale_y,
-            shift_y,
-        ]
-        return torch.stack(rows, 1).view(count, 2, 3)
-
-    def _resize(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[2:]) != self.size[1:]:
-            images = F.interpolate(images, self.size[1:], mode="bilinear", align_corners=False)
-        if images.shape[1] != self.size[0]:
-            images = images.expand(-1, self.size[0], -1, -1)
-        return images.contiguous()
-
-
-class _Views(torch.utils.data.Dataset):
-    """Transformed images; a view depends on (seed, epoch, index), not on workers or global state."""
-
-    def __init__(self, images: Sequence, transform: Any, mode: str, seed: int, epoch: int) -> None:
-        self.images, self.transform, self.mode, self.seed, self.epoch = images, transform, mode, seed, epoch
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
-        before = random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            seed = hash((self.seed, self.epoch, index))
-            random.seed(seed)
-            torch.manual_seed(seed)
-            view = self.transform(image.convert(self.mode))
-        random.setstate(before)
-        return view, label
-
-
-class ImageLoader(Loader):
-    """Images that are read and transformed on the way, by `workers` processes (0: by this one)."""
-
-    def __init__(
-        self,
-        images: Sequence,
-        transform: Any,
-        batch_size: int,
-        *,
-        mode: str = "RGB",
-        training: bool = False,
-        seed: int = 0,
-        workers: int = 0,
-    ) -> None:
-        super().__init__(seed)
-        self.images, self.transform, self.mode = images, transform, mode
-        self.batch_size, self.training, self.workers = batch_size, training, workers
-
-    def __len__(self) -> int:
-        return _batch_count(len(self.images), self.batch_size, self.training)
-
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self.images))
-        if self.training:
-            order = torch.randperm(len(order), generator=_generator(self.seed, epoch))
-        batches = order.split(self.batch_size)[start : len(self)]
-        yield from torch.utils.data.DataLoader(
-            # Evaluation always sees the same view, whatever the epoch.
-            _Views(self.images, self.transform, self.mode, self.seed, epoch if self.training else 0),
-            batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=self.workers,
-            generator=_generator(self.seed, epoch),
-        )
+    classes: tuple[str, ...] | None = (
+        None  # their names in the order of their labels, where the data have any
+    )
+    # How images are cropped and normalised, as timm's `pretrained_cfg` names it; None: they come ready.
+    view: Mapping[str, Any] | None = None
 
 
 def check_name(name: str) -> None:
@@ -226,6 +61,7 @@ def load_data(
     workers: int = 0,
     validation: str = "test",
     root: str | Path | None = None,
+    views: DataConfig | None = None,
 ) -> Data:
     """Load `digits`, an image folder, or a data set that `timm.data.create_dataset` names.
 
@@ -238,6 +74,9 @@ def load_data(
         validation: 'test' evaluates on the 500 test digits; 'val' never touches them: it trains on 1000 of
             the other 1297 and evaluates on their remaining 297, for choosing settings.
         root: where a data set that timm names is stored.
+        views: what the user asks of the images, over what the model says; not for digits, which come ready.
+
+    Files that are not used and images that cannot be read are counted and named once, by a warning.
 
     Raises:
         ValueError: an unknown or incomplete data set, or an argument out of range.
@@ -249,14 +88,25 @@ def load_data(
         raise ValueError(f"workers: {workers}; it must be 0 or more")
     if validation not in ("test", "val"):
         raise ValueError(f"validation: {validation!r}; use 'test' or 'val'")
+    views = views or DataConfig()
     if str(name_or_path) == DIGITS:
+        if views != DataConfig():
+            given = next(f.name for f in dataclasses.fields(views) if getattr(views, f.name) != f.default)
+            raise ValueError(f"{given}: {getattr(views, given)!r} is for photographs; digits come ready")
         return _load_digits(config["input_size"], batch_size, seed, validation)
     if validation == "val":
         raise ValueError(f"validation: 'val' holds out a part of digits only, not of {str(name_or_path)!r}")
     name = str(name_or_path)
     check_name(name)
-    train, val, num_classes = _open_folder(Path(name)) if Path(name).is_dir() else _open_named(name, root)
-    return _image_data(name, train, val, num_classes, config, batch_size, seed, workers)
+    if Path(name).is_dir() or name in FOLDER_NAMES:
+        folder = Path(name) if Path(name).is_dir() else _root(name, root)
+        train, val = open_folder(folder)
+        for reader in (train, val):
+            if reader.unused.found:
+                warnings.warn(f"{reader.root}: not used are {reader.unused}", stacklevel=2)
+    else:
+        train, val = _open_named(name, root)
+    return _image_data(name, train, val, _view(config, views), views, batch_size, seed, workers)
 
 
 def _load_digits(input_size: tuple[int, int, int], batch_size: int, seed: int, validation: str) -> Data:
@@ -291,80 +141,111 @@ def _load_digits(input_size: tuple[int, int, int], batch_size: int, seed: int, v
     )
 
 
-def _open_folder(folder: Path) -> tuple[Sequence, Sequence, int]:
+def _root(name: str, root: str | Path | None) -> Path:
+    if root is None or not Path(root).is_dir():
+        where = "no data root is given" if root is None else f"{str(root)!r} is no folder"
+        raise ValueError(f"data: {name!r} needs --data-root, the folder it is stored in; {where}")
+    return Path(root)
+
+
+def _open_named(name: str, root: str | Path | None) -> tuple[Any, Any]:
+    """Readers of the splits of a data set that timm names."""
+    train = _open_split(name, root, ("train",))
+    return train, _open_split(name, root, VALIDATION)
+
+
+def _open_split(name: str, root: str | Path | None, splits: tuple[str, ...]) -> Any:
+    """A reader of the first of the splits that is there."""
     from timm.data import create_dataset
 
-    train_folder, val_folder = _split_folder(folder, "train"), _split_folder(folder, "val", "validation")
-    classes = _classes(train_folder)
-    if _classes(val_folder) != classes:
-        raise ValueError(
-            f"data: {str(folder)!r}: {train_folder.name}/ and {val_folder.name}/ differ in their classes"
-        )
-    index = {name: i for i, name in enumerate(classes)}
-    train, val = (create_dataset("", root=str(part), class_map=index) for part in (train_folder, val_folder))
-    return train, val, len(classes)
+    if name.startswith("wds/"):
+        _root(name, root)
+    where = f"in {str(root)!r}" if root else "(no data root given)"
+    first = None
+    for split in splits:
+        try:
+            found = create_dataset(name, root=None if root is None else str(root), split=split)
+            # Readers give the file, so that it is decoded here; what else there is gives images.
+            reader = getattr(found, "reader", found)
+            return ShardReader(reader) if name.startswith("wds/") else reader
+        except ImportError as error:
+            raise ValueError(f"data: {name!r} needs a package that is not installed: {error}") from error
+        except FAULTS as error:
+            first = first or error
+    said = " ".join(str(first).split()) or type(first).__name__
+    raise ValueError(f"data: timm cannot open {name!r} {where}: {said}") from first
 
 
-def _split_folder(folder: Path, *names: str) -> Path:
-    for name in names:
-        if (folder / name).is_dir():
-            return folder / name
-    raise ValueError(f"data: {str(folder)!r} has no folder {' or '.join(names)}/; {USAGE}")
+def _view(config: Mapping[str, Any], views: DataConfig) -> dict[str, Any]:
+    """How images are cropped and normalised: as the model says, but for what the user asks."""
+    from timm.data import resolve_data_config
+
+    size = tuple(views.input_size or config["input_size"])
+    if len(size) != 3 or size[0] not in (1, 3) or min(size) < 1:
+        raise ValueError(f"input_size: {size}; give (channels, height, width), of 1 or 3 channels")
+    asked = {"input_size": size, "crop_pct": views.crop_pct, "interpolation": views.interpolation}
+    for name in ("mean", "std"):
+        own = config.get(name) or ((0.5,) if size[0] == 1 else None)
+        if size[0] == 1 and own:
+            own = (sum(own) / len(own),)  # what colours have, grey has about the mean of
+        values = getattr(views, name) or own
+        if values and len(values) not in (1, size[0]):
+            raise ValueError(f"{name}: {values} are {len(values)} numbers; images have {size[0]} channels")
+        asked[name] = values
+    if asked["std"] and min(asked["std"]) <= 0:
+        raise ValueError(f"std: {asked['std']}; deviations are above 0")
+    if views.crop_pct is not None and not 0 < views.crop_pct <= 2:
+        raise ValueError(f"crop_pct: {views.crop_pct}; it is a fraction such as 0.9")
+    known = ("bilinear", "bicubic", "nearest", "lanczos", "hamming", "box", "random")
+    if views.interpolation not in (None, *known):
+        raise ValueError(f"interpolation: {views.interpolation!r}; use one of {', '.join(known)}")
+    return resolve_data_config(asked, pretrained_cfg=dict(config))
 
 
-def _classes(folder: Path) -> list[str]:
-    """Sorted names of the class folders, each checked to hold an image."""
-    from timm.data import get_img_extensions
-
-    endings = get_img_extensions(as_set=True)
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not classes:
-        raise ValueError(f"data: {str(folder)!r} holds no class folders; {USAGE}")
-    for name in classes:
-        if not any(file.suffix.lower() in endings for file in (folder / name).iterdir()):
-            raise ValueError(f"data: class folder {str(folder / name)!r} holds no images; fill or remove it")
-    return classes
-
-
-def _open_named(name: str, root: str | Path | None) -> tuple[Sequence, Sequence, int]:
-    from timm.data import create_dataset
-
-    try:
-        train = create_dataset(name, root=root, split="train")
-        val = create_dataset(name, root=root, split="validation")
-    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        where = f"in {str(root)!r}" if root else "(no data root given)"
-        raise ValueError(f"data: timm cannot open {name!r} {where}: {error}") from error
-    classes = getattr(getattr(train, "reader", None), "class_to_idx", None) or getattr(train, "classes", None)
-    if not classes:
-        raise ValueError(f"data: {name!r} does not say how many classes it has; use an image folder")
-    return train, val, len(classes)
+def _numbered(reader: Any) -> dict[str, int]:
+    """The names of the classes and their labels, as far as the data say them."""
+    names = getattr(reader, "class_to_idx", None)
+    return names or {name: i for i, name in enumerate(getattr(reader, "classes", ()))}
 
 
 def _image_data(
     name: str,
-    train: Sequence,
-    val: Sequence,
-    num_classes: int,
-    config: Mapping[str, Any],
+    train: Any,
+    val: Any,
+    view: dict[str, Any],
+    views: DataConfig,
     batch_size: int,
     seed: int,
     workers: int,
 ) -> Data:
-    from timm.data import create_transform, resolve_data_config
+    from timm.data import create_transform
 
-    size = tuple(config["input_size"])
-    if size[0] not in (1, 3):
-        raise ValueError(f"model_input: {size}: images have 1 or 3 channels")
-    if size[0] == 1:
-        config = {"mean": (0.5,), "std": (0.5,), **config}
-    mode = "L" if size[0] == 1 else "RGB"
-    view = resolve_data_config(pretrained_cfg=config)
-    common = dict(mode=mode, seed=seed, workers=workers)
+    names = _numbered(train)
+    if not names:
+        raise ValueError(f"data: {name!r} does not say how many classes it has; use an image folder")
+    if not isinstance(val, ShardReader) and names != _numbered(val):
+        raise ValueError(f"data: {name!r}: the splits differ in their classes; give both the same ones")
+    if not 0 <= views.reprob <= 1:
+        raise ValueError(f"reprob: {views.reprob}; it is a probability")
+    if views.color_jitter < 0:
+        raise ValueError(f"color_jitter: {views.color_jitter} is negative; 0 turns it off")
+    try:
+        changed = create_transform(
+            **view,
+            is_training=True,
+            color_jitter=views.color_jitter,
+            auto_augment=views.aa,
+            re_prob=views.reprob,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"aa: {views.aa!r} is no policy of timm ({error}); try rand-m9-mstd0.5") from None
+    common = dict(mode="L" if view["input_size"][0] == 1 else "RGB", seed=seed, workers=workers)
     return Data(
-        ImageLoader(train, create_transform(**view, is_training=True), batch_size, training=True, **common),
-        ImageLoader(val, create_transform(**view), batch_size, **common),
-        num_classes=num_classes,
-        input_size=size,
+        ImageLoader(train, changed, batch_size, training=True, split="train", **common),
+        ImageLoader(val, create_transform(**view), batch_size, split="val", **common),
+        num_classes=max(names.values()) + 1,
+        input_size=view["input_size"],
         name=name,
+        classes=tuple(str(label) for label in sorted(names, key=names.get)),
+        view=view,
     )

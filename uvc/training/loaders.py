@@ -1,0 +1,313 @@
+"""Loaders of (images float32 [B, C, H, W], labels int64 [B]).
+
+A loader's random choices depend on its seed, its epoch and the image's place in that epoch only.
+`state_dict()` names the next batch as two integers, so a resumed run sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uvc.training.images import Unreadable, read_picture
+
+# How many images in a row may be unreadable before training gives up on finding another one.
+TRIES = 10
+CANNOT_READ = "cannot be read"
+
+
+class Loader(ABC):
+    """Counts epochs and batches; subclasses say how many batches there are and yield those of one epoch."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._epoch = 0
+        self._batch = 0
+        self._resume_at = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    @abstractmethod
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `start` and following of an epoch."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._batch and not self._resume_at:
+            # The last epoch was left in the middle: the next one is a new one.
+            self._epoch += 1
+        epoch, self._batch, self._resume_at = self._epoch, self._resume_at, 0
+        for images, labels in self._batches(epoch, self._batch):
+            # Counted before it is handed over: a checkpoint that its receiver writes names the next one.
+            self._batch += 1
+            if self._batch == len(self):
+                self._epoch, self._batch = epoch + 1, 0
+            yield images, labels
+
+    def state_dict(self) -> dict[str, int]:
+        """The next batch, as its epoch and its place in that epoch."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at the batch that `state_dict` named."""
+        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+        self._resume_at = self._batch
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    # A large odd factor keeps the streams of neighbouring seeds apart for any number of epochs.
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+
+
+def _batch_count(images: int, batch_size: int, training: bool) -> int:
+    # Training drops the last short batch: the order is random, so no image is lost for long.
+    return max(1, images // batch_size) if training else -(-images // batch_size)
+
+
+class TensorLoader(Loader):
+    """Images that lie in memory, float32 [n, C, H, W], already normalised; labels int64 [n].
+
+    With `training` every epoch is reshuffled, and each image goes through a random affine map and gets normal
+    noise of deviation `noise`. `warp` 1 means up to 10 degrees, 10% of scale and shear, and 1/16 of the image
+    of shift; `fill` moves in. `size` (C, H, W) resizes each batch bilinearly and repeats its channel.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        training: bool = False,
+        seed: int = 0,
+        warp: float = 0.0,
+        noise: float = 0.0,
+        fill: float = 0.0,
+        size: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__(seed)
+        self.images, self.labels, self.batch_size, self.training = images, labels, batch_size, training
+        self.warp, self.noise, self.fill = warp, noise, fill
+        self.size = size or tuple(images.shape[1:])
+
+    def __len__(self) -> int:
+        return _batch_count(len(self.labels), self.batch_size, self.training)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.images, self.labels
+        if self.training:
+            # One vectorised draw for the whole epoch: a batch then is a slice.
+            generator = _generator(self.seed, epoch)
+            order = torch.randperm(len(labels), generator=generator)
+            images, labels = self._augment(images[order], generator), labels[order]
+        for batch in range(start, len(self)):
+            rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield self._resize(images[rows]), labels[rows]
+
+    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        if self.warp:
+            # Bilinear, zeros outside: `fill` is made zero for the while.
+            maps = F.affine_grid(self._maps(len(images), generator), list(images.shape), align_corners=False)
+            images = F.grid_sample(images - self.fill, maps, align_corners=False) + self.fill
+        if self.noise:
+            images = images + self.noise * torch.randn(images.shape, generator=generator)
+        return images
+
+    def _maps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random affine maps [count, 2, 3] in `affine_grid` coordinates: the image spans [-1, 1]."""
+        angle, shear, *rest = ((torch.rand(6, count, generator=generator) * 2 - 1) * self.warp).unbind(0)
+        angle, shear = angle * math.radians(10), shear * 0.1
+        scale_x, scale_y, shift_x, shift_y = 1 + rest[0] * 0.1, 1 + rest[1] * 0.1, rest[2] / 8, rest[3] / 8
+        rows = [
+            angle.cos() * scale_x,
+            shear - angle.sin(),
+            shift_x,
+            angle.sin(),
+            angle.cos() * scale_y,
+            shift_y,
+        ]
+        return torch.stack(rows, 1).view(count, 2, 3)
+
+    def _resize(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[2:]) != self.size[1:]:
+            images = F.interpolate(images, self.size[1:], mode="bilinear", align_corners=False)
+        if images.shape[1] != self.size[0]:
+            images = images.expand(-1, self.size[0], -1, -1)
+        return images.contiguous()
+
+
+class Remark(NamedTuple):
+    """Something to be said about an image: which, what, and, for one that cannot be read, why."""
+
+    index: int
+    what: str
+    why: str
+
+
+class Views(torch.utils.data.Dataset):
+    """Transformed images of a reader; a view depends on (seed, epoch, index), not on workers or global state.
+
+    reader: as timm's are, `reader[index]` a file or an image and its label.
+    """
+
+    def __init__(self, reader: Any, transform: Callable, mode: str, seed: int, training: bool) -> None:
+        self.reader, self.transform, self.mode = reader, transform, mode
+        self.seed, self.training = seed, training
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, list[Remark]]:
+        """The view of image `index` in `epoch`. One that cannot be read is None, in training the view of the
+        next one that can be.
+        """
+        epoch, index = place
+        remarks = []
+        for number in range(index, index + (TRIES if self.training else 1)):
+            at = number % len(self.reader)
+            try:
+                picture, label = self._read(at)
+            except Unreadable as error:
+                remarks.append(Remark(at, CANNOT_READ, str(error)))
+                continue
+            if picture.remark:
+                remarks.append(Remark(at, picture.remark, ""))
+            with seeded(hash((self.seed, epoch, index))):
+                return self.transform(picture.image), label, remarks
+        return None, -1, remarks
+
+    def _read(self, index: int) -> tuple[Any, int]:
+        try:
+            file, label = self.reader[index]
+        except OSError as error:
+            raise Unreadable(error.strerror or str(error)) from None
+        with closing(file) if hasattr(file, "close") else nullcontext():
+            return read_picture(file, self.mode), int(-1 if label is None else label)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch, Python and numpy for a while, and leaves their states as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        np.random.seed(seed % (1 << 32))
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+class _Batches:
+    """The sampler: (epoch, index) of each image of each batch of an epoch, from the batch `start` on."""
+
+    def __init__(self, images: int, batch_size: int, training: bool, seed: int) -> None:
+        self.images, self.batch_size, self.training, self.seed = images, batch_size, training, seed
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return _batch_count(self.images, self.batch_size, self.training)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.arange(self.images)
+        if self.training:
+            order = torch.randperm(self.images, generator=_generator(self.seed, self.epoch))
+        # Evaluation always sees the same view, whatever the epoch.
+        epoch = self.epoch if self.training else 0
+        for batch in order.split(self.batch_size)[self.start : len(self)]:
+            yield [(epoch, index) for index in batch.tolist()]
+
+
+def _collate(views: list[tuple[Tensor | None, int, list[Remark]]]) -> tuple[Tensor, Tensor, list[Remark]]:
+    images = [view for view, _, _ in views if view is not None]
+    labels = [label for view, label, _ in views if view is not None]
+    remarks = [remark for _, _, found in views for remark in found]
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), remarks
+
+
+class ImageLoader(Loader):
+    """Images that are read and transformed on the way, by `workers` processes (0: by this one) that stay from
+    epoch to epoch. Images that cannot be read are left out of an evaluation, in training the next one takes
+    their place; how many and which is said once, by a warning.
+
+    Batches come through torchdata's `StatefulDataLoader`. Where to go on is a matter of the sampler alone,
+    since views depend on nothing else, so that a run may be resumed with another number of workers.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        transform: Callable,
+        batch_size: int,
+        *,
+        mode: str = "RGB",
+        training: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+        split: str = "data",
+    ) -> None:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        super().__init__(seed)
+        self.reader, self.split, self.training = reader, split, training
+        self._sampler = _Batches(len(reader), batch_size, training, seed)
+        self._said: dict[str, set[int]] = {}
+        self._first: dict[str, Remark] = {}
+        with warnings.catch_warnings():
+            # Its constructor calls a function that torch is about to drop.
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            self._loader = StatefulDataLoader(
+                Views(reader, transform, mode, seed, training),
+                batch_sampler=self._sampler,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=torch.cuda.is_available(),
+                collate_fn=_collate,
+                generator=_generator(seed, 0),
+            )
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self._sampler.epoch, self._sampler.start = epoch, start
+        new = False
+        for images, labels, remarks in self._loader:
+            for remark in remarks:
+                known = self._said.setdefault(remark.what, set())
+                new = new or remark.index not in known
+                known.add(remark.index)
+                self._first.setdefault(remark.what, remark)
+            if len(labels):
+                yield images, labels
+            elif self.training:
+                raise ValueError(f"{self.split}: no image of a whole batch can be read; {self._remarks()}")
+        if new:
+            warnings.warn(f"{self.split}: {self._remarks()}", stacklevel=3)
+
+    def _remarks(self) -> str:
+        """What has been found so far, in one line."""
+        parts = []
+        for what, found in self._said.items():
+            first = self._first[what]
+            name, why = repr(_name(self.reader, first.index)), f" ({first.why})" if first.why else ""
+            then = ""
+            if what == CANNOT_READ:
+                then = ", others take their place" if self.training else " and are left out"
+            parts.append(f"{len(found)} of {len(self.reader)} images {what}{then}, first {name}{why}")
+        return "; ".join(parts)
+
+
+def _name(reader: Any, index: int) -> str:
+    try:
+        return str(reader.filename(index, absolute=True) or index)
+    except (AssertionError, AttributeError, KeyError, TypeError):
+        return f"number {index}"
