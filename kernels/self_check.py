@@ -1,6 +1,6 @@
 """One small call of each op, judged against float64: what a kernel must pass before it serves on a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,16 +29,25 @@ def _with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.detach())]
 
 
-def _masks() -> tuple[Tensor, Tensor]:
-    # Heads of 64 dims, as real models have: one keeps most of them, one keeps few, one is removed.
+def _heads() -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Numbers of images and tokens, and what is kept of some heads: q/k dims and v dims."""
+    # One head keeps most of its dims, one keeps few, one is removed.
     mask = torch.arange(192).view(3, 64) % 3 > 0
     mask[1], mask[2, 20:] = False, False
-    return mask.roll(1, 1), mask
+    yield 2, 70, mask.roll(1, 1), mask
+    # The sizes of DeiT, plain and distilled: more than 48 KB of shared memory, tiles of every kind.
+    for tokens, dims in ((197, 64), (198, 128)):
+        whole = torch.ones(2, dims, dtype=torch.bool)
+        yield 1, tokens, whole, whole & (torch.arange(2 * dims).view(2, dims) < dims + 24)
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    inputs = _tensors(device, dtype, (2, 70, 24), (576, 24), (576,), (24, 192), (24,))
-    return _with_gradients(attention(*inputs, kept_heads(*_masks(), device), 0.05), inputs)
+    results = []
+    for images, tokens, qk, v in _heads():
+        A = v.numel()
+        inputs = _tensors(device, dtype, (images, tokens, 24), (3 * A, 24), (3 * A,), (24, A), (24,))
+        results += _with_gradients(attention(*inputs, kept_heads(qk, v, device), 0.01), inputs)
+    return results
 
 
 def _mlp(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -86,7 +95,9 @@ def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
     when the provider cannot serve.
     """
     example = EXAMPLES[op]
-    with torch.enable_grad():
+    # The caller may be in inference mode, under autocast, or have a default device of its own.
+    autocast_off = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), autocast_off:
         with backend("reference"):
             exact = example(torch.device("cpu"), torch.float64)
             plain = example(device, dtype)

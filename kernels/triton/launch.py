@@ -76,7 +76,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
     """A list of numbers on the device by one copy that the host does not wait for."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
@@ -98,6 +98,6 @@ def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tens
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return _addresses(fields, device)
     # A graph copies again at every replay, so what it copies from is kept, and nobody else may use the copy.
-    host = torch.tensor([n for row in fields for n in row], dtype=torch.int64, pin_memory=True)
+    host = torch.tensor([n for row in fields for n in row], dtype=torch.int64, device="cpu", pin_memory=True)
     _captured.append(host)
     return host.to(device, non_blocking=True)

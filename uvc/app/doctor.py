@@ -1,5 +1,6 @@
 """What was built, what runs here, and whether each kernel computes what its float64 reference does."""
 
+import itertools
 import os
 import platform
 
@@ -32,23 +33,24 @@ def _machine() -> Table:
 
 
 def _checks() -> Group:
-    table = Table(title="self-check: float32 against the float64 reference, outputs and gradients")
-    for column in ("op", *_dispatch.PROVIDERS):
+    table = Table(title="self-check against the float64 reference, outputs and gradients")
+    for column in ("op", "dtype", *_dispatch.PROVIDERS):
         table.add_column(column)
     notes = {}
-    for op in self_check.EXAMPLES:
-        results = {provider: _check(op, provider) for provider in _dispatch.PROVIDERS}
-        table.add_row(op, *(verdict for verdict, _ in results.values()))
+    # Tensor cores multiply 16-bit numbers, so float32 alone would not touch them.
+    for op, dtype in itertools.product(self_check.EXAMPLES, (torch.float32, torch.bfloat16)):
+        results = {provider: _check(op, provider, dtype) for provider in _dispatch.PROVIDERS}
+        table.add_row(op, str(dtype)[6:], *(verdict for verdict, _ in results.values()))
         notes |= {provider: note for provider, (_, note) in results.items() if note}
     return Group(table, *(f"{provider}: {note}" for provider, note in notes.items()))
 
 
-def _check(op: str, provider: str) -> tuple[str, str]:
+def _check(op: str, provider: str, dtype: torch.dtype) -> tuple[str, str]:
     """'ok' or 'WRONG' with the worst error, or '-' and why this provider cannot serve here."""
     on_gpu = provider in ("triton", "cuda") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
-        error, share = self_check.errors(op, provider, device, torch.float32)
+        error, share = self_check.errors(op, provider, device, dtype)
     except (RuntimeError, ImportError) as failure:
         # A forced provider that cannot serve says why after the colon; anything else is a fault.
         _, expected_refusal, reason = str(failure).partition("cannot run it: ")

@@ -1,0 +1,45 @@
+"""The self-check that a GPU kernel must pass before it serves: real sizes, and one verdict for every caller."""
+
+import pytest
+import torch
+import uvc_kernels
+from uvc_kernels import _dispatch, self_check
+
+CPU = torch.device("cpu")
+# Stands for a GPU's kernels: the sources of csrc/cuda, built for the CPU.
+HOST = "cuda-host"
+pytestmark = pytest.mark.skipif(_dispatch.extension_error is not None, reason="the extension is not built")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", self_check.EXAMPLES)
+def test_every_op_of_the_cuda_sources_passes(op, dtype):
+    assert self_check.fault(op, HOST, CPU, dtype) is None
+
+
+CALLERS = {
+    "inference mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "another default device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("op", ["mlp", "gather", "prox_shrink"])
+def test_the_verdict_does_not_depend_on_the_mode_of_the_first_call(op, caller, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_proofs", {})
+    with CALLERS[caller]():
+        assert _dispatch._proven(op, HOST, CPU, torch.float32)
+
+
+def test_attention_is_checked_at_the_sizes_of_real_models(monkeypatch):
+    seen = []
+
+    def attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale):
+        seen.append((x.dtype, x.shape[1], kept.whole_columns.shape[1]))
+        return uvc_kernels.attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale)
+
+    monkeypatch.setattr(self_check, "attention", attention)
+    assert self_check.fault("attention", "cpu", CPU, torch.bfloat16) is None
+    assert {(torch.bfloat16, 197, 64), (torch.bfloat16, 198, 128)} <= set(seen)
