@@ -111,6 +111,11 @@ def _why_not(op: str, provider: str, device: torch.device, dtype: torch.dtype) -
     return None
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on `device`."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def warn_once(key: tuple, message: str) -> None:
     """Warn once per process and key."""
     if key not in _warned:
@@ -122,6 +127,9 @@ def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) ->
     """Whether `provider` passed its self-check here; it runs once, and a failure is said once."""
     key = (op, provider, device, dtype)
     if key not in _proofs:
+        # A check waits for the device, which a capture forbids: what has not been proven before is not used.
+        if capturing(device):
+            return False
         faults = (check(op, provider, device, dtype) for check in _checks)
         fault = next((fault for fault in faults if fault is not None), None)
         _proofs[key] = fault is None
@@ -156,7 +164,9 @@ def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
         if serves(op, provider, device, dtype):
             found.append(provider)
         elif provider == device.type:
-            reasons.append(_why_not(op, provider, device, dtype))
+            reasons.append(
+                _why_not(op, provider, device, dtype) or "its kernel has not passed the self-check"
+            )
     if not found:
         warn_once(
             (op, device.type, dtype),

@@ -1,13 +1,15 @@
-"""Dispatch by measurement: of all ways that can serve a call, the one that was fastest here.
+"""Dispatch by measurement: of all implementations that can serve a call, the one that was fastest here.
 
-The ways are every proven provider and, beside them, full products (`dense.py`); not these where recomputing
-is asked for, as they keep what it would not. A case is
-(op, device, dtype, shape, kept fraction in eighths, with or without gradients); a new kept count within an
-eighth measures nothing. The first call of a case times all ways on its own tensors, forward and backward, and
-what it finds is kept on disk, in $UVC_CACHE_DIR or the user's cache folder, for this device, build and torch.
+These are every proven provider and, beside them, variants such as full products (`dense.py`); no variant
+where recomputing is asked for, as it keeps what recomputing would not. A case is (op, device, dtype, shape,
+kept fraction in eighths, with or without gradients); a new kept count within an eighth measures nothing. The
+first call of a case times all of them on its own tensors, forward and backward, and what it finds is kept on
+disk, in $UVC_CACHE_DIR or the user's cache folder, for this device, build and torch.
 
-Nothing is measured, and the order of preference holds, under UVC_MEASURE=0, with a forced backend, while
-torch.compile traces, while a CUDA graph is captured, and with torch's deterministic algorithms.
+While torch.compile traces and while a CUDA graph is captured nothing is measured, but what was measured
+before decides. A graph takes only what has run before, as loading the code of a kernel would break the
+capture. The order of preference decides under UVC_MEASURE=0, with torch's deterministic algorithms, while
+torch.export traces, and where the traced sizes of x are symbolic.
 """
 
 import importlib
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import _dispatch
 
 ROUNDS = 5
-# Another way must be faster by this much: below it, timings are noise.
+# What is to replace the first choice must be faster by this much: below it, timings are noise.
 MARGIN = 0.97
 # Enough tokens to see a difference; more would only take longer.
 TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -34,6 +36,8 @@ LARGEST_FILE = 4 * 1024 * 1024
 
 _known: dict[Path, dict[str, dict]] = {}
 _variants: dict[tuple[str, str], Callable] = {}
+# What has run in this process, by device and case, and so can be captured in a CUDA graph.
+_ran: dict[tuple, set[str]] = {}
 
 
 def provide_variant(op: str, name: str, run: Callable) -> None:
@@ -52,49 +56,84 @@ def choose(
     name = _dispatch.forced(op, x.device, x.dtype)
     if name is not None:
         return _dispatch.run_of(op, name)
-    ways = _dispatch.able(op, x.device, x.dtype)
-    if not _measuring(x):
-        return _dispatch.run_of(op, ways[0])
-    # Batches count by powers of two, everything else as it is.
-    tokens = x.shape[:-1].numel()
-    eighths = -(-8 * kept // max(whole, 1))
+    providers = _dispatch.able(op, x.device, x.dtype)
+    if not _compares(x):
+        return _dispatch.run_of(op, providers[0])
+    variants = [] if recompute else [name for of, name in _variants if of == op]
     weights = [tuple(t.shape) for t in arguments[1:] if type(t) is torch.nn.Parameter or type(t) is Tensor]
-    fields = (op, x.dtype, tokens.bit_length(), *x.shape[1:], *weights, f"{eighths}/8", *case, recompute)
-    fields += ("train" if torch.is_grad_enabled() else "infer", f"{torch.get_num_threads()} threads")
-    key = " ".join(str(field) for field in fields)
-    path = cache_file(x.device)
+    # By comparisons, so that a trace with symbolic counts serves all counts of an eighth.
+    eighths = next(i for i in range(9) if 8 * kept <= i * whole)
+    case = (op, x.dtype, tuple(x.shape), *weights, f"{eighths}/8", *case, recompute, torch.is_grad_enabled())
+    name = _recorded(x.device, case)
+    if torch.compiler.is_compiling():
+        return _run_of(op, name if name in (*providers, *variants) else providers[0])
+    ran = _ran.setdefault((x.device, case), set())
+    capturing = _dispatch.capturing(x.device)
+    if name is None and not capturing:
+        times = _times(op, [*providers, *variants], arguments)
+        name = _record(x.device, case, times, providers[0])
+        ran.update(times)
+    # What is in the file may not be what runs now: a kernel that failed its self-check since, say.
+    if name not in (*providers, *variants):
+        name = providers[0]
+    if capturing and name not in ran:
+        # Variants are plain torch, whose kernels need no loading.
+        name = next((other for other in (*providers, *variants) if other in ran), (*variants, name)[0])
+    elif not capturing:
+        ran.add(name)
+    return _run_of(op, name)
+
+
+def _run_of(op: str, name: str) -> Callable:
+    return _variants.get((op, name)) or _dispatch.run_of(op, name)
+
+
+def _compares(x: Tensor) -> bool:
+    """Whether a measurement decides, be it made now or before."""
+    if os.environ.get("UVC_MEASURE") == "0" or torch.are_deterministic_algorithms_enabled():
+        return False
+    if x.device.type not in TOKENS:
+        return False
+    if torch.compiler.is_compiling():
+        static = torch.fx.experimental.symbolic_shapes.has_static_value
+        return not torch.compiler.is_exporting() and all(static(n) for n in x.shape)
+    # Whoever counts or traces calls must not see those of a measurement.
+    return x.numel() > 0 and _get_current_dispatch_mode() is None
+
+
+def _key(case: tuple) -> str:
+    op, dtype, shape, *fields, grad = case
+    # Batches count by powers of two, everything else as it is.
+    fields = (op, dtype, torch.Size(shape[:-1]).numel().bit_length(), *shape[1:], *fields)
+    fields += ("train" if grad else "infer", f"{torch.get_num_threads()} threads")
+    return " ".join(str(field) for field in fields)
+
+
+def _recorded(device: torch.device, case: tuple) -> str | None:
+    """What was measured to be fastest in this case, now or by another process."""
+    path = cache_file(device)
     if path not in _known:
         _known[path] = _read(path)
-    if key not in _known[path]:
-        others = [] if recompute else [name for of, name in _variants if of == op]
-        times = _times(op, [*ways, *others], arguments)
-        best = min(times, key=times.get)
-        way = best if times[best] < MARGIN * times[ways[0]] else ways[0]
-        _known[path][key] = {"way": way, "ms": {name: round(ms, 4) for name, ms in times.items()}}
-        _write(path)
-    way = _known[path][key]["way"]
-    # What is in the file may not be what runs now: a kernel that failed its self-check since, say.
-    runs = way in ways or (op, way) in _variants
-    return _run_of(op, way if runs else ways[0])
+    return _known[path].get(_key(case), {}).get("fastest")
 
 
-def _run_of(op: str, way: str) -> Callable:
-    return _variants.get((op, way)) or _dispatch.run_of(op, way)
+# A trace takes the answer as a constant; see `_dispatch._proven`.
+_recorded._dynamo_marked_constant = True
 
 
-def _measuring(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or os.environ.get("UVC_MEASURE") == "0":
-        return False
-    if x.device.type not in TOKENS or not x.numel() or torch.are_deterministic_algorithms_enabled():
-        return False
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False
-    # Whoever counts or traces calls must not see those of a measurement.
-    return _get_current_dispatch_mode() is None
+def _record(device: torch.device, case: tuple, times: dict[str, float], preferred: str) -> str:
+    """Keeps these times and returns the fastest, or `preferred` where none is clearly faster."""
+    best = min(times, key=times.get)
+    fastest = best if times[best] < MARGIN * times[preferred] else preferred
+    path = cache_file(device)
+    ms = {name: round(ms, 4) for name, ms in times.items()}
+    _known.setdefault(path, {})[_key(case)] = {"fastest": fastest, "ms": ms}
+    _write(path)
+    return fastest
 
 
-def _times(op: str, ways: Sequence[str], arguments: Sequence) -> dict[str, float]:
-    """The shortest of a few interleaved runs of each way, in milliseconds."""
+def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, float]:
+    """The shortest of a few interleaved runs of each implementation, in milliseconds."""
     x, *rest = arguments
     images = max(1, TOKENS[x.device.type] // max(1, x.shape[:-1].numel() // x.shape[0]))
     train = torch.is_grad_enabled()
@@ -108,22 +147,22 @@ def _times(op: str, ways: Sequence[str], arguments: Sequence) -> dict[str, float
     given = [leaf(t) for t in (x[:images], *rest)]
     leaves = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
 
-    def run(way: str) -> float:
+    def run(name: str) -> float:
         _wait(x.device)
         start = time.perf_counter()
-        out = _run_of(op, way)(*given)
+        out = _run_of(op, name)(*given)
         if train:
             torch.autograd.grad(out, leaves, torch.ones_like(out))
         _wait(x.device)
         return 1e3 * (time.perf_counter() - start)
 
-    times: dict[str, float] = dict.fromkeys(ways, float("inf"))
+    times: dict[str, float] = dict.fromkeys(names, float("inf"))
     with torch.autocast(x.device.type, enabled=False):
         for round_ in range(ROUNDS + 1):
-            for way in ways:
-                ms = run(way)
+            for name in names:
+                ms = run(name)
                 if round_:  # the first one warms up
-                    times[way] = min(times[way], ms)
+                    times[name] = min(times[name], ms)
     return times
 
 
@@ -155,7 +194,7 @@ def _read(path: Path) -> dict[str, dict]:
             return {}
         content = json.loads(path.read_text())
         choices = content["choices"] if content["build"] == _build() else {}
-        return {key: choice for key, choice in choices.items() if isinstance(choice["way"], str)}
+        return {key: choice for key, choice in choices.items() if isinstance(choice["fastest"], str)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

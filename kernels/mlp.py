@@ -6,6 +6,7 @@
 D width, F hidden.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,7 +86,7 @@ def _fake(
 ):
     rows = 0 if recompute else neurons.shape[0] * (1 if gate_weight is None else 2)
     out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
-    return out, x.new_empty(rows, x.shape[:-1].numel(), dtype=_dtypes.cpu_dtype(x.dtype))
+    return out, x.new_empty(rows, math.prod(x.shape[:-1]), dtype=_dtypes.cpu_dtype(x.dtype))
 
 
 def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, *rest):

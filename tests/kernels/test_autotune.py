@@ -16,6 +16,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("UVC_MEASURE", "1")
     monkeypatch.setenv("UVC_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_ran", {})
     torch.use_deterministic_algorithms(False)
 
 
@@ -23,9 +24,9 @@ def times(monkeypatch, **ms):
     """Lets the measurement find these times; returns the list of what was measured."""
     asked = []
 
-    def measured(op, ways, arguments):
-        asked.append((op, tuple(ways)))
-        return {way: ms[way] for way in ways}
+    def measured(op, names, arguments):
+        asked.append((op, tuple(names)))
+        return {name: ms[name] for name in names}
 
     monkeypatch.setattr(autotune, "_times", measured)
     return asked
@@ -42,13 +43,13 @@ def choices(tmp_path):
     return json.loads(file.read_text())["choices"]
 
 
-def test_the_faster_way_serves_and_a_tie_leaves_the_kernel(monkeypatch, tmp_path):
+def test_the_faster_one_serves_and_a_tie_leaves_the_kernel(monkeypatch, tmp_path):
     asked = times(monkeypatch, cpu=1.0, dense=0.98)
     call(50)
     times(monkeypatch, cpu=1.0, dense=0.5)
     call(99)
     assert asked == [("mlp", ("cpu", "dense"))]
-    assert sorted(choice["way"] for choice in choices(tmp_path).values()) == ["cpu", "dense"]
+    assert sorted(choice["fastest"] for choice in choices(tmp_path).values()) == ["cpu", "dense"]
 
 
 def test_where_memory_counts_only_what_recomputes_is_measured(monkeypatch):
@@ -93,12 +94,12 @@ def test_a_file_that_is_not_ours_is_replaced(content, monkeypatch, tmp_path):
     assert len(asked) == 1 and len(choices(tmp_path)) == 1
 
 
-def test_a_way_that_no_longer_serves_is_not_taken_from_the_file(monkeypatch):
+def test_what_no_longer_serves_is_not_taken_from_the_file(monkeypatch):
     times(monkeypatch, cpu=1.0, dense=2.0)
     call()
     (known,) = autotune._known.values()
     for choice in known.values():
-        choice["way"] = "cuda"
+        choice["fastest"] = "cuda"
     assert call().isfinite().all()
 
 
@@ -131,6 +132,95 @@ def test_nothing_is_measured_when(how, monkeypatch):
     assert asked == []
 
 
+def traced():
+    """The compiled op, and for each of its graphs whether the cpu kernel is in it."""
+    kernels = []
+
+    def keep(graph, _):
+        kernels.append(any("uvc_kernels.mlp" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(uvc_kernels.mlp, backend=keep, fullgraph=True), kernels
+
+
+@pytest.mark.parametrize("fastest", ["cpu", "dense"])
+def test_a_trace_takes_what_was_measured_before(fastest, monkeypatch):
+    asked = times(monkeypatch, **{"cpu": 1.0, "dense": 1.0, fastest: 0.5})
+    call()
+    mlp, kernels = traced()
+    call(mlp=mlp)
+    assert len(asked) == 1 and kernels == [fastest == "cpu"]
+
+
+def test_a_trace_with_symbolic_counts_takes_what_was_measured_for_that_eighth(monkeypatch):
+    times(monkeypatch, cpu=1.0, dense=0.5)
+    call(50)
+    times(monkeypatch, cpu=1.0, dense=2.0)
+    call(20)
+    mlp, kernels = traced()
+    for count in (45, 50, 46, 20, 22):
+        call(count, mlp=mlp)
+    # The first trace is of one count, the second of all counts of the eighth.
+    assert kernels == [False, False, True]
+
+
+def test_a_trace_with_a_symbolic_batch_keeps_the_order_of_preference(monkeypatch):
+    times(monkeypatch, cpu=1.0, dense=0.5)
+    mlp, kernels = traced()
+    for batch in (2, 3, 5, 7):
+        call(batch=batch)
+        call(batch=batch, mlp=mlp)
+    assert kernels == [False, True]
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Two kernels of a GPU that are not there: sets whether a graph is captured, records what is launched."""
+    launched = []
+
+    def on(capturing):
+        monkeypatch.setattr(_dispatch, "capturing", lambda device: capturing)
+
+    monkeypatch.setattr(_dispatch, "able", lambda *_: ["triton", "cuda"])
+    record = lambda name: lambda x, *_: launched.append(name) or x  # noqa: E731
+    monkeypatch.setattr(_dispatch, "run_of", lambda op, name: record(name))
+    monkeypatch.setitem(autotune._variants, ("mlp", "dense"), record("dense"))
+    on(False)
+    return on, launched
+
+
+def test_a_captured_graph_takes_what_was_measured_before(capture, monkeypatch):
+    on, launched = capture
+    asked = times(monkeypatch, triton=2.0, cuda=1.0, dense=3.0)
+    call()
+    on(True)
+    call()
+    assert launched == ["cuda", "cuda"] and len(asked) == 1
+
+
+def test_a_captured_graph_takes_no_kernel_that_must_be_loaded_first(capture, monkeypatch):
+    on, launched = capture
+    times(monkeypatch, triton=2.0, cuda=1.0, dense=3.0)
+    call()
+    # Another process: the choice is on disk, and no kernel has run.
+    monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_ran", {})
+    asked = times(monkeypatch)
+    for capturing in (True, False, True):
+        on(capturing)
+        call()
+    assert launched == ["cuda", "dense", "cuda", "cuda"] and asked == []
+
+
+def test_a_captured_graph_without_a_measurement_takes_full_products(capture, monkeypatch):
+    on, launched = capture
+    asked = times(monkeypatch)
+    on(True)
+    call()
+    assert launched == ["dense"] and asked == []
+
+
 def test_a_counting_mode_does_not_see_a_measurement(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,7 +237,7 @@ def test_a_real_measurement_changes_neither_gradients_nor_random_numbers(tmp_pat
     uvc_kernels.mlp(torch.ones(2, 5, 8), leaf, None, torch.ones(8, 100), None, kept)
     assert leaf.grad is None and torch.equal(torch.get_rng_state(), before)
     (choice,) = choices(tmp_path).values()
-    assert choice["way"] in ("cpu", "dense") and all(ms > 0 for ms in choice["ms"].values())
+    assert choice["fastest"] in ("cpu", "dense") and all(ms > 0 for ms in choice["ms"].values())
     (file,) = tmp_path.glob("*.json")
     assert stat.S_ISREG(file.stat().st_mode)
 

@@ -1,4 +1,4 @@
-"""The self-check that a GPU kernel must pass before it serves: real sizes, and one verdict for every caller."""
+"""What a GPU kernel must pass before it serves: at real sizes, with one verdict for every caller."""
 
 import pytest
 import torch
@@ -43,3 +43,13 @@ def test_attention_is_checked_at_the_sizes_of_real_models(monkeypatch):
     monkeypatch.setattr(self_check, "attention", attention)
     assert self_check.fault("attention", "cpu", CPU, torch.bfloat16) is None
     assert {(torch.bfloat16, 197, 64), (torch.bfloat16, 198, 128)} <= set(seen)
+
+
+def test_no_check_runs_while_a_graph_is_captured(monkeypatch):
+    ran = []
+    monkeypatch.setattr(_dispatch, "_proofs", {})
+    monkeypatch.setattr(_dispatch, "_checks", [lambda *case: ran.append(case)])
+    monkeypatch.setattr(_dispatch, "capturing", lambda device: True)
+    assert not _dispatch._proven("mlp", HOST, CPU, torch.float32) and ran == []
+    monkeypatch.setattr(_dispatch, "capturing", lambda device: False)
+    assert _dispatch._proven("mlp", HOST, CPU, torch.float32) and len(ran) == 1

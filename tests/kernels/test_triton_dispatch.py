@@ -48,14 +48,16 @@ def test_a_kernel_that_fails_its_self_check_is_not_used_and_that_is_said_once(a_
 
 
 @pytest.mark.filterwarnings("ignore:.*runs on plain PyTorch")
+@pytest.mark.parametrize("provider", ["triton", "cuda"])
 @pytest.mark.parametrize("proven", [True, False])
-def test_on_a_gpu_a_kernel_serves_only_when_its_self_check_passed(monkeypatch, proven):
+def test_on_a_gpu_a_kernel_serves_only_when_its_self_check_passed(monkeypatch, proven, provider):
     made = _dispatch._Implementation(len, "cuda", frozenset({torch.float32}))
-    monkeypatch.setattr(_dispatch, "_implementations", {("group_scores", "triton"): made})
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(_dispatch, "_implementations", {("group_scores", provider): made})
     monkeypatch.setattr(_dispatch, "_loaders", {})
     monkeypatch.setattr(_dispatch, "_proven", lambda *_: proven)
     found = uvc_kernels.select("group_scores", torch.device("cuda"), torch.float32)
-    assert found == ("triton" if proven else "reference")
+    assert found == (provider if proven else "reference")
 
 
 def test_a_kernel_that_raises_in_its_self_check_is_not_used(a_faulty_kernel, monkeypatch):
