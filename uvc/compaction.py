@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from uvc.layers import CompactBlock, check
+from uvc.layers import CompactBlock, check, check_children
 from uvc.structure import Structure, fit_structure, structure_of
 
 
@@ -14,7 +14,9 @@ def compact(model: nn.Module) -> nn.Module:
 
     It computes what `model` computes, without any op of uvc_kernels: kept rows and columns in smaller linear
     layers, heads of equal size as one batched product, nothing of a skipped half. It stays a timm-style
-    module (`patch_embed`, `blocks`, `forward_features`). ValueError when the model is compacted already.
+    module (`patch_embed`, `blocks`, `forward_features`). Hooks on blocks, attention and MLP go along.
+    ValueError when the model is compacted already, or a child of an attention or MLP does more than its
+    weights say (an adapter, a hook, an int8 layer).
     """
     return compacted(model, structure_of(model))
 
@@ -22,6 +24,7 @@ def compact(model: nn.Module) -> nn.Module:
 def compacted(model: nn.Module, structure: Structure) -> nn.Module:
     """A compacted copy of a timm or converted `model`, on any device, also meta, with the structure given."""
     check(model)
+    check_children(model)
     kept = zip(model.blocks, structure.blocks, fit_structure(model, structure), strict=True)
     blocks = [CompactBlock(*block) for block in kept]
     # The memo says that the copy of the blocks is there already, so that the full blocks are not copied.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvc.layers import hollow
+from uvc.layers import check_children, hollow
 from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
@@ -113,6 +113,7 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
     if metric not in LINEAR:
         raise ValueError(f"metric must be one of {', '.join(LINEAR)}, got {metric!r}")
     s = sizes_of(model)
+    check_children(model, hooks=False, weight=False)
     if metric == "params":
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
         row = s.dim + s.qkv_bias

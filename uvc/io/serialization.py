@@ -23,7 +23,7 @@ from torch import nn
 from uvc.compaction import compacted
 from uvc.io.files import one_line, write_whole
 from uvc.io.finite import refuse_not_finite
-from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, convert, hollow, is_compacted
+from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, hollow, is_compacted
 from uvc.models import T2TVisionTransformer
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
@@ -137,6 +137,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """The config of `model`; ValueError, naming the part, unless a rebuild from it gives the same modules."""
     if type(model) not in CLASSES.values():
         raise ValueError(f"cannot save a {type(model).__name__}; {' and '.join(CLASSES)} can be saved")
+    check_children(model, hooks=False)
     if is_compacted(model):
         blocks = nn.Sequential(*(block.origin for block in model.blocks))
         dense = hollow(model, {id(model.blocks): blocks})

@@ -4,7 +4,7 @@ from uvc.layers._surgery import hollow
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
-from uvc.layers.convert import check, convert, is_compacted, set_recompute
+from uvc.layers.convert import check, check_children, convert, is_compacted, set_recompute
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.token_pruning import Slimming, slimming
 
@@ -17,6 +17,7 @@ __all__ = [
     "UVCMlp",
     "UVCSwiGLU",
     "check",
+    "check_children",
     "convert",
     "hollow",
     "is_compacted",

@@ -11,11 +11,13 @@ import uvc_kernels
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from uvc.layers._surgery import say_once, take_over
+from uvc.layers._surgery import say_once
+from uvc.layers.children import DROPS, drop_rate, is_plain, is_untouched, linear_fault, say_called, watched
+from uvc.layers.prunable import Prunable, device_of
 from uvc.layers.token_pruning import Slimming, row_scores
 
 
-class UVCAttention(Attention):
+class UVCAttention(Prunable, Attention):
     """Multi-head self attention with timm's arguments, state_dict keys and, while dense, timm's own forward.
 
     A structure (`set_kept`) removes heads, q/k dims and v dims without touching the weights: the output and
@@ -26,22 +28,6 @@ class UVCAttention(Attention):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._be_dense()
-
-    @classmethod
-    def take_over(cls, attn: Attention) -> "UVCAttention":
-        """A UVCAttention on the parameters and hooks of `attn`, with nothing removed."""
-        new = take_over(cls, attn)
-        new._be_dense()
-        return new
-
-    # Of the class, so that it holds for layers taken over too.
-    _recompute = False
-
-    def _be_dense(self) -> None:
-        # The masks are the record and stay on the CPU; the indices follow the weights from device to device.
-        self._masks: tuple[Tensor, Tensor] | None = None
-        self._kept: uvc_kernels.KeptHeads | None = None
-        self._packed: list[Tensor | None] | None = None
 
     def set_kept(self, qk: Tensor | None, v: Tensor | None) -> None:
         """Keep the q/k dims and v dims marked in the bool masks [H, K] `qk` and `v`; None keeps all.
@@ -61,31 +47,35 @@ class UVCAttention(Attention):
             return self._be_dense()
         if fault := attention_fault(self):
             raise ValueError(f"cannot remove parts of this UVCAttention: {fault}")
-        self._kept = uvc_kernels.kept_heads(qk, v, self.qkv.weight.device)
         self._masks = (qk, v)
+        self._kept = self._index(device_of(self))
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self._kept is not None:
-            self._kept = self._kept.to(self.qkv.weight.device)
-        return self
+    def _index(self, device: torch.device) -> uvc_kernels.KeptHeads:
+        return uvc_kernels.kept_heads(*self._masks, device)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the layer may read its children's weights, as calling the children would do no more."""
+        children = self._modules
+        return (
+            is_plain(children["qkv"])
+            and is_plain(children["proj"])
+            and type(children["q_norm"]) is type(children["k_norm"]) is type(children["norm"]) is nn.Identity
+            and is_untouched(children["q_norm"])
+            and is_untouched(children["k_norm"])
+            and is_untouched(children["norm"])
+            and type(children["attn_drop"]) in DROPS
+            and is_untouched(children["attn_drop"])
+            and children.get("gate") is None
+            and not watched()
+        )
 
     def packing(self) -> tuple[list, list, list, list]:
         """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
-        return uvc_kernels.attention_packing(self.qkv.weight, self.qkv.bias, self.proj.weight, self._kept)
-
-    def set_recompute(self, on: bool) -> None:
-        """Whether the backward pass computes the first product again, of kept rows, instead of keeping it."""
-        self._recompute = bool(on)
-
-    def take_packed(self, packed: list[Tensor | None] | None) -> None:
-        """Use these packed weights (see `packing`) from now on; None packs in every call."""
-        self._packed = packed
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether nothing is removed."""
-        return self._masks is None
+        weight = self.qkv.weight
+        return uvc_kernels.attention_packing(
+            weight, self.qkv.bias, self.proj.weight, self.kept(weight.device)
+        )
 
     @property
     def kept_qk(self) -> Tensor:
@@ -106,11 +96,15 @@ class UVCAttention(Attention):
         """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` as in timm."""
         if self._masks is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        dropout = self.attn_drop.p if self.training else 0.0
+        if x.is_meta or not self.reads_weights:
+            say_called(self, x)
+            return self._called(x, attn_mask, is_causal)
+        dropout = drop_rate(self.attn_drop)
         if attn_mask is None and not is_causal and dropout == 0.0:
             weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
+            kept = self.kept(weights[0].device)
             return self.proj_drop(
-                uvc_kernels.attention(x, *weights, self._kept, self.scale, self._packed, self._recompute)
+                uvc_kernels.attention(x, *weights, kept, self.scale, self._packed, self._recompute)
             )
         reason = "attention dropout" if dropout else "an attention mask"
         say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
@@ -121,18 +115,53 @@ class UVCAttention(Attention):
         """How much attention each token of x [B, N, D] gets from the one that ranks, over the kept heads.
 
         [B, N], without gradient; None when no q/k dim is kept, as then all are equal. Scores are
-        q (Wk x)^T = (q Wk) x^T: no keys are computed again, and a bias on them would add to all alike.
+        q (Wk x)^T = (q Wk) x^T: no keys are computed again, and a bias on them would add to all alike. A
+        child `qkv` that is more than its weights is called for them, once more than `forward` does.
         """
+        if not self.reads_weights:
+            if not self.kept_qk.any():
+                return None
+            q, k, _ = self._heads(x)
+            return row_scores((self.scale * slimming.reader(q) @ k.transpose(-2, -1)).squeeze(2))
         B, _, D = x.shape
         weight = self.qkv.weight[: 2 * self.attn_dim].view(2, self.num_heads, self.head_dim, D)
         bias = None if self.qkv.bias is None else self.qkv.bias[: self.attn_dim]
         q = F.linear(slimming.reader(x), weight[0].flatten(0, 1), bias).view(B, *weight.shape[1:3])
         if self._masks is not None:
-            if self._kept.qk.shape[0] == 0:
+            kept = self.kept(weight.device)
+            if kept.qk.shape[0] == 0:
                 return None
-            q = q.masked_fill(self._kept.whole_rows[0] < 0, 0.0)
+            q = q.masked_fill(kept.whole_rows[0] < 0, 0.0)
         reads = torch.einsum("bhd,hdw->bhw", self.scale * q, weight[1].to(q.dtype))
         return row_scores(reads @ x.transpose(1, 2).to(q.dtype))
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, H, N, K] of x [B, N, D] from the children; removed q/k dims are zero."""
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self._masks is not None:
+            removed = self.kept(x.device).whole_rows[0, :, None] < 0
+            q, k = q.masked_fill(removed, 0.0), k.masked_fill(removed, 0.0)
+        return q, k, v
+
+    def _called(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Every child is called on all heads, and what is removed is zero: no faster than dense."""
+        B, N, _ = x.shape
+        q, k, v = self._heads(x)
+        if self.fused_attn and type(self.attn_drop) in DROPS and is_untouched(self.attn_drop):
+            dropout = drop_rate(self.attn_drop)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+            )
+        else:
+            scores = masked(self.scale * q @ k.transpose(-2, -1), attn_mask, is_causal)
+            out = self.attn_drop(scores.softmax(-1)) @ v
+        out = self.norm(out.transpose(1, 2).reshape(B, N, self.attn_dim))
+        if (gate := getattr(self, "gate", None)) is not None:
+            out = out * gate(x).sigmoid()
+        removed = self.kept(x.device).whole_columns.flatten() < 0
+        return self.proj_drop(self.proj(out.masked_fill(removed, 0.0)))
 
     def _gathered(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
         """The kept heads in plain torch, each padded with zeros to the longest kept head."""
@@ -171,15 +200,26 @@ def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) ->
     return attn_mask[..., heads, :, :]
 
 
+def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores [B, H, N, N] under a bool mask (True stays), one that is added, or the causal one."""
+    if is_causal:
+        N = scores.shape[-1]
+        future = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(future, float("-inf"))
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+
+
 def attention_fault(attn: Attention) -> str | None:
-    """Why parts of `attn` cannot be removed, naming the child that forbids it; None when they can."""
+    """Why parts of `attn` cannot be removed, naming the child that forbids it; None when they can.
+
+    A UVCAttention calls the children that it cannot read, so these may be any that act as linear layers.
+    """
     for child in ("q_norm", "k_norm", "norm"):
         module = getattr(attn, child, None)
         if not isinstance(module, nn.Identity | None):
             return f"{child} is a {type(module).__name__}, whose statistics change when dims are removed"
     if getattr(attn, "gate", None) is not None:
         return "gate is a gate on the attention output, which has no kept form"
-    for child in ("qkv", "proj"):
-        if type(getattr(attn, child)) is not nn.Linear:
-            return f"{child} is a {type(getattr(attn, child)).__name__}, not a plain nn.Linear"
-    return None
+    return linear_fault(attn, "qkv", "proj")

@@ -3,6 +3,8 @@
 B batch, N tokens, D width.
 """
 
+from typing import Any
+
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
@@ -35,6 +37,11 @@ class UVCBlock(nn.Module):
         new._gates = (None, None)
         new._slimming = None
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gates are part of a graph, of which no copy can be made.
+        gates = tuple(None if gate is None else gate.detach() for gate in self._gates)
+        return {**super().__getstate__(), "_gates": gates}
 
     def set_skip(self, attn: bool, mlp: bool) -> None:
         """Skip (True) or run (False) the attention half and the MLP half."""

@@ -12,8 +12,9 @@ from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
 from uvc.layers._surgery import hollow
-from uvc.layers.attention import UVCAttention, heads_of_mask
+from uvc.layers.attention import UVCAttention, heads_of_mask, masked
 from uvc.layers.block import UVCBlock, norm_last
+from uvc.layers.children import carry_hooks, drop_hooks, drop_rate, is_plain
 from uvc.layers.token_pruning import Slimming, due, row_scores, slim
 
 
@@ -43,8 +44,8 @@ class CompactAttention(nn.Module):
             columns += v
         self.qkv = smaller(dense.qkv, rows=rows)
         self.proj = smaller(dense.proj, columns=columns)
-        self.attn_drop = nn.Dropout(dense.attn_drop.p)
-        self.proj_drop = nn.Dropout(dense.proj_drop.p)
+        self.attn_drop = copy.deepcopy(dense.attn_drop)
+        self.proj_drop = copy.deepcopy(dense.proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, D] -> [B, N, D]; masks as in timm, over the heads of the dense layer."""
@@ -56,11 +57,11 @@ class CompactAttention(nn.Module):
         """As `forward`, and the tokens' scores as in `UVCAttention.token_scores`; None without `slimming`."""
         B, N, _ = x.shape
         if not self.groups:
-            return self.proj_drop(bias_alone(self.proj, x)), None
+            return self.proj_drop(without_inputs(self.proj, x)), None
         parts = iter(
             self.qkv(x).split([len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1)
         )
-        dropout = self.attn_drop.p if self.training else 0.0
+        dropout = drop_rate(self.attn_drop)
         outputs, scores = [], None
         for group in self.groups:
             h = len(group.heads)
@@ -90,13 +91,8 @@ def attend(
     q, k, v = (t.reshape(B * h, N, t.shape[-1]) for t in (q, k, v))
     # One call per product: at batch 1 the overhead of calls is what a small model's latency is made of.
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-    if is_causal:
-        future = torch.ones(N, N, dtype=torch.bool, device=v.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    elif mask is not None:
-        scores = scores.view(B, h, N, N)
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        scores = scores.view(B * h, N, N)
+    if is_causal or mask is not None:
+        scores = masked(scores.view(B, h, N, N), mask, is_causal).view(B * h, N, N)
     weights = scores.softmax(dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)
@@ -110,9 +106,9 @@ class CompactMlp(nn.Module):
         super().__init__()
         self._keep_rows(dense, list(neurons))
         self.act = copy.deepcopy(dense.act)
-        self.drop1 = nn.Dropout(dense.drop1.p)
+        self.drop1 = copy.deepcopy(dense.drop1)
         self.fc2 = smaller(dense.fc2, columns=list(neurons))
-        self.drop2 = nn.Dropout(dense.drop2.p)
+        self.drop2 = copy.deepcopy(dense.drop2)
 
     def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
         self.fc1 = smaller(dense.fc1, rows=neurons)
@@ -124,7 +120,7 @@ class CompactMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
         if self.fc2.in_features == 0:
-            return self.drop2(bias_alone(self.fc2, x))
+            return self.drop2(without_inputs(self.fc2, x))
         return self.drop2(self.fc2(self.drop1(self.hidden(x))))
 
 
@@ -167,13 +163,16 @@ class CompactBlock(nn.Module):
         self.record, self.slimming, self.norm_last = record, slimming, norm_last(dense)
         # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
         self._origin = (UVCBlock.take_over(hollow(dense)),)
+        drop_hooks(self.origin.modules())
         if record.attn:
             self._keep_half(dense, "1", "attn", CompactAttention(dense.attn, record))
         if record.mlp:
             self._keep_half(dense, "2", "mlp", compact_mlp(dense.mlp, record.neurons))
         self.train(dense.training)
+        carry_hooks(dense, self)
 
     def _keep_half(self, dense: UVCBlock, digit: str, name: str, small: nn.Module) -> None:
+        carry_hooks(getattr(dense, name), small)
         self.add_module(name, small)
         for part in ("norm", "ls", "drop_path"):
             self.add_module(part + digit, copy.deepcopy(getattr(dense, part + digit, nn.Identity())))
@@ -219,7 +218,10 @@ def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] 
     return linear
 
 
-def bias_alone(linear: nn.Linear, x: Tensor) -> Tensor:
+def without_inputs(linear: nn.Module, x: Tensor) -> Tensor:
     """What a linear layer without inputs adds to every token of x [B, N, D]."""
-    out = x.new_zeros((*x.shape[:-1], linear.out_features))
+    if not is_plain(linear):
+        return linear(x.new_zeros(*x.shape[:-1], 0))
+    # The bias alone, as exported programs do not take matrices without columns.
+    out = x.new_zeros(*x.shape[:-1], linear.out_features)
     return out if linear.bias is None else out + linear.bias

@@ -6,6 +6,7 @@ from torch import nn
 
 from uvc.layers.attention import UVCAttention, attention_fault
 from uvc.layers.block import UVCBlock
+from uvc.layers.children import LINEARS, first_change
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.mlp import MLPS, mlp_fault
 from uvc.layers.prepack import pack_ahead
@@ -73,6 +74,12 @@ def check(model: nn.Module) -> None:
         name = f"blocks.{index}"
         if type(block) not in (Block, ResPostBlock, UVCBlock):
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
+        for path, module in ((name, block), (f"{name}.attn", block.attn), (f"{name}.mlp", block.mlp)):
+            if type(block) is not UVCBlock and ("forward" in vars(module) or module._compiled_call_impl):
+                raise ValueError(
+                    f"{path} has a forward of its own, which would run in place of the pruned one; convert "
+                    "the model before it is compiled or wrapped"
+                )
         if type(block.attn) not in (Attention, UVCAttention):
             raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
         if type(block.mlp) not in (*MLPS, *MLPS.values()):
@@ -81,11 +88,39 @@ def check(model: nn.Module) -> None:
             raise ValueError(f"{name}.attn.{fault}")
         if fault := mlp_fault(block.mlp):
             raise ValueError(f"{name}.mlp.{fault}")
-        shape = (block.attn.num_heads, tuple((n, tuple(p.shape)) for n, p in block.named_parameters()))
+        shape = (block.attn.num_heads, *sizes(block))
         if shapes.setdefault("first", shape) != shape:
             raise ValueError(f"{name} differs in size from blocks.0; all blocks must have one size")
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"the model is {described(model)}; {SUPPORTED}")
+
+
+def sizes(block: nn.Module) -> list[tuple]:
+    """What must agree between blocks: features of linear children, whatever they are, and other shapes."""
+    found, linears = [], []
+    for half in ("attn", "mlp"):
+        for name, child in getattr(block, half).named_children():
+            if name in LINEARS:
+                bias = getattr(child, "bias", None) is not None
+                found.append((f"{half}.{name}", child.in_features, child.out_features, bias))
+                linears.append(f"{half}.{name}.")
+    rest = ((n, tuple(p.shape)) for n, p in block.named_parameters() if not n.startswith(tuple(linears)))
+    return [*found, *rest]
+
+
+def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) -> None:
+    """ValueError, naming the layer, where a child of an attention or MLP does more than its weights say.
+
+    For what reads those weights, as a cost or a smaller copy does; hooks, weight: see `children.change`.
+    """
+    for index, block in enumerate(model.blocks):
+        for half in ("attn", "mlp"):
+            layer = getattr(block, half, None)
+            if layer is not None and (fault := first_change(layer, hooks, weight)):
+                raise ValueError(
+                    f"blocks.{index}.{half}.{fault}, so its weights are not all that it does; merge it into "
+                    "its layer, or remove it, first"
+                )
 
 
 def described(module: nn.Module) -> str:

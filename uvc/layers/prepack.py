@@ -25,7 +25,7 @@ def _halves(blocks: nn.Sequential) -> list[nn.Module]:
     for block in blocks:
         if type(block) is UVCBlock:
             running = ((block.attn, block.skip_attn), (block.mlp, block.skip_mlp))
-            halves += [half for half, skipped in running if not (skipped or half.is_dense)]
+            halves += [half for half, off in running if not (off or half.is_dense) and half.reads_weights]
     return halves
 
 

@@ -17,7 +17,7 @@ from uvc.constraints import check_grain, limits, named_budgets
 from uvc.costs import Cost, cost
 from uvc.io.serialization import save
 from uvc.latency_table import LatencyTable, measure
-from uvc.layers import convert
+from uvc.layers import check, check_children, convert
 from uvc.solver import METHODS, check_tokens
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.checkpoint import set_seed
@@ -101,6 +101,8 @@ def compress(
     if config.solver.method not in METHODS:
         known = " and ".join(repr(name) for name in METHODS)
         raise ValueError(f"solver method: {config.solver.method!r}; known are {known}")
+    check(model)
+    check_children(model)  # what the final compaction would refuse, before any training
     named = named_budgets(budget, metric)
     if config.solver.method == "published" and list(named) not in (["macs"], ["params"]):
         raise ValueError(f"budget: {named}; the published method takes one, in macs or params")
