@@ -32,6 +32,7 @@ from uvc.constraints import check_grain, limits, named_budgets, reachable
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
 from uvc.io.files import write_json
+from uvc.io.preprocessing import cfg_of, check_classes, note_data
 from uvc.io.serialization import describe, load
 from uvc.latency_table import LatencyTable, measure, measure_latency, verify
 from uvc.layers import convert
@@ -92,6 +93,7 @@ def compress_run(
     data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
     torch.manual_seed(config.seed)
     model = convert(timm.create_model(model_name, num_classes=data.num_classes)).to(device)
+    note_data(model, data.view, data.classes)
     check_grain(model, config.solver.grain)
     check_tokens(model, config.solver.tokens, tuple(named_budgets(budget, metric)))
     table = _latency_table(model, options, budget, metric, config, out)
@@ -165,7 +167,7 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     data_name = options["data"] or summary.get("data", DIGITS)
     if options["data"] is None and options["data_root"] is None and (folder / OPTIONS).is_file():
         options = {**options, "data_root": read_json(folder / OPTIONS).get("data_root")}
-    known = _model_input(summary["model"]) if "model" in summary else {}
+    known = cfg_of(model) or (_model_input(summary["model"]) if "model" in summary else {})
     size = (model.in_chans, *model.patch_embed.img_size)
     config = RECIPES.get(data_name, RECIPES["default"])()
     device = choose_device(options["device"], options["threads"] or config.threads)
@@ -175,6 +177,7 @@ def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--data: {data_name!r} has {data.num_classes} classes, the model has {model.num_classes}"
         )
+    check_classes(model, data.classes)
     figures = cost(model)
     right, images = count_right(model.to(device), data.val, device)
     return {

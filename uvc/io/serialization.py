@@ -1,7 +1,7 @@
 """Models on disk: `model.safetensors` and `config.json`, each written whole, read without running code.
 
-The config holds constructor arguments of one of timm's classes, or of `uvc.models`, read off the model, and
-the structure.
+The config holds constructor arguments of one of timm's classes, or of `uvc.models`, read off the model, the
+structure, what the model expects of its images, and the names of its classes.
 """
 
 import functools
@@ -23,17 +23,21 @@ from torch import nn
 from uvc.compaction import compacted
 from uvc.io.files import one_line, write_whole
 from uvc.io.finite import refuse_not_finite
+from uvc.io.preprocessing import cfg_of, check_preprocessing, preprocessing_of, take_preprocessing
 from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, hollow, is_compacted
 from uvc.models import T2TVisionTransformer
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
-WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-2"
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-3"
 # What older formats did not say, because they knew nothing else.
-OLDER = {"uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp"}}
+OLDER = {
+    "uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp", "preprocessing": None},
+    "uvc-2": {"format": FORMAT, "preprocessing": None},
+}
 # fmt: off
 FIELDS = {
     "format", "class", "architecture", "block", "norm", "mlp", "activation", "arguments", "compacted",
-    "structure",
+    "structure", "preprocessing",
 }
 # fmt: on
 
@@ -109,8 +113,10 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save` wrote to `folder`, on `device`, in eval mode: same outputs, dtype and structure.
 
-    A compacted model comes back compacted, any other converted. ValueError, in one line that names the file,
-    for a missing, truncated or foreign file; all sizes are checked before anything is allocated.
+    A compacted model comes back compacted, any other converted. `pretrained_cfg`, where timm looks for it,
+    says how images are prepared and, as "label_names", what the classes are called. ValueError, in one line
+    that names the file, for a missing, truncated or foreign file; all sizes are checked before anything is
+    allocated.
     """
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
@@ -155,12 +161,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "arguments": arguments_of(dense),
         "compacted": is_compacted(model),
         "structure": json.loads(structure_of(model).to_json()),
+        "preprocessing": preprocessing_of(model),
     }
     try:
         compare(dense, rebuild_dense(config, len(dense.blocks)))
     except ValueError:
         # What the class alone does not make (the ResNet stem of a hybrid), timm's function for the model may.
-        name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
+        name = cfg_of(model).get("architecture") or ""
         if not is_model(name):
             raise
         config["architecture"] = name
@@ -219,6 +226,9 @@ def rebuild(config: object) -> tuple[Structure, nn.Module]:
     structure = Structure.from_data(config["structure"])
     dense = rebuild_dense(config, len(structure.blocks))
     fit(structure, sizes_of(dense))
+    if config["preprocessing"] is not None:
+        check_preprocessing(config["preprocessing"], dense)
+        take_preprocessing(dense, config["preprocessing"])
     return structure, compacted(dense, structure) if config["compacted"] else dense
 
 

@@ -42,7 +42,7 @@ class Data(NamedTuple):
     classes: tuple[str, ...] | None = (
         None  # their names in the order of their labels, where the data have any
     )
-    # How images are cropped and normalised, as timm's `pretrained_cfg` names it; None: they come ready.
+    # How images are cropped and normalised, as timm's `pretrained_cfg` names it.
     view: Mapping[str, Any] | None = None
 
 
@@ -138,6 +138,14 @@ def _load_digits(input_size: tuple[int, int, int], batch_size: int, seed: int, v
         num_classes=10,
         input_size=size,
         name=DIGITS,
+        classes=tuple("0123456789"),
+        view={
+            "input_size": size,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "mean": (DIGITS_MEAN,) * size[0],
+            "std": (DIGITS_STD,) * size[0],
+        },
     )
 
 
