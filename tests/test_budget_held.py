@@ -10,13 +10,11 @@ import pytest
 import timm
 import torch
 from oracle import MODELS as SMALL
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
 import uvc.models
 from uvc.config import SolverConfig
-from uvc.costs import prices
+from uvc.costs import count_macs, prices
 from uvc.solver import Search
 from uvc.structure import sizes_of
 
@@ -70,9 +68,7 @@ def macs_counted(model):
     """Half of what torch's flop counter counts for one image on the compacted model."""
     small = uvc.compact(model).to("meta").eval().requires_grad_(False)
     image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta")
-    with FlopCounterMode(display=False) as counter, sdpa_kernel([SDPBackend.MATH]):
-        small(image)
-    return counter.get_total_flops() / 2
+    return count_macs(small, image)
 
 
 def cheapest_removed(model, metric):

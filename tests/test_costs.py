@@ -5,23 +5,22 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import MODELS, distilled_198, small_vit, structures
+from oracle import MODELS, distilled_198, images, small_vit, structures
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
 from uvc.constraints import limits, reachable
-from uvc.costs import Counts, Prices, block_costs, counts, prices, total
+from uvc.costs import Counts, Prices, block_costs, count_macs, counts, flop_counter, prices, total
 from uvc.structure import BlockStructure, Structure
 
 
-def counted_macs(model: torch.nn.Module, backends: tuple = (SDPBackend.MATH,)) -> int:
-    # Plain products by default: older torch does not count what its CPU flash attention multiplies.
-    image = torch.randn(1, model.in_chans, *model.patch_embed.img_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(list(backends)):
-        model.eval().requires_grad_(False)(image)
+def counted_macs(model: torch.nn.Module) -> int:
+    """MACs that torch itself counts: of plain products, as it does not count flash attention everywhere."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model.eval().requires_grad_(False)(images(model, 1))
     flops = counter.get_total_flops()
-    assert flops % 2 == 0
+    assert flops % 2 == 0 and flops == 2 * count_macs(model, images(model, 1))
     return flops // 2
 
 
@@ -65,14 +64,33 @@ def test_cost_of_a_plain_timm_model_is_what_it_counts():
     assert cost == uvc.cost(uvc.convert(model))
 
 
-@pytest.mark.skipif(
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry,
-    reason="this torch does not count its CPU flash attention",
-)
-def test_cost_is_exact_with_flash_attention():
-    model = small_vit()
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def test_cost_is_exact_with_flash_attention_of_any_torch():
+    model = small_vit().eval()
     small = uvc.compact(uvc.apply_structure(model, structures(model)["uniform with equal heads"]))
-    assert uvc.cost(small).macs == counted_macs(small, (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
+    with flop_counter() as counter, torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        small(images(small, 1))
+    assert counter.get_flop_counts()["Global"][FLASH] == 2 * sum(2 * 17 * 17 * 3 * 2 for _ in small.blocks)
+    assert counter.get_total_flops() == 2 * uvc.cost(small).macs
+
+
+def test_the_backward_pass_of_flash_attention_counts_five_products():
+    q, k, v = (torch.randn(2, 3, 17, 8, requires_grad=True) for _ in range(3))
+    with flop_counter() as counter, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+    product = 2 * 2 * 3 * 17 * 17 * 8
+    assert list(counter.get_flop_counts()["Global"].values()) == [2 * product, 5 * product]
+
+
+def test_counting_leaves_every_module_in_its_own_mode():
+    model = small_vit().train()
+    model.blocks[1].mlp.eval()
+    count_macs(model, images(model, 1))
+    assert [name for name, m in model.named_modules() if not m.training] == [
+        name for name, _ in model.named_modules() if name.startswith("blocks.1.mlp")
+    ]
 
 
 def test_cost_of_a_structure_needs_no_applying():

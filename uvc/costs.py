@@ -14,6 +14,7 @@ from uvc.layers import check_children, hollow
 from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
+_aten = torch.ops.aten
 
 
 class Counts(NamedTuple):
@@ -153,6 +154,39 @@ class _FirstTokens(nn.Module):
         return x[:, : self.tokens]
 
 
+def _sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **_) -> int:
+    # Scores and weighted values.
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def _sdpa_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest, **_
+) -> int:
+    # Scores again, dP and dV, dQ and dK.
+    return 2 * query[:-1].numel() * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's flop counter, with formulas for the attention kernels that some versions of torch leave out."""
+    formulas = {
+        _aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+        _aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+        _aten._scaled_dot_product_fused_attention_overrideable: _sdpa,
+        _aten._scaled_dot_product_fused_attention_overrideable_backward: _sdpa_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """MACs of the model's forward pass on these images in evaluation, counted call by call."""
+    modes = [(module, module.training) for module in model.modules()]
+    with flop_counter() as counter, torch.no_grad():
+        model.eval()(images)
+    for module, training in modes:  # parents first, as `train` reaches their children, too
+        module.train(training)
+    return counter.get_total_flops() // 2
+
+
 def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
     """MACs per image outside the blocks, which leave so many tokens (None: all) to the head.
 
@@ -161,9 +195,8 @@ def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
     blocks = nn.Sequential(_FirstTokens(tokens))
     stem_and_head = hollow(model, {id(model.blocks): blocks}).eval().requires_grad_(False)
     dtype = next(stem_and_head.patch_embed.parameters()).dtype
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        stem_and_head(torch.empty(1, model.in_chans, *model.patch_embed.img_size, dtype=dtype, device="meta"))
-    return counter.get_total_flops() // 2
+    image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, dtype=dtype, device="meta")
+    return count_macs(stem_and_head, image)
 
 
 def block_costs(costs: Costs, counts: Counts) -> tuple[float, ...] | Tensor:

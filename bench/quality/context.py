@@ -17,13 +17,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import uvc.models  # noqa: F401  registers the small ViT
 from bench.quality.tasks import Batches, Remembered, Split, Task
 from uvc.compaction import compact
 from uvc.config import Config, SolverConfig
-from uvc.costs import Prices, counts, prices, total
+from uvc.costs import Prices, count_macs, counts, prices, total
 from uvc.layers import convert
 from uvc.structure import Structure, structure_of
 from uvc.training.compress import train_teacher
@@ -103,11 +102,7 @@ def converted(model: nn.Module) -> bool:
 
 def macs_of(model: nn.Module) -> int:
     """MACs per image of any model, by torch's flop counter."""
-    size, training = model.patch_embed.img_size, model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 1, *size))
-    model.train(training)
-    return counter.get_total_flops() // 2
+    return count_macs(model, torch.zeros(1, 1, *model.patch_embed.img_size))
 
 
 class Trace(RunLog):

@@ -14,25 +14,32 @@ from .. import _autograd, _dtypes
 from ..attention import attention_packing
 from ..gather import gather
 from ..indices import WIDTHS, KeptHeads, counts_of
-from .pieces import Pieces, Provider, bias_gradient, given, multiply
+from .pieces import Pieces, Provider, bias_gradient, declare, given, multiply
 
 X, WEIGHT, BIAS, PROJ, PROJ_BIAS = (1 << i for i in range(5))
-_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor proj, Tensor? proj_bias"
+_TENSORS = "Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias"
 _KEPT = (
-    "Tensor table, Tensor marks16, Tensor marks32, Tensor marks64, Tensor marks128, float scale, "
-    "bool recompute"
+    "Tensor qk, Tensor v, Tensor table, Tensor marks16, Tensor marks32, Tensor marks64, Tensor marks128, "
+    "float scale, bool recompute"
 )
 _SAVED = "Tensor qkv, Tensor heads, Tensor top, Tensor inverse"
+# qk and v, the kept dims without padding, are there for their lengths: for those who count FLOPs.
+declare("attend", f"({_TENSORS}, {_KEPT}) -> (Tensor out, {_SAVED})")
+declare(
+    "attend_backward",
+    f"(Tensor grad, {_TENSORS}, {_KEPT}, {_SAVED}, int needs) "
+    "-> (Tensor x, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias)",
+)
 
 
-def _attend(pieces: Pieces, x, weight, bias, proj, proj_bias, table, *rest):
+def _attend(pieces: Pieces, x, weight, bias, proj, proj_bias, qk, v, table, *rest):
     *marks, scale, recompute = rest
     counts = counts_of(marks)
     if sum(counts) != table.shape[0]:
         raise ValueError(
             f"attention: a head of more than {WIDTHS[-1]} dims needs the backend cpu or reference"
         )
-    out, _, heads, top, inverse = _fake(x, weight, bias, proj, proj_bias, table, *rest)
+    out, _, heads, top, inverse = _fake(x, weight, bias, proj, proj_bias, qk, v, table, *rest)
     M = heads.shape[0]
     qkv = multiply(x.reshape(M, x.shape[2]), weight.t(), bias)
     if heads.numel():
@@ -41,7 +48,7 @@ def _attend(pieces: Pieces, x, weight, bias, proj, proj_bias, table, *rest):
     return out, qkv.new_empty(0) if recompute else qkv, heads, top, inverse
 
 
-def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, table, *rest):
+def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, qk, v, table, *rest):
     *marks, scale, recompute, qkv, heads, top, inverse, needs = rest
     M = heads.shape[0]
     grad, rows = grad.reshape(M, proj.shape[0]), x.reshape(M, x.shape[2])
@@ -61,7 +68,7 @@ def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, tab
     return given((grad_x, grad_weight, grad_bias, grad_proj, grad_proj_bias), x)
 
 
-def _fake(x, weight, bias, proj, proj_bias, table, *rest):
+def _fake(x, weight, bias, proj, proj_bias, qk, v, table, *rest):
     M, h = x.shape[0] * x.shape[1], table.shape[0]
     top, inverse = (x.new_empty(h, M, dtype=_dtypes.statistics_dtype(x.dtype)) for _ in range(2))
     out, heads = x.new_empty(*x.shape[:2], proj.shape[0]), x.new_empty(M, proj.shape[1])
@@ -82,24 +89,18 @@ def _setup_context(ctx, inputs, output):
 
 def define(provider: Provider) -> dict[str, Callable]:
     """The ops of this provider."""
-    name = provider.define("attend", f"({_TENSORS}, {_KEPT}) -> (Tensor out, {_SAVED})", _attend, _fake)
-    provider.define(
-        "attend_backward",
-        f"(Tensor grad, {_TENSORS}, {_KEPT}, {_SAVED}, int needs) "
-        "-> (Tensor x, Tensor weight, Tensor bias, Tensor proj, Tensor proj_bias)",
-        _attend_backward,
-        _fake_backward,
-    )
+    name = provider.define("attend", _attend, _fake)
+    provider.define("attend_backward", _attend_backward, _fake_backward)
     attend, attend_backward = provider.op("attend"), provider.op("attend_backward")
 
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 12
+            return (None,) * 14
         _autograd.forbid_double_backward("attention")
         needs = _autograd.need_bits(ctx.needs_input_grad[:5])
-        tensors, saved = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        tensors, saved = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
         grads = attend_backward(grad, *tensors, ctx.scale, ctx.recompute, *saved, needs)
-        return *_autograd.asked_for(grads, needs), *[None] * 7
+        return *_autograd.asked_for(grads, needs), *[None] * 9
 
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 
@@ -116,6 +117,6 @@ def define(provider: Provider) -> dict[str, Callable]:
     ) -> Tensor:
         if packed is None:
             packed = gather(*attention_packing(qkv_weight, qkv_bias, proj_weight, kept), x.dtype)
-        return attend(x, *packed, proj_bias, kept.table, *kept[-4:], scale, recompute)[0]
+        return attend(x, *packed, proj_bias, kept.qk, kept.v, kept.table, *kept[-4:], scale, recompute)[0]
 
     return {"attention": run}

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 from ..gather import SCHEMA, differentiate, empty_gathered
-from .pieces import Pieces, Provider
+from .pieces import Pieces, Provider, declare
+
+declare("gather", SCHEMA)
 
 
 def _gather(pieces: Pieces, sources, indices, inverses, dims, dtype):
@@ -17,7 +19,7 @@ def _gather(pieces: Pieces, sources, indices, inverses, dims, dtype):
 
 def define(provider: Provider) -> dict[str, Callable]:
     """The op of this provider."""
-    name = provider.define("gather", SCHEMA, _gather, empty_gathered)
+    name = provider.define("gather", _gather, empty_gathered)
     op = provider.op("gather")
     differentiate(name, op)
     return {"gather": lambda *arguments: op(*arguments)}

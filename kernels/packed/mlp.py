@@ -15,15 +15,26 @@ from .. import _autograd
 from ..gather import gather
 from ..indices import KeptNeurons
 from ..mlp import mlp_packing
-from .pieces import Pieces, Provider, bias_gradient, given, multiply
+from .pieces import Pieces, Provider, bias_gradient, declare, given, multiply
 
 X, WEIGHT1, BIAS1, GATE, GATE_BIAS, WEIGHT2, BIAS2 = (1 << i for i in range(7))
 _TENSORS = (
-    "Tensor x, Tensor weight1, Tensor? bias1, Tensor? gate, Tensor? gate_bias, Tensor weight2, Tensor? bias2"
+    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? gate_weight, Tensor? gate_bias, "
+    "Tensor fc2_weight, Tensor? fc2_bias, Tensor neurons"
+)
+# neurons, the kept ones without padding, are there for their number: for those who count FLOPs.
+declare(
+    "packed_mlp", f"({_TENSORS}, str activation, bool recompute) -> (Tensor out, Tensor hidden, Tensor g)"
+)
+declare(
+    "packed_mlp_backward",
+    f"(Tensor grad, {_TENSORS}, str activation, bool recompute, Tensor hidden, Tensor g, int needs) "
+    "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor gate_weight, Tensor gate_bias, "
+    "Tensor fc2_weight, Tensor fc2_bias)",
 )
 
 
-def _mlp(pieces: Pieces, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute):
+def _mlp(pieces: Pieces, x, weight1, bias1, gate, gate_bias, weight2, bias2, neurons, activation, recompute):
     M = x.shape[:-1].numel()
     u, g = _hidden(x.reshape(M, x.shape[-1]), weight1, bias1, gate, gate_bias)
     a = torch.empty_like(u)
@@ -49,6 +60,7 @@ def _mlp_backward(
     gate_bias,
     weight2,
     bias2,
+    neurons,
     activation,
     recompute,
     u,
@@ -78,14 +90,14 @@ def _mlp_backward(
     return given(grads, x)
 
 
-def _fake(x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute):
+def _fake(x, weight1, bias1, gate, gate_bias, weight2, bias2, neurons, activation, recompute):
     shape = (0,) if recompute else (x.shape[:-1].numel(), weight1.shape[0])
     out = x.new_empty(*x.shape[:-1], weight2.shape[0])
     return out, x.new_empty(shape), x.new_empty((0,) if gate is None else shape)
 
 
 def _fake_backward(
-    grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, activation, recompute, u, g, needs
+    grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, neurons, activation, recompute, u, g, needs
 ):
     return _autograd.empty_gradients((x, weight1, bias1, gate, gate_bias, weight2, bias2), needs)
 
@@ -100,30 +112,18 @@ def _setup_context(ctx, inputs, output):
 
 def define(provider: Provider) -> dict[str, Callable]:
     """The ops of this provider."""
-    name = provider.define(
-        "packed_mlp",
-        f"({_TENSORS}, str activation, bool recompute) -> (Tensor out, Tensor u, Tensor g)",
-        _mlp,
-        _fake,
-    )
-    provider.define(
-        "packed_mlp_backward",
-        f"(Tensor grad, {_TENSORS}, str activation, bool recompute, Tensor u, Tensor g, int needs) "
-        "-> (Tensor x, Tensor weight1, Tensor bias1, Tensor gate, Tensor gate_bias, Tensor weight2, "
-        "Tensor bias2)",
-        _mlp_backward,
-        _fake_backward,
-    )
+    name = provider.define("packed_mlp", _mlp, _fake)
+    provider.define("packed_mlp_backward", _mlp_backward, _fake_backward)
     packed_mlp, packed_mlp_backward = provider.op("packed_mlp"), provider.op("packed_mlp_backward")
 
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         _autograd.forbid_double_backward("mlp")
         needs = _autograd.need_bits(ctx.needs_input_grad[:7])
-        tensors, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        tensors, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         grads = packed_mlp_backward(grad, *tensors, ctx.activation, ctx.recompute, *saved, needs)
-        return *_autograd.asked_for(grads, needs), None, None
+        return *_autograd.asked_for(grads, needs), None, None, None
 
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 
@@ -144,6 +144,6 @@ def define(provider: Provider) -> dict[str, Callable]:
             packed = gather(
                 *mlp_packing(fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, kept), x.dtype
             )
-        return packed_mlp(x, *packed, fc2_bias, activation, recompute)[0]
+        return packed_mlp(x, *packed, fc2_bias, kept.neurons, activation, recompute)[0]
 
     return {"mlp": run}

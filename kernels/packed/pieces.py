@@ -35,6 +35,18 @@ class Pieces(NamedTuple):
     prox_shrink: Callable[[list[Tensor], Tensor, list[int]], None]
 
 
+SUFFIXES = ("triton", "cuda", "cuda_host")
+
+
+def declare(name: str, schema: str) -> None:
+    """Declares the op `name` of every provider, loaded or not.
+
+    A flop counter looks ops up by their declaration (`flops.py`), perhaps before a provider's first use.
+    """
+    for suffix in SUFFIXES:
+        torch.library.define(f"uvc_kernels::{name}_{suffix}", schema)
+
+
 class Provider(NamedTuple):
     """Under which names a provider's ops are registered, and its pieces."""
 
@@ -42,10 +54,9 @@ class Provider(NamedTuple):
     device: str
     pieces: Pieces
 
-    def define(self, name: str, schema: str, run: Callable, fake: Callable) -> str:
-        """Registers `run(pieces, ...)` as the op `uvc_kernels::name_suffix`; returns that name."""
+    def define(self, name: str, run: Callable, fake: Callable) -> str:
+        """Makes `run(pieces, ...)` the declared op `uvc_kernels::name_suffix`; returns that name."""
         name = f"uvc_kernels::{name}_{self.suffix}"
-        torch.library.define(name, schema)
         torch.library.impl(name, self.device)(partial(run, self.pieces))
         torch.library.register_fake(name, fake)
         return name

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from .. import _dtypes
 from ..group_scores import empty_scores
 from ..prox_shrink import nothing
-from .pieces import Pieces, Provider
+from .pieces import Pieces, Provider, declare
+
+declare("group_scores", "(Tensor[] a, Tensor[] b, int[] dims) -> Tensor")
+declare("prox_shrink", "(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()")
 
 
 def _scores(pieces: Pieces, a, b, dims):
@@ -23,9 +26,7 @@ def _shrink(pieces: Pieces, weights, factors, dims):
 
 def define(provider: Provider) -> dict[str, Callable]:
     """The ops of this provider."""
-    provider.define("group_scores", "(Tensor[] a, Tensor[] b, int[] dims) -> Tensor", _scores, empty_scores)
-    provider.define(
-        "prox_shrink", "(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()", _shrink, nothing
-    )
+    provider.define("group_scores", _scores, empty_scores)
+    provider.define("prox_shrink", _shrink, nothing)
     scores, shrink = provider.op("group_scores"), provider.op("prox_shrink")
     return {"group_scores": lambda *a: scores(*a), "prox_shrink": lambda *a: shrink(*a)}

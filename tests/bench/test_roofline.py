@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
 from uvc.bench.ceilings import Ceilings
@@ -23,14 +22,15 @@ from uvc.bench.roofline import (
     shape_of,
     solver_work,
 )
+from uvc.costs import flop_counter
 from uvc.solver.param_groups import Groups
 
 H200 = Ceilings(790e3, ((1 << 40, 4300.0),))
 
 
 def counted(model, images, training):
-    """FLOPs by torch, with plain products in attention, which every version of torch counts."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """FLOPs by torch, with plain products in attention, whose backward pass has stored scores."""
+    with sdpa_kernel(SDPBackend.MATH), flop_counter() as counter:
         if training:
             model.train()(images).sum().backward()
         else:

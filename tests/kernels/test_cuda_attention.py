@@ -198,8 +198,8 @@ def test_gradcheck_and_opcheck_pass():
         None,
         leaves[3].detach().new_empty(2, len(kept.columns)).normal_(),
     )
-    op = ops.attend_cuda_host.default
-    torch.library.opcheck(op, (leaves[0], *packs, leaves[4], kept.table, *kept[-4:], 0.5, False))
+    op, index = ops.attend_cuda_host.default, (kept.qk, kept.v, kept.table, *kept[-4:])
+    torch.library.opcheck(op, (leaves[0], *packs, leaves[4], *index, 0.5, False))
 
 
 @pytest.mark.parametrize(

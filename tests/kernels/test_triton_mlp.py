@@ -108,13 +108,14 @@ def test_opcheck_passes(kind):
         kept, (2, 3), 24, 7, kind != "no biases", kind == "gated"
     )
     given = (x, weight1, bias1, *(gate or (None, None)), weight2, bias2)
-    leaves = [None if t is None else t.requires_grad_() for t in given]
-    torch.library.opcheck(op, (*leaves, "silu", False))
+    leaves, neurons = [None if t is None else t.requires_grad_() for t in given], torch.arange(kept)
+    torch.library.opcheck(op, (*leaves, neurons, "silu", False))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, "silu", False)
+    out, *saved = op(*detached, neurons, "silu", False)
     there = sum(1 << i for i, t in enumerate(detached) if t is not None)
     for needs in (there, there & 0b0100001):
-        torch.library.opcheck(backward, (torch.ones_like(out), *detached, "silu", False, *saved, needs))
+        arguments = (torch.ones_like(out), *detached, neurons, "silu", False, *saved, needs)
+        torch.library.opcheck(backward, arguments)
 
 
 @interpreted

@@ -9,10 +9,9 @@ import torch
 import uvc_kernels
 from oracle import MODELS, TOLERANCE, error, gradient_error, gradients, images, small_vit, structures
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import uvc
+from uvc.costs import count_macs
 from uvc.io.export import export
 from uvc.structure import BlockStructure, Structure
 
@@ -159,18 +158,12 @@ def test_masks_over_tokens_that_go_are_refused(arguments):
             either(torch.randn(2, 3, 16, 16), **arguments)
 
 
-def counted_macs(model: nn.Module) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
-        model.eval().requires_grad_(False)(images(model, batch=1))
-    return counter.get_total_flops() // 2
-
-
 def hold(model: nn.Module, structure: Structure) -> None:
     """Formula and flop counter agree to the integer, block by block, however the cost is asked for."""
     cost = uvc.costs.cost(model, structure)
     small = uvc.compact(uvc.apply_structure(model, structure))
     assert cost == uvc.cost(model) == uvc.cost(small)
-    assert cost.macs == counted_macs(small)
+    assert cost.macs == count_macs(small, images(model, batch=1))
     fixed = uvc.costs.prices(model, "macs").fixed
     assert cost.macs == fixed + sum(block.macs for block in cost.blocks)
     assert cost.params == sum(p.numel() for p in small.parameters())

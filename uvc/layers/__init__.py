@@ -1,5 +1,8 @@
 """The layers: timm's attention, MLPs and block, with parts that can be left out."""
 
+# torch's flop counter knows our ops from here on.
+import uvc_kernels.flops  # noqa: F401
+
 from uvc.layers._surgery import hollow
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
