@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvc.layers import check_children, hollow
@@ -180,8 +181,10 @@ def flop_counter() -> FlopCounterMode:
 def count_macs(model: nn.Module, images: Tensor) -> int:
     """MACs of the model's forward pass on these images in evaluation, counted call by call."""
     modes = [(module, module.training) for module in model.modules()]
+    # torch's counter fails on a view of a parameter that was made without gradients.
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with flop_counter() as counter, torch.no_grad():
-        model.eval()(images)
+        functional_call(model.eval(), weights, (images,))
     for module, training in modes:  # parents first, as `train` reaches their children, too
         module.train(training)
     return counter.get_total_flops() // 2
