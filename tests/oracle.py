@@ -139,6 +139,16 @@ def error(found: Tensor, truth: Tensor, floor: float = 1e-30) -> float:
     return float(((found - truth).abs().max() / truth.abs().max().clamp_min(floor)).detach())
 
 
+def stored(model: nn.Module) -> dict[str, tuple]:
+    """Names, dtypes, shapes and bytes of what a model holds. Equal ones may lie differently in memory, where
+    a product may differ in its last bit: outputs are then compared with `error`.
+    """
+    return {
+        name: (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, t in model.state_dict().items()
+    }
+
+
 def gradient_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     """The largest `error` over all gradients; their floor is a thousandth of the largest gradient."""
     assert found.keys() == truth.keys()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from oracle import MODELS, distilled_198, images, small_vit, structures
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from uvc_kernels import backend as forced
 
 import uvc
 from uvc.constraints import limits, reachable
@@ -82,6 +83,20 @@ def test_the_backward_pass_of_flash_attention_counts_five_products():
         torch.nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
     product = 2 * 2 * 3 * 17 * 17 * 8
     assert list(counter.get_flop_counts()["Global"].values()) == [2 * product, 5 * product]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda-host"])
+@pytest.mark.parametrize("name", ["vit", "packed swiglu", "registers, average pool, post-norm blocks"])
+def test_a_users_own_flop_counter_sees_the_cost_of_a_model_that_is_pruned_on_the_fly(name, backend):
+    model = MODELS[name]().requires_grad_(False).eval()
+    every = structures(model)
+    tokens = every["random at keep 0.5"].with_tokens(model, 0.5, at=(1,))
+    for structure in (*every.values(), tokens):
+        uvc.apply_structure(model, structure)
+        # Whatever is dense runs in timm's own layers.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), forced(backend):
+            model(images(model, 1))
+        assert counter.get_total_flops() == 2 * uvc.cost(model).macs
 
 
 def test_counting_leaves_every_module_in_its_own_mode():

@@ -7,7 +7,7 @@ import struct
 import pytest
 import timm
 import torch
-from oracle import MODELS, images, small_vit, structures
+from oracle import MODELS, TOLERANCE, error, images, small_vit, stored, structures
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 
@@ -57,7 +57,8 @@ def test_a_loaded_model_is_the_saved_one(name, compacted, tmp_path):
     uvc.save(model, tmp_path)
     loaded = uvc.load(tmp_path)
     x = images(model)
-    assert torch.equal(loaded(x), model(x))
+    assert stored(loaded) == stored(model)
+    assert error(loaded(x), model(x)) < TOLERANCE[x.dtype]
     assert uvc.structure_of(loaded) == uvc.structure_of(model)
     assert uvc.cost(loaded) == uvc.cost(model)
     assert not any(module.training for module in loaded.modules())
@@ -67,7 +68,7 @@ def test_a_loaded_model_is_the_saved_one(name, compacted, tmp_path):
     torch.manual_seed(5)
     dropped = model.train()(x)
     torch.manual_seed(5)
-    assert torch.equal(loaded.train()(x), dropped)
+    assert error(loaded.train()(x), dropped) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("case", structures(small_vit()))
@@ -76,7 +77,8 @@ def test_any_structure_survives(case, tmp_path):
     uvc.save(small, tmp_path)
     loaded = uvc.load(tmp_path)
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded(x), small(x))
+    assert stored(loaded) == stored(small)
+    assert error(loaded(x), small(x)) < TOLERANCE[x.dtype]
     assert uvc.structure_of(loaded) == uvc.structure_of(small)
 
 

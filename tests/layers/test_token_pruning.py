@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import uvc_kernels
-from oracle import MODELS, TOLERANCE, error, gradient_error, gradients, images, small_vit, structures
+from oracle import MODELS, TOLERANCE, error, gradient_error, gradients, images, small_vit, stored, structures
 from torch import Tensor, nn
 
 import uvc
@@ -243,7 +243,8 @@ def test_a_saved_model_drops_the_same_tokens_when_it_is_loaded(pruned, form, tmp
     uvc.save(model, tmp_path)
     loaded = uvc.load(tmp_path)
     assert uvc.structure_of(loaded) == uvc.structure_of(model)
-    assert torch.equal(loaded(x), model(x))
+    assert stored(loaded) == stored(model)
+    assert error(loaded(x), model(x)) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch-export", "onnx"])
