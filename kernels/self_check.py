@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._dispatch import backend, provide_check
 from .attention import attention
@@ -95,9 +96,10 @@ def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
     when the provider cannot serve.
     """
     example = EXAMPLES[op]
-    # The caller may be in inference mode, under autocast, or have a default device of its own.
+    # The caller may be in inference mode, under autocast, have a default device of its own, or count calls.
     autocast_off = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), autocast_off:
+    quiet = _disable_current_modes()
+    with quiet, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), autocast_off:
         with backend("reference"):
             exact = example(torch.device("cpu"), torch.float64)
             plain = example(device, dtype)

@@ -8,6 +8,7 @@ import uvc_kernels
 import uvc_kernels.flops
 from test_every_backend import BACKENDS, attention_case, mlp_case, on_every_backend, on_triton
 from torch.utils.flop_counter import FlopCounterMode
+from uvc_kernels import self_check
 
 TOKENS, HEADS, WIDTH = 17, 6, 72
 M = TOKENS  # one image
@@ -93,3 +94,9 @@ def test_the_ops_of_every_provider_are_known_before_it_is_loaded():
     for kind in ("", "_backward"):
         for op, provider in itertools.product(("attend", "packed_mlp"), ("triton", "cuda", "cuda_host")):
             assert getattr(ops, f"{op}{kind}_{provider}") in known
+
+
+def test_a_counter_does_not_see_a_self_check():
+    with FlopCounterMode(display=False) as counter:
+        assert self_check.fault("mlp", "cpu", torch.device("cpu"), torch.float32) is None
+    assert counter.get_total_flops() == 0
