@@ -3,8 +3,10 @@
 These are every proven provider and, beside them, variants such as full products (`dense.py`); no variant
 where recomputing is asked for, as it keeps what recomputing would not. A case is (op, device, dtype, shape,
 kept fraction in eighths, with or without gradients); a new kept count within an eighth measures nothing. The
-first call of a case times all of them on its own tensors, forward and backward, and what it finds is kept on
-disk, in $UVC_CACHE_DIR or the user's cache folder, for this device, build and torch.
+first call of a case times all of them on its own tensors, forward and backward, as in a training step: with
+gradients as small as means over a batch give, and with memory that something else has been through. The first
+of the order of preference serves unless another is clearly faster in every round but one. What is found is
+kept on disk, in $UVC_CACHE_DIR or the user's cache folder, for this processor, build and torch, for a day.
 
 While torch.compile traces and while a CUDA graph is captured nothing is measured, but what was measured
 before decides. A graph takes only what has run before, as loading the code of a kernel would break the
@@ -12,10 +14,13 @@ capture. The order of preference decides under UVC_MEASURE=0, with torch's deter
 torch.export traces, and where the traced sizes of x are symbolic.
 """
 
+import functools
 import importlib
 import json
 import os
 import platform
+import re
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +32,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _dispatch
 
-ROUNDS = 5
-# What is to replace the first choice must be faster by this much: below it, timings are noise.
-MARGIN = 0.97
+ROUNDS = 7
+# What is to replace the first choice must be faster by this much in every round but one: the rest is noise.
+MARGIN = 0.95
+LASTS = 24 * 3600  # seconds; a choice from a busy moment must not last for ever
+GRADIENT = 1e-3
+# Bytes that are written before each run, more than most caches hold: in a step other layers come between.
+EVICTED = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 # Enough tokens to see a difference; more would only take longer.
 TOKENS = {"cpu": 4096, "cuda": 65536}
 LARGEST_FILE = 4 * 1024 * 1024
@@ -121,19 +130,29 @@ def _recorded(device: torch.device, case: tuple) -> str | None:
 _recorded._dynamo_marked_constant = True
 
 
-def _record(device: torch.device, case: tuple, times: dict[str, float], preferred: str) -> str:
+def _record(device: torch.device, case: tuple, times: dict[str, list[float]], preferred: str) -> str:
     """Keeps these times and returns the fastest, or `preferred` where none is clearly faster."""
-    best = min(times, key=times.get)
-    fastest = best if times[best] < MARGIN * times[preferred] else preferred
+    fastest = _fastest(times, preferred)
     path = cache_file(device)
-    ms = {name: round(ms, 4) for name, ms in times.items()}
-    _known.setdefault(path, {})[_key(case)] = {"fastest": fastest, "ms": ms}
+    ms = {name: round(min(samples), 4) for name, samples in times.items()}
+    _known.setdefault(path, {})[_key(case)] = {"fastest": fastest, "ms": ms, "at": int(time.time())}
     _write(path)
     return fastest
 
 
-def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, float]:
-    """The shortest of a few interleaved runs of each implementation, in milliseconds."""
+def _fastest(times: dict[str, list[float]], preferred: str) -> str:
+    """The fastest of those clearly faster than `preferred`, else that; from milliseconds by round."""
+
+    def second_worst(name: str) -> float:
+        ratios = sorted(ms / first for ms, first in zip(times[name], times[preferred], strict=True))
+        return ratios[max(0, len(ratios) - 2)]
+
+    faster = [name for name in times if name != preferred and second_worst(name) < MARGIN]
+    return min(faster, key=lambda name: statistics.median(times[name]), default=preferred)
+
+
+def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, list[float]]:
+    """Milliseconds of each implementation in a few rounds, of which every second goes backwards."""
     x, *rest = arguments
     images = max(1, TOKENS[x.device.type] // max(1, x.shape[:-1].numel() // x.shape[0]))
     train = torch.is_grad_enabled()
@@ -147,22 +166,30 @@ def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, floa
     given = [leaf(t) for t in (x[:images], *rest)]
     leaves = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
 
+    generator = torch.Generator(x.device).manual_seed(0)
+    between = torch.empty(EVICTED[x.device.type], dtype=torch.uint8, device=x.device)
+    grad: Tensor | None = None
+
     def run(name: str) -> float:
+        nonlocal grad
+        between.fill_(1)
         _wait(x.device)
         start = time.perf_counter()
         out = _run_of(op, name)(*given)
         if train:
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
+            if grad is None:  # in the first round, which warms up
+                grad = torch.empty_like(out).normal_(0.0, GRADIENT, generator=generator)
+            torch.autograd.grad(out, leaves, grad)
         _wait(x.device)
         return 1e3 * (time.perf_counter() - start)
 
-    times: dict[str, float] = dict.fromkeys(names, float("inf"))
+    times: dict[str, list[float]] = {name: [] for name in names}
     with torch.autocast(x.device.type, enabled=False):
         for round_ in range(ROUNDS + 1):
-            for name in names:
+            for name in names if round_ % 2 == 0 else reversed(names):
                 ms = run(name)
-                if round_:  # the first one warms up
-                    times[name] = min(times[name], ms)
+                if round_:
+                    times[name].append(ms)
     return times
 
 
@@ -175,8 +202,20 @@ def cache_file(device: torch.device) -> Path:
     """Where the choices for this device are kept."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("UVC_CACHE_DIR") or Path(base, "uvc"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
-    return folder / f"fastest-{'-'.join(name.lower().split())}.json"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}"
+    return folder / f"fastest-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+@functools.cache
+def _processor() -> str:
+    """What the processor calls itself, with its numbers, as several bear one name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    known = [facts[key] for key in ("model name", "cpu family", "model", "stepping") if key in facts]
+    return " ".join(known or [platform.machine(), platform.processor()])
 
 
 def _build() -> dict[str, str]:
@@ -184,17 +223,26 @@ def _build() -> dict[str, str]:
     extension = "none"
     if _dispatch.extension_error is None:
         extension = str(Path(importlib.import_module("uvc_kernels._C").__file__).stat().st_mtime_ns)
-    return {"torch": torch.__version__, "extension": extension, "processors": str(os.cpu_count())}
+    return {
+        "torch": torch.__version__,
+        "extension": extension,
+        "instructions": os.environ.get("UVC_CPU_ISA", ""),
+        "processors": str(os.cpu_count()),
+    }
 
 
 def _read(path: Path) -> dict[str, dict]:
-    """The choices in the file; none when it is missing, of another build, or not what `_write` wrote."""
+    """The choices in the file that still hold; none where it is missing, of another build, or not ours."""
     try:
         if path.stat().st_size > LARGEST_FILE:
             return {}
         content = json.loads(path.read_text())
         choices = content["choices"] if content["build"] == _build() else {}
-        return {key: choice for key, choice in choices.items() if isinstance(choice["fastest"], str)}
+        return {
+            key: choice
+            for key, choice in choices.items()
+            if isinstance(choice["fastest"], str) and 0 <= time.time() - choice["at"] < LASTS
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -1,6 +1,7 @@
 """Dispatch by measurement: what is measured, when, and what is kept on disk."""
 
 import json
+import random
 import stat
 import warnings
 
@@ -26,7 +27,7 @@ def times(monkeypatch, **ms):
 
     def measured(op, names, arguments):
         asked.append((op, tuple(names)))
-        return {name: ms[name] for name in names}
+        return {name: [ms[name]] * autotune.ROUNDS for name in names}
 
     monkeypatch.setattr(autotune, "_times", measured)
     return asked
@@ -50,6 +51,81 @@ def test_the_faster_one_serves_and_a_tie_leaves_the_kernel(monkeypatch, tmp_path
     call(99)
     assert asked == [("mlp", ("cpu", "dense"))]
     assert sorted(choice["fastest"] for choice in choices(tmp_path).values()) == ["cpu", "dense"]
+
+
+def test_a_noisy_moment_leaves_the_kernel():
+    """Equally fast, with samples that scatter by a tenth: now and then five rounds would find one faster."""
+    draw = random.Random(0)
+
+    def samples(mean):
+        return [draw.gauss(mean, 0.1 * mean) for _ in range(autotune.ROUNDS)]
+
+    equal = [autotune._fastest({"cpu": samples(1.0), "dense": samples(1.0)}, "cpu") for _ in range(500)]
+    half = [autotune._fastest({"cpu": samples(1.0), "dense": samples(0.5)}, "cpu") for _ in range(500)]
+    assert equal.count("dense") < 15 and half.count("cpu") == 0
+
+
+def test_one_round_that_was_disturbed_decides_nothing():
+    fast, slow = [0.8] * 6 + [3.0], [1.0] * 7
+    assert autotune._fastest({"cpu": slow, "dense": fast}, "cpu") == "dense"
+    assert autotune._fastest({"cpu": fast, "dense": slow}, "cpu") == "cpu"
+
+
+def test_a_choice_is_measured_anew_after_a_day(monkeypatch, tmp_path):
+    times(monkeypatch, cpu=1.0, dense=0.5)
+    call()
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    for choice in content["choices"].values():
+        choice["at"] -= autotune.LASTS + 1
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(autotune, "_known", {})
+    asked = times(monkeypatch, cpu=1.0, dense=2.0)
+    call()
+    (choice,) = choices(tmp_path).values()
+    assert len(asked) == 1 and choice["fastest"] == "cpu"
+
+
+@pytest.mark.parametrize("what", ["torch", "extension", "instructions", "processors"])
+def test_what_another_build_found_does_not_count(what, monkeypatch):
+    times(monkeypatch, cpu=1.0, dense=0.5)
+    call()
+    monkeypatch.setattr(autotune, "_known", {})
+    build = autotune._build()
+    monkeypatch.setattr(autotune, "_build", lambda: {**build, what: "other"})
+    asked = times(monkeypatch, cpu=1.0, dense=0.5)
+    call()
+    assert len(asked) == 1
+
+
+def test_every_processor_has_a_file_of_its_own(monkeypatch):
+    here = autotune.cache_file(torch.device("cpu"))
+    monkeypatch.setattr(autotune, "_processor", lambda: "Another(R) CPU 6 207")
+    assert (
+        autotune.cache_file(torch.device("cpu")).name == "fastest-cpu-another-r-cpu-6-207.json" != here.name
+    )
+
+
+def test_threads_are_part_of_a_case(monkeypatch):
+    asked = times(monkeypatch, cpu=1.0, dense=2.0)
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        call()
+    assert len(asked) == 2
+
+
+def test_gradients_of_a_measurement_are_those_of_a_step(monkeypatch):
+    seen = []
+
+    def watched(x, weight):
+        out = x * weight
+        out.register_hook(lambda grad: seen.append(grad.std().item()))
+        return out
+
+    monkeypatch.setitem(autotune._variants, ("mlp", "watched"), watched)
+    found = autotune._times("mlp", ["watched"], (torch.randn(4, 5, 8), torch.ones(8)))
+    assert len(found["watched"]) == autotune.ROUNDS < len(seen)
+    assert all(5e-4 < spread < 2e-3 for spread in seen)
 
 
 def test_where_memory_counts_only_what_recomputes_is_measured(monkeypatch):
