@@ -134,6 +134,7 @@ def _data_options(command: Callable) -> Callable:
 def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.app.pipeline import compress_run
+    from uvc.training.signals import Stopped, stop_on_signals
 
     # The run may be continued and its model measured from another folder.
     for name in ("teacher", "data_root", "latency_table"):
@@ -142,7 +143,11 @@ def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
         options["data"] = str(Path(options["data"]).absolute())
     try:
         say = None if quiet else partial(click.echo, err=True)
-        summary = compress_run(out, options, resume=resume, progress=not quiet, say=say)
+        with stop_on_signals():
+            summary = compress_run(out, options, resume=resume, progress=not quiet, say=say)
+    except Stopped as stopped:
+        click.echo(f"{stopped}; continue with: uvc compress --resume --out {out}", err=True)
+        return
     except KeyboardInterrupt:
         hint = f"; continue with: uvc compress --resume --out {out}" if (out / "run.json").is_file() else ""
         raise Interrupted(f"interrupted{hint}") from None

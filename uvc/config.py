@@ -106,6 +106,7 @@ class Config:
     # and evaluations are float32 in both.
     precision: str = "float32"
     seed: int = 0
+    checkpoint_every: int = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
     threads: int | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)

@@ -105,7 +105,7 @@ def test_a_model_with_weights_that_are_not_finite_is_not_saved(tmp_path, value):
 
 def test_steps_on_another_device_are_looked_at_when_read():
     model = torch.nn.Linear(2, 2)
-    check = FiniteCheck(model, "search", "nothing is kept")
+    check = FiniteCheck(model, "search", lambda: "nothing is kept")
     check.pending = [(0, 7, torch.tensor([1.0, 2.0])), (0, 8, torch.tensor([1.0, torch.inf]))]
     with pytest.raises(RuntimeError, match=r"search: epoch 0, batch 8: the loss is 1 and .* gradient inf"):
         check.read()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+HELD = "held"  # the group of tensors that stand in the facts
+
 
 def save_run(path: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
     """Writes groups of tensors and JSON facts; the file is whole or the old one stays."""
+    held: dict[str, Tensor] = {}
+    facts = _take_out(facts, held)
     flat = {
         f"{group}/{name}": t.detach().contiguous().clone()
-        for group, part in tensors.items()
+        for group, part in {**tensors, HELD: held}.items()
         for name, t in part.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +48,25 @@ def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     for name, tensor in flat.items():
         group, _, key = name.partition("/")
         tensors.setdefault(group, {})[key] = tensor
-    return tensors, facts
+    return tensors, _put_back(facts, tensors.pop(HELD, {}))
+
+
+def _take_out(value: Any, held: dict[str, Tensor]) -> Any:
+    """The value without its tensors, which go to ``held``: a loader's state may have some."""
+    if isinstance(value, Tensor):
+        held[str(len(held))] = value
+        return {HELD: str(len(held) - 1)}
+    if isinstance(value, dict):
+        return {key: _take_out(item, held) for key, item in value.items()}
+    return [_take_out(item, held) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _put_back(value: Any, held: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {HELD}:
+            return held[value[HELD]]
+        return {key: _put_back(item, held) for key, item in value.items()}
+    return [_put_back(item, held) for item in value] if isinstance(value, list) else value
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -63,20 +86,36 @@ def set_seed(seed: int, numpy: bool) -> None:
         np.random.seed(seed)
 
 
-def numpy_random() -> dict[str, Tensor]:
-    """The state of numpy's global generator as tensors."""
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's, numpy's and Python's global generators, and of the device's, as tensors."""
     _, key, position, has_gauss, gauss = np.random.get_state()
-    return {
+    version, words, next_gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
         "numpy_key": torch.from_numpy(key.astype(np.int64)),
         "numpy_place": torch.tensor([position, has_gauss]),
         "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if next_gauss is None else [next_gauss], dtype=torch.float64),
     }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def set_numpy_random(tensors: dict[str, Tensor]) -> None:
-    """Inverse of ``numpy_random``."""
-    key = tensors["numpy_key"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, *tensors["numpy_place"].tolist(), float(tensors["numpy_gauss"])))
+def set_random_state(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of ``random_state``; generators that an older checkpoint did not know stay as they are."""
+    torch.set_rng_state(tensors["torch"])
+    if "numpy_key" in tensors:
+        key = tensors["numpy_key"].numpy().astype(np.uint32)
+        gauss = float(tensors["numpy_gauss"])
+        np.random.set_state(("MT19937", key, *tensors["numpy_place"].tolist(), gauss))
+    if "python" in tensors:
+        version, *words = tensors["python"].tolist()
+        next_gauss = next(iter(tensors["python_gauss"].tolist()), None)
+        random.setstate((version, tuple(words), next_gauss))
+    if "cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
 def load_optimizer_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ class FiniteCheck:
     called, so that no step waits for the device.
     """
 
-    def __init__(self, model: nn.Module, phase: str, kept: str) -> None:
-        """kept: what is left of the run, said in the error."""
+    def __init__(self, model: nn.Module, phase: str, kept: Callable[[], str]) -> None:
+        """kept: says what is left of the run, for the error."""
         self.model, self.phase, self.kept = model, phase, kept
         self.epoch = self.batch = 0
         self.pending: list[tuple[int, int, Tensor]] = []
@@ -54,5 +55,5 @@ class FiniteCheck:
             cause = f"image {at} of this batch holds NaN or infinite values"
         raise RuntimeError(
             f"{self.phase}: epoch {epoch}, batch {batch}: the loss is {loss:g} and the norm of the gradient "
-            f"{norm:g}{where}; {cause}; {self.kept}"
+            f"{norm:g}{where}; {cause}; {self.kept()}"
         )

@@ -7,6 +7,7 @@ A loader's random choices depend on its seed, its epoch and the image's place in
 from __future__ import annotations
 
 import math
+import os
 import random
 import warnings
 from abc import ABC, abstractmethod
@@ -233,6 +234,11 @@ def _collate(views: list[tuple[Tensor | None, int, list[Remark]]]) -> tuple[Tens
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), remarks
 
 
+def _apart(_worker: int) -> None:
+    """A signal to the group of a run, as a shell or a cluster sends it, is for the run, not its workers."""
+    os.setpgrp()
+
+
 class ImageLoader(Loader):
     """Images that are read and transformed on the way, by `workers` processes (0: by this one) that stay from
     epoch to epoch. Images that cannot be read are left out of an evaluation, in training the next one takes
@@ -272,6 +278,7 @@ class ImageLoader(Loader):
                 pin_memory=torch.cuda.is_available(),
                 collate_fn=_collate,
                 generator=_generator(seed, 0),
+                worker_init_fn=_apart,
             )
 
     def __len__(self) -> int:

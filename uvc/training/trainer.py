@@ -21,15 +21,15 @@ from uvc.structure import structure_of
 from uvc.training.checkpoint import (
     load_optimizer_tensors,
     load_run,
-    numpy_random,
     optimizer_tensors,
     save_run,
-    set_numpy_random,
 )
 from uvc.training.evaluation import evaluate, input_dtype, targets, unpack
+from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Mixing
+from uvc.training.signals import Stopped, asked
 
 LOG_EVERY = 5  # steps
 AVERAGED = ("teacher", "post-train")  # phases whose structure stays
@@ -61,7 +61,10 @@ class Trainer:
         if not 0.0 <= config.ema_decay < 1.0:
             raise ValueError(f"ema_decay: {config.ema_decay} is outside [0, 1); 0 turns averaging off")
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
-        self.settings = _json_like({**asdict(config), **settings})  # a checkpoint belongs to one set of them
+        # A checkpoint belongs to one set of them; how often one is written is none of it.
+        self.settings = _json_like({**asdict(config), **settings})
+        del self.settings["checkpoint_every"]
+        self.feed = Feed(train, self.device)
         self.history: list[dict[str, Any]] = []
         self.steps = 0
         self.resumed: dict[str, Any] = {}
@@ -88,16 +91,18 @@ class Trainer:
         """
         if self.config.ema_decay and name in AVERAGED:
             self.average = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=True)
-        first = self._restore(name, epochs, optimizer, search)
+        first, done = self._restore(name, epochs, optimizer, search)
         before, cycle = schedule or (0, epochs)
         steps = len(self.train_loader)
         scheduler = self._cosine(optimizer, cycle * steps)
         self.log.phase(name, epochs * steps)
-        check = FiniteCheck(self.model, name, self._kept())
+        check = FiniteCheck(self.model, name, self._kept)
         for epoch in range(first, epochs):
             start = time.perf_counter()
             self.model.train()
-            for i, batch in enumerate(self.train_loader):
+            had = done
+            batches = self.feed.epoch(done) if done < steps else ()
+            for i, batch in enumerate(batches, done):
                 step = epoch * steps + i
                 scheduler.step_update(before * steps + step)
                 check.at(epoch, i)
@@ -109,17 +114,29 @@ class Trainer:
                     scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
                     self.log.step(step, **scalars, **(search.metrics() if search else {}))
                 self.steps += 1
+                done = i + 1
+                if done == steps:
+                    continue
+                if asked():
+                    break
+                if self.config.checkpoint_every and (step + 1) % self.config.checkpoint_every == 0:
+                    check.read()
+                    self._save(name, epoch, optimizer, search, done)
             check.read()
             seconds = time.perf_counter() - start
+            if asked():
+                self._save(name, epoch, optimizer, search, done)
+                raise Stopped(f"stopped in {name}, epoch {epoch}, after {done} of {steps} batches")
             entry = {
                 "phase": name,
                 "epoch": epoch,
                 "top1": evaluate(self.average.module if self.average else self.model, self.val_loader),
-                "step_ms": 1e3 * seconds / steps,
+                "step_ms": 1e3 * seconds / max(done - had, 1),
             }
             self.history.append({**entry, **(search.metrics() if search else {})})
             self.log.note(epoch=epoch, top1=entry["top1"], step_ms=entry["step_ms"])
             self._save(name, epoch + 1, optimizer, search)
+            done = 0
         if self.average:
             self.model.load_state_dict(self.average.module.state_dict())
             self.average = None
@@ -165,26 +182,25 @@ class Trainer:
     def _kept(self) -> str:
         if self.file is None:
             return "nothing of this run is kept"
-        return (
-            f"{self.file} keeps the last epoch that ended well" if self.file.exists() else "no epoch was kept"
-        )
+        return f"{self.file} keeps what was saved last" if self.file.exists() else "nothing was saved yet"
 
-    def _save(self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, search: Search | None) -> None:
+    def _save(
+        self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, search: Search | None, done: int = 0
+    ) -> None:
+        """Writes what a run needs to go on in an epoch of which some batches are done."""
         if self.file is None:
             return
-        refuse_not_finite(self.model.state_dict(), f"{phase}: epoch {epoch - 1}: not saved")
+        refuse_not_finite(self.model.state_dict(), f"{phase}: epoch {epoch}, batch {done}: not saved")
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
-        tensors["random"] = {"torch": torch.get_rng_state()}
-        if self.mix:
-            tensors["random"] |= numpy_random()
+        tensors["random"], loader = self.feed.state()
         if self.average:
             tensors["average"] = self.average.module.state_dict()
         if search:
             tensors["search"] = search.tensors()
-        loader = self.train_loader.state_dict() if hasattr(self.train_loader, "state_dict") else None
         facts = {
             "phase": phase,
             "epoch": epoch,
+            "done": done,
             "loader": loader,
             "history": self.history,
             "steps": self.steps,
@@ -194,7 +210,7 @@ class Trainer:
 
     def load(self) -> None:
         """Reads the checkpoint; phases before the one it names are passed over, that one continues after its
-        last epoch.
+        last batch.
         """
         self.tensors, self.resumed = load_run(self.file)
         if self.resumed["settings"] != self.settings:
@@ -210,24 +226,23 @@ class Trainer:
 
     def _restore(
         self, name: str, epochs: int, optimizer: torch.optim.Optimizer, search: Search | None
-    ) -> int:
+    ) -> tuple[int, int]:
+        """The epoch to go on with, and how many of its batches are done."""
         if self.finished(name):
-            return epochs
+            return epochs, 0
         if self.resumed.get("phase") != name:
-            return 0
+            return 0, 0
         self.model.load_state_dict(self.tensors["model"])
         load_optimizer_tensors(optimizer, self.model, self.tensors["optimizer"])
         if search:
             search.load_tensors(self.tensors["search"])
-        torch.set_rng_state(self.tensors["random"]["torch"])
-        if self.mix:
-            set_numpy_random(self.tensors["random"])
         if self.average:
             self.average.module.load_state_dict(self.tensors["average"])
-        if self.resumed["loader"] is not None:
-            self.train_loader.load_state_dict(self.resumed["loader"])
+        done = self.resumed.get("done", 0)
+        inside = 0 < done < len(self.train_loader)
+        self.feed.load_state(self.tensors["random"], self.resumed["loader"], inside)
         epoch, self.resumed, self.tensors = self.resumed["epoch"], {}, {}
-        return epoch
+        return epoch, done
 
 
 def _json_like(value: Any) -> Any:

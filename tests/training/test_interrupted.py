@@ -1,0 +1,193 @@
+"""A run that is stopped in the middle of an epoch and resumed ends with the weights of an unbroken one."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_compress import CONFIG, digits_data, digits_model
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from uvc.training.checkpoint import load_run, save_run
+from uvc.training.compress import compress
+from uvc.training.logger import RunLog
+from uvc.training.signals import Stopped, asked, stop_on_signals
+
+SHORT = dataclasses.replace(CONFIG, warmup_epochs=1, search_epochs=2, post_epochs=2)
+REGULARISED = dict(mixup=0.8, cutmix=1.0, ema_decay=0.9, label_smoothing=0.1)
+
+
+class StopAt:
+    """Batches of a loader; the process gets a signal while it works on one of them."""
+
+    def __init__(self, loader, at):
+        self.loader, self.left = loader, at
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+def ours():
+    return digits_data().train
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Images with noise from torch's global generator, as augmentation of users often is."""
+
+    def __init__(self):
+        self.images, self.labels = digits_data().train.images[:700], digits_data().train.labels[:700]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i] + 0.1 * torch.randn(1, 8, 8) + 0.1 * float(np.random.rand()), self.labels[i]
+
+
+def plain():
+    return DataLoader(Noisy(), 64, shuffle=True)
+
+
+def own_generator():
+    return DataLoader(Noisy(), 64, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+def stateful():
+    data = digits_data().train
+    return StatefulDataLoader(TensorDataset(data.images[:700], data.labels[:700]), 64, shuffle=True)
+
+
+def run(loader, out, stop_at=None, resume=False, **changes):
+    torch.manual_seed(7)  # a StatefulDataLoader draws the seed of its order when it is made
+    np.random.seed(0)
+    train = loader()
+    train = StopAt(train, stop_at) if stop_at else train
+    config = dataclasses.replace(SHORT, **changes)
+    with stop_on_signals():
+        return compress(
+            digits_model(), train, digits_data().val, budget=0.6, config=config, out=out, resume=resume
+        )
+
+
+def same(a, b):
+    a, b = a.model.state_dict(), b.model.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("regularised", [False, True], ids=["plain", "mixed and averaged"])
+def test_our_loader_goes_on_at_any_batch_of_any_phase(tmp_path, regularised):
+    changes = REGULARISED if regularised else {}
+    whole = run(ours, tmp_path / "whole", **changes)
+    steps = len(ours())
+    # In the warm-up, on even and odd steps of the search, at the end of an epoch, while post-training.
+    for at in (3, steps, steps + 4, 2 * steps + 9, 3 * steps, 3 * steps + 5, 5 * steps - 1):
+        out = tmp_path / str(at)
+        with pytest.raises(Stopped, match=rf"after {(at - 1) % steps + 1} of {steps} batches"):
+            run(ours, out, stop_at=at, **changes)
+        assert not (out / "model.safetensors").exists()
+        assert same(run(ours, out, resume=True, **changes), whole), at
+
+
+@pytest.mark.parametrize("loader", [plain, own_generator, stateful])
+def test_loaders_of_users_go_on_too(tmp_path, loader):
+    whole = run(loader, tmp_path / "whole")
+    for at in (4, 11, 17):
+        with pytest.raises(Stopped):
+            run(loader, tmp_path / str(at), stop_at=at)
+        assert same(run(loader, tmp_path / str(at), resume=True), whole), at
+
+
+def test_checkpoints_between_epochs_change_nothing_and_are_taken_up(tmp_path):
+    class Fail(RunLog):
+        def step(self, step, **scalars):
+            if self._phase == "search" and step == 20:
+                raise KeyboardInterrupt
+            super().step(step, **scalars)
+
+    whole = run(ours, tmp_path / "whole")
+    often = dataclasses.replace(SHORT, checkpoint_every=3)
+    data = digits_data()
+    with pytest.raises(KeyboardInterrupt):
+        log = Fail(tmp_path / "often")
+        compress(digits_model(), data.train, data.val, 0.6, config=often, out=tmp_path / "often", log=log)
+    _, facts = load_run(tmp_path / "often" / "checkpoint.safetensors")
+    assert (facts["phase"], facts["epoch"], facts["done"]) == ("search", 1, 18 - len(ours()))
+    assert same(run(ours, tmp_path / "often", resume=True), whole)
+
+
+def test_tensors_in_the_state_of_a_loader_are_kept(tmp_path):
+    state = {"a": [1, {"b": torch.arange(3)}], "c": torch.tensor(2.0), "d": None}
+    save_run(tmp_path / "x", {"model": {"w": torch.ones(2)}}, {"loader": state})
+    tensors, facts = load_run(tmp_path / "x")
+    assert tensors.keys() == {"model"} and torch.equal(facts["loader"]["a"][1]["b"], torch.arange(3))
+    assert float(facts["loader"]["c"]) == 2.0 and facts["loader"]["d"] is None
+
+
+def test_handlers_come_back_and_nothing_stays_asked():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        assert asked()
+    assert not asked() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_line_ends_with_0_says_how_to_go_on_and_does(tmp_path):
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate("ab"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(12):
+                pixels = random.integers(100 * label, 100 * label + 60, (8, 8), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+
+    def options(out):
+        epochs = [
+            "--teacher-epochs",
+            "1",
+            "--warmup-epochs",
+            "1",
+            "--search-epochs",
+            "3",
+            "--post-epochs",
+            "1",
+        ]
+        data = ["--data", str(tmp_path / "data"), "--model", "uvc_vit_digits", "--batch-size", "4"]
+        return ["--out", str(tmp_path / out), *data, *epochs, "--workers", "2", "--threads", "1", "--quiet"]
+
+    def start(arguments):
+        command = [sys.executable, "-c", "from uvc.cli import main; main()", "compress", *arguments]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    assert start(options("whole")).wait() == 0
+    process = start(options("broken"))
+    log = tmp_path / "broken" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and '"search", "step": 5' in log.read_text()):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)  # as a cluster does: to the workers as well
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    found = re.search(r"stopped in search, .*; continue with: uvc compress --resume --out (\S+)", said)
+    assert found and found[1] == str(tmp_path / "broken") and "Traceback" not in said
+    assert start(["--resume", "--out", found[1], "--quiet"]).wait() == 0
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

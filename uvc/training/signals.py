@@ -1,0 +1,35 @@
+"""SIGTERM and SIGUSR1 ask a run to write a checkpoint and end: clusters send them before they take a machine
+away.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_asked = threading.Event()
+
+
+class Stopped(Exception):
+    """A run has written its checkpoint and ended, as it was asked to."""
+
+
+def asked() -> bool:
+    """Whether a run has been asked to end."""
+    return _asked.is_set()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """For a while the signals only ask; who trains looks at ``asked()`` between steps. In the main thread."""
+    _asked.clear()
+    before = {number: signal.signal(number, lambda *_: _asked.set()) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _asked.clear()
