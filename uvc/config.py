@@ -37,6 +37,7 @@ class DataConfig:
     aa: str | None = None  # timm's name of a policy, such as rand-m9-mstd0.5
     reprob: float = 0.0  # of erasing a random part of a training image
     color_jitter: float = 0.4  # of training images; without effect under most policies of `aa`
+    scale: tuple[float, float] = (0.08, 1.0)  # least and largest share of a training image that a crop shows
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,21 @@ def test_a_folder_by_its_name_at_timm_is_read_as_a_folder(folder, recwarn, name)
         load_data(name, model_input=(3, 12, 12), batch_size=3)
 
 
+def test_crops_of_the_whole_scale_show_the_whole_image(folder):
+    ramp = np.arange(12, dtype=np.uint8).repeat(12 * 3).reshape(12, 12, 3)
+    for path in (folder / "train").rglob("*.png"):
+        Image.fromarray(ramp * 20).save(path)
+
+    def rows(scale):
+        views = DataConfig(color_jitter=0, mean=(0.0,), std=(1.0,), scale=scale)
+        ((images, _),) = load(folder, batch_size=8, views=views).train
+        return images[:, 0, :, 0]
+
+    whole = torch.from_numpy(ramp[:, 0, 0] * 20 / 255).float()
+    assert torch.allclose(rows((1.0, 1.0)), whole.expand(8, 12), atol=1e-6)
+    assert not torch.allclose(rows((0.08, 0.5)), whole.expand(8, 12), atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("views", "says"),
     [
@@ -191,6 +206,8 @@ def test_a_folder_by_its_name_at_timm_is_read_as_a_folder(folder, recwarn, name)
         (dict(aa="nonsense"), "aa: 'nonsense' is no policy"),
         (dict(reprob=1.5), "reprob: 1.5"),
         (dict(color_jitter=-0.1), "color_jitter: -0.1 is negative"),
+        (dict(scale=(0.5, 0.2)), r"scale: \(0.5, 0.2\); .* the smaller first"),
+        (dict(scale=(0.0, 1.0)), r"scale: \(0.0, 1.0\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -237,11 +237,14 @@ def _image_data(
         raise ValueError(f"reprob: {views.reprob}; it is a probability")
     if views.color_jitter < 0:
         raise ValueError(f"color_jitter: {views.color_jitter} is negative; 0 turns it off")
+    if not 0 < views.scale[0] <= views.scale[-1] <= 1 or len(views.scale) != 2:
+        raise ValueError(f"scale: {views.scale}; it is two shares of an image, the smaller first, as 0.08, 1")
     try:
         changed = create_transform(
             **view,
             is_training=True,
             color_jitter=views.color_jitter,
+            scale=views.scale,
             auto_augment=views.aa,
             re_prob=views.reprob,
         )
