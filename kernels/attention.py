@@ -7,28 +7,20 @@ h runs over the kept heads, Q_h over the kept q/k dims of head h, V_h over its k
 B batch, N tokens, D width, H heads, K head dim, A = H*K.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _dispatch, _dtypes, autotune
 from .indices import KeptHeads
+from .weights import AttentionWeights, Packed
 
 
 def attention_reference(
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    kept: KeptHeads,
-    scale: float,
-    packed: Sequence[Tensor | None] | None = None,
-    recompute: bool = False,
+    x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
+    qkv_weight, qkv_bias, proj_weight, proj_bias = weights
     A = proj_weight.shape[1]
     rows = torch.cat([kept.qk, kept.qk + A, kept.v + 2 * A])
     weight, proj, proj_bias = _dtypes.cast(
@@ -50,27 +42,19 @@ _dispatch.provide_reference("attention", attention_reference)
 
 
 def _attention_cpu(
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    kept: KeptHeads,
-    scale: float,
-    packed: Sequence[Tensor | None] | None,
-    recompute: bool,
+    x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool
 ) -> Tensor:
-    weights = qkv_weight, qkv_bias, proj_weight, proj_bias
     return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale, recompute)[0]
 
 
-def _fake(
-    x, qkv_weight, qkv_bias, proj_weight, proj_bias, qk, qk_offsets, v, v_offsets, scale, recompute=False
-):
+def _fake(x, *arguments):
+    weights = AttentionWeights(*arguments[:4])
+    # torch leaves out the last argument where it has its default.
+    qk, _, v, v_offsets, _, recompute = (*arguments[4:], False)[:6]
     B, N, _ = x.shape
     dtype = _dtypes.cpu_dtype(x.dtype)
     return (
-        x.new_empty(B, N, proj_weight.shape[0]),
+        x.new_empty(B, N, weights.proj_weight.shape[0]),
         x.new_empty(0 if recompute else 2 * qk.shape[0] + v.shape[0], B * N, dtype=dtype),
         x.new_empty(v.shape[0], B * N, dtype=dtype),
         x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dtypes.statistics_dtype(x.dtype)),
@@ -83,23 +67,21 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, qkv_weight, qkv_bias, proj_weight, _, *kept, scale, _ = inputs
-    ctx.save_for_backward(x, qkv_weight, qkv_bias, proj_weight, *kept, *output[1:])
-    ctx.scale = scale
+    *tensors, ctx.scale, _ = inputs
+    x_and_weights, kept = tensors[:4], tensors[5:]
+    ctx.save_for_backward(*x_and_weights, *kept, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     # Else autograd makes zeros as large as what is saved.
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
-    x, qkv_weight, qkv_bias, proj_weight, *kept, qkv, heads, stats = ctx.saved_tensors
+    *tensors, qkv, heads, stats = ctx.saved_tensors
     if grad is None:
         return (None,) * 11
     _autograd.forbid_double_backward("attention")
     needs = _autograd.need_bits(ctx.needs_input_grad[:5])
-    grads = torch.ops.uvc_kernels.attention_backward(
-        grad, x, qkv_weight, qkv_bias, proj_weight, *kept, ctx.scale, qkv, heads, stats, needs
-    )
+    grads = torch.ops.uvc_kernels.attention_backward(grad, *tensors, ctx.scale, qkv, heads, stats, needs)
     return *_autograd.asked_for(grads, needs), None, None, None, None, None, None
 
 
@@ -131,7 +113,7 @@ def attention(
     proj_bias: Tensor | None,
     kept: KeptHeads,
     scale: float,
-    packed: Sequence[Tensor | None] | None = None,
+    packed: Packed = None,
     recompute: bool = False,
 ) -> Tensor:
     """Attention over the kept heads and dims.
@@ -155,9 +137,10 @@ def attention(
             f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
             f"{proj_weight.shape[1]}"
         )
-    _dtypes.check_dtypes("attention", x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    weights = AttentionWeights(qkv_weight, qkv_bias, proj_weight, proj_bias)
+    _dtypes.check_dtypes("attention", x, *weights)
     x = _dtypes.autocast(x)
-    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias, kept, scale, packed, recompute)
+    arguments = x, weights, kept, scale, packed, recompute
     dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
     run = autotune.choose("attention", arguments, *dims, case=kept.whole_columns.shape, recompute=recompute)
     return run(*arguments)

@@ -57,11 +57,11 @@ def provide_variant(op: str, name: str, run: Callable) -> None:
 def choose(
     op: str, arguments: Sequence, kept: int, whole: int, case: tuple = (), recompute: bool = False
 ) -> Callable:
-    """What runs `op` for these arguments, of which the first is x; `kept` of `whole` dims or neurons remain.
+    """What runs `op` for these arguments, x, weights and others; `kept` of `whole` dims or neurons remain.
 
     case: what else makes a difference to the time; recompute: memory counts, too.
     """
-    x = arguments[0]
+    x, weights, *_ = arguments
     name = _dispatch.forced(op, x.device, x.dtype)
     if name is not None:
         return _dispatch.run_of(op, name)
@@ -69,10 +69,10 @@ def choose(
     if not _compares(x):
         return _dispatch.run_of(op, providers[0])
     variants = [] if recompute else [name for of, name in _variants if of == op]
-    weights = [tuple(t.shape) for t in arguments[1:] if type(t) is torch.nn.Parameter or type(t) is Tensor]
+    shapes = [tuple(t.shape) for t in weights if t is not None]
     # By comparisons, so that a trace with symbolic counts serves all counts of an eighth.
     eighths = next(i for i in range(9) if 8 * kept <= i * whole)
-    case = (op, x.dtype, tuple(x.shape), *weights, f"{eighths}/8", *case, recompute, torch.is_grad_enabled())
+    case = (op, x.dtype, tuple(x.shape), *shapes, f"{eighths}/8", *case, recompute, torch.is_grad_enabled())
     name = _recorded(x.device, case)
     if torch.compiler.is_compiling():
         return _run_of(op, name if name in (*providers, *variants) else providers[0])
@@ -153,18 +153,17 @@ def _fastest(times: dict[str, list[float]], preferred: str) -> str:
 
 def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, list[float]]:
     """Milliseconds of each implementation in a few rounds, of which every second goes backwards."""
-    x, *rest = arguments
+    x, weights, *rest = arguments
     images = max(1, TOKENS[x.device.type] // max(1, x.shape[:-1].numel() // x.shape[0]))
     train = torch.is_grad_enabled()
 
     def leaf(t):
-        if isinstance(t, list):  # weights packed ahead: a measurement packs its own
-            return None
-        is_float = isinstance(t, Tensor) and t.is_floating_point()
-        return t.detach().requires_grad_(train) if is_float else t
+        return None if t is None else t.detach().requires_grad_(train)
 
-    given = [leaf(t) for t in (x[:images], *rest)]
-    leaves = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
+    x, weights = leaf(x[:images]), type(weights)(*map(leaf, weights))
+    # Where weights were packed ahead (a list), a measurement packs its own.
+    given = [x, weights, *(None if isinstance(t, list) else t for t in rest)]
+    leaves = [t for t in (x, *weights) if t is not None]
 
     generator = torch.Generator(x.device).manual_seed(0)
     between = torch.empty(EVICTED[x.device.type], dtype=torch.uint8, device=x.device)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, packed
-from .mlp import ACTIVATIONS
+from .mlp import CODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # the order of `Activation` in activate.cu
 
 
 def _activate(u: Tensor, gate: Tensor | None, activation: str, a: Tensor) -> None:
-    torch.ops.uvc_kernels.cuda_activate(u, gate, _CODES[activation], a)
+    torch.ops.uvc_kernels.cuda_activate(u, gate, CODES[activation], a)
 
 
 def _activate_backward(
@@ -27,7 +26,7 @@ def _activate_backward(
     grad_u: Tensor,
     grad_gate: Tensor | None,
 ) -> None:
-    code = _CODES[activation]
+    code = CODES[activation]
     torch.ops.uvc_kernels.cuda_activate_backward(u, gate, grad_a, code, a, grad_u, grad_gate)
 
 

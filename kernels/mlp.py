@@ -7,7 +7,6 @@ D width, F hidden.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from . import _autograd, _dispatch, _dtypes, autotune
 from .indices import KeptNeurons
+from .weights import MlpWeights, Packed
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -23,23 +23,12 @@ ACTIVATIONS = {
     "silu": F.silu,
     "quick_gelu": lambda u: u * torch.sigmoid(1.702 * u),
 }
-_CODES = {
-    name: code for code, name in enumerate(ACTIVATIONS)
-}  # the order of `Activation` in csrc/cpu/loops.h
+# The order of `Activation` in csrc/cpu/loops.h and csrc/cuda/activate.cu.
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
 def mlp_reference(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    kept: KeptNeurons,
-    activation: str = "gelu",
-    gate_weight: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    packed: Sequence[Tensor | None] | None = None,
-    recompute: bool = False,
+    x: Tensor, weights: MlpWeights, kept: KeptNeurons, activation: str, packed: Packed, recompute: bool
 ) -> Tensor:
     """The formula in plain torch, any dtype and device, differentiable."""
 
@@ -47,45 +36,27 @@ def mlp_reference(
         bias = None if bias is None else bias.index_select(0, kept.neurons).to(x.dtype)
         return F.linear(x, weight.index_select(0, kept.neurons).to(x.dtype), bias)
 
-    hidden, act = linear(fc1_weight, fc1_bias), ACTIVATIONS[activation]
-    hidden = act(hidden) if gate_weight is None else act(linear(gate_weight, gate_bias)) * hidden
-    return F.linear(hidden, *_dtypes.cast(x.dtype, fc2_weight.index_select(1, kept.neurons), fc2_bias))
+    w, act = weights, ACTIVATIONS[activation]
+    hidden = linear(w.fc1_weight, w.fc1_bias)
+    hidden = act(hidden) if w.gate_weight is None else act(linear(w.gate_weight, w.gate_bias)) * hidden
+    return F.linear(hidden, *_dtypes.cast(x.dtype, w.fc2_weight.index_select(1, kept.neurons), w.fc2_bias))
 
 
 _dispatch.provide_reference("mlp", mlp_reference)
 
 
 def _mlp_cpu(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    kept: KeptNeurons,
-    activation: str,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    packed: Sequence[Tensor | None] | None,
-    recompute: bool,
+    x: Tensor, weights: MlpWeights, kept: KeptNeurons, activation: str, packed: Packed, recompute: bool
 ) -> Tensor:
-    weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias
-    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, _CODES[activation], recompute)[0]
+    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, CODES[activation], recompute)[0]
 
 
-def _fake(
-    x,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    gate_weight,
-    gate_bias,
-    neurons,
-    activation,
-    recompute=False,
-):
-    rows = 0 if recompute else neurons.shape[0] * (1 if gate_weight is None else 2)
-    out = x.new_empty(*x.shape[:-1], fc2_weight.shape[0])
+def _fake(x, *arguments):
+    weights = MlpWeights(*arguments[:6])
+    # torch leaves out the last argument where it has its default.
+    neurons, _, recompute = (*arguments[6:], False)[:3]
+    rows = 0 if recompute else neurons.shape[0] * (1 if weights.gate_weight is None else 2)
+    out = x.new_empty(*x.shape[:-1], weights.fc2_weight.shape[0])
     return out, x.new_empty(rows, math.prod(x.shape[:-1]), dtype=_dtypes.cpu_dtype(x.dtype))
 
 
@@ -97,8 +68,9 @@ def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_
 
 
 def _setup_context(ctx, inputs, output):
-    x, fc1_weight, fc1_bias, fc2_weight, _, gate_weight, gate_bias, neurons, ctx.activation, _ = inputs
-    ctx.save_for_backward(x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_bias, neurons, output[1])
+    *tensors, ctx.activation, _ = inputs
+    del tensors[4]  # fc2_bias
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     # Else autograd makes zeros as large as what is saved.
     ctx.set_materialize_grads(False)
@@ -144,7 +116,7 @@ def mlp(
     activation: str = "gelu",
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
-    packed: Sequence[Tensor | None] | None = None,
+    packed: Packed = None,
     recompute: bool = False,
 ) -> Tensor:
     """MLP over the kept neurons.
@@ -159,6 +131,7 @@ def mlp(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"mlp: unknown activation {activation!r}; use one of {', '.join(ACTIVATIONS)}")
+    weights = MlpWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
     for name, weight in (("fc1_weight", fc1_weight), ("gate_weight", gate_weight)):
         if weight is not None and (x.dim() < 1 or weight.shape != (fc2_weight.shape[1], x.shape[-1])):
             raise ValueError(
@@ -169,12 +142,9 @@ def mlp(
         raise ValueError(
             f"mlp: kept is of {len(kept.whole)} neurons, but fc2_weight has {fc2_weight.shape[1]}"
         )
-    _dtypes.check_dtypes("mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
+    _dtypes.check_dtypes("mlp", x, *weights)
     x = _dtypes.autocast(x)
-    arguments = (
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, kept, activation, gate_weight, gate_bias, packed,
-        recompute,
-    )  # fmt: skip
+    arguments = x, weights, kept, activation, packed, recompute
     neurons = kept.neurons.shape[0], kept.whole.shape[0]
     run = autotune.choose("mlp", arguments, *neurons, case=(activation,), recompute=recompute)
     return run(*arguments)

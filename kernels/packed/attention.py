@@ -6,6 +6,7 @@ B images, N tokens, D width, M = B*N; S packed q, k and v rows, V packed v dims,
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from .. import _autograd, _dtypes
 from ..attention import attention_packing
 from ..gather import gather
 from ..indices import WIDTHS, KeptHeads, counts_of
-from .pieces import Pieces, Provider, bias_gradient, declare, given, multiply
+from ..weights import AttentionWeights, Packed
+from .pieces import Pieces, Provider, bias_gradient, declare, filled, multiply
 
-X, WEIGHT, BIAS, PROJ, PROJ_BIAS = (1 << i for i in range(5))
+X, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, PROJ_BIAS = (1 << i for i in range(5))
 _TENSORS = "Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias"
 _KEPT = (
     "Tensor qk, Tensor v, Tensor table, Tensor marks16, Tensor marks32, Tensor marks64, Tensor marks128, "
@@ -32,51 +34,81 @@ declare(
 )
 
 
-def _attend(pieces: Pieces, x, weight, bias, proj, proj_bias, qk, v, table, *rest):
-    *marks, scale, recompute = rest
-    counts = counts_of(marks)
-    if sum(counts) != table.shape[0]:
+class _Given(NamedTuple):
+    """What the ops take behind x and the packed weights: fields of `KeptHeads`, then numbers."""
+
+    qk: Tensor
+    v: Tensor
+    table: Tensor
+    marks16: Tensor
+    marks32: Tensor
+    marks64: Tensor
+    marks128: Tensor
+    scale: float
+    recompute: bool
+
+    def counts(self) -> list[int]:
+        """Heads of each width."""
+        return counts_of((self.marks16, self.marks32, self.marks64, self.marks128))
+
+
+def _named(arguments: Sequence) -> tuple[AttentionWeights, _Given, Sequence]:
+    # The arguments of an op behind x, by name.
+    return AttentionWeights(*arguments[:4]), _Given(*arguments[4:13]), arguments[13:]
+
+
+def _core_outputs(x: Tensor, w: AttentionWeights, given: _Given) -> tuple[Tensor, Tensor, Tensor]:
+    M, h = x.shape[0] * x.shape[1], given.table.shape[0]
+    top, inverse = (x.new_empty(h, M, dtype=_dtypes.statistics_dtype(x.dtype)) for _ in range(2))
+    return x.new_empty(M, w.proj_weight.shape[1]), top, inverse
+
+
+def _attend(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    w, given, _ = _named(arguments)
+    counts = given.counts()
+    if sum(counts) != given.table.shape[0]:
         raise ValueError(
             f"attention: a head of more than {WIDTHS[-1]} dims needs the backend cpu or reference"
         )
-    out, _, heads, top, inverse = _fake(x, weight, bias, proj, proj_bias, qk, v, table, *rest)
-    M = heads.shape[0]
-    qkv = multiply(x.reshape(M, x.shape[2]), weight.t(), bias)
+    B, N, D = x.shape
+    heads, top, inverse = _core_outputs(x, w, given)
+    qkv = multiply(x.reshape(B * N, D), w.qkv_weight.t(), w.qkv_bias)
     if heads.numel():
-        pieces.attention_core(qkv, table, counts, x.shape[1], scale, heads, top, inverse)
-    out = multiply(heads, proj.t(), proj_bias).view(out.shape)
-    return out, qkv.new_empty(0) if recompute else qkv, heads, top, inverse
+        pieces.attention_core(qkv, given.table, counts, N, given.scale, heads, top, inverse)
+    out = multiply(heads, w.proj_weight.t(), w.proj_bias).view(B, N, w.proj_weight.shape[0])
+    return out, qkv.new_empty(0) if given.recompute else qkv, heads, top, inverse
 
 
-def _attend_backward(pieces: Pieces, grad, x, weight, bias, proj, proj_bias, qk, v, table, *rest):
-    *marks, scale, recompute, qkv, heads, top, inverse, needs = rest
-    M = heads.shape[0]
-    grad, rows = grad.reshape(M, proj.shape[0]), x.reshape(M, x.shape[2])
-    grad_x = grad_weight = grad_bias = None
-    if needs & (X | WEIGHT | BIAS):
-        qkv = multiply(rows, weight.t(), bias) if recompute else qkv
+def _attend_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    w, given, (qkv, heads, top, inverse, needs) = _named(arguments)
+    B, N, D = x.shape
+    grad, rows = grad.reshape(B * N, w.proj_weight.shape[0]), x.reshape(B * N, D)
+    grad_x = grad_qkv_weight = grad_qkv_bias = None
+    if needs & (X | QKV_WEIGHT | QKV_BIAS):
+        qkv = multiply(rows, w.qkv_weight.t(), w.qkv_bias) if given.recompute else qkv
         grad_qkv = torch.empty_like(qkv)
         if heads.numel():
+            grad_heads, counts = grad @ w.proj_weight, given.counts()
             pieces.attention_core_backward(
-                qkv, heads, grad @ proj, top, inverse, table, counts_of(marks), x.shape[1], scale, grad_qkv
+                qkv, heads, grad_heads, top, inverse, given.table, counts, N, given.scale, grad_qkv
             )
-        grad_x = (grad_qkv @ weight).view(x.shape) if needs & X else None
-        grad_weight = grad_qkv.t() @ rows if needs & WEIGHT else None
-        grad_bias = bias_gradient(grad_qkv, bias) if needs & BIAS else None
-    grad_proj = grad.t() @ heads if needs & PROJ else None
-    grad_proj_bias = bias_gradient(grad, proj_bias) if needs & PROJ_BIAS else None
-    return given((grad_x, grad_weight, grad_bias, grad_proj, grad_proj_bias), x)
+        grad_x = (grad_qkv @ w.qkv_weight).view(x.shape) if needs & X else None
+        grad_qkv_weight = grad_qkv.t() @ rows if needs & QKV_WEIGHT else None
+        grad_qkv_bias = bias_gradient(grad_qkv, w.qkv_bias) if needs & QKV_BIAS else None
+    grad_proj_weight = grad.t() @ heads if needs & PROJ_WEIGHT else None
+    grad_proj_bias = bias_gradient(grad, w.proj_bias) if needs & PROJ_BIAS else None
+    return filled((grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias), x)
 
 
-def _fake(x, weight, bias, proj, proj_bias, qk, v, table, *rest):
-    M, h = x.shape[0] * x.shape[1], table.shape[0]
-    top, inverse = (x.new_empty(h, M, dtype=_dtypes.statistics_dtype(x.dtype)) for _ in range(2))
-    out, heads = x.new_empty(*x.shape[:2], proj.shape[0]), x.new_empty(M, proj.shape[1])
-    return out, x.new_empty((0,) if rest[-1] else (M, weight.shape[0])), heads, top, inverse
+def _fake(x, *arguments):
+    w, given, _ = _named(arguments)
+    out = x.new_empty(*x.shape[:2], w.proj_weight.shape[0])
+    qkv = x.new_empty((0,) if given.recompute else (x.shape[0] * x.shape[1], w.qkv_weight.shape[0]))
+    return out, qkv, *_core_outputs(x, w, given)
 
 
-def _fake_backward(grad, x, weight, bias, proj, proj_bias, *rest):
-    return _autograd.empty_gradients((x, weight, bias, proj, proj_bias), rest[-1])
+def _fake_backward(grad, x, *arguments):
+    return _autograd.empty_gradients((x, *arguments[:4]), arguments[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -105,18 +137,11 @@ def define(provider: Provider) -> dict[str, Callable]:
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 
     def run(
-        x: Tensor,
-        qkv_weight: Tensor,
-        qkv_bias: Tensor | None,
-        proj_weight: Tensor,
-        proj_bias: Tensor | None,
-        kept: KeptHeads,
-        scale: float,
-        packed: Sequence[Tensor | None] | None,
-        recompute: bool,
+        x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool
     ) -> Tensor:
         if packed is None:
-            packed = gather(*attention_packing(qkv_weight, qkv_bias, proj_weight, kept), x.dtype)
-        return attend(x, *packed, proj_bias, kept.qk, kept.v, kept.table, *kept[-4:], scale, recompute)[0]
+            packed = gather(*attention_packing(*weights[:3], kept), x.dtype)
+        given = _Given(kept.qk, kept.v, kept.table, *kept[-4:], scale, recompute)
+        return attend(x, *packed, weights.proj_bias, *given)[0]
 
     return {"attention": run}

@@ -6,7 +6,9 @@
 M tokens, D width; F' packed neurons (`..kept`), whose padding is zero everywhere as act(0) = 0.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +17,13 @@ from .. import _autograd
 from ..gather import gather
 from ..indices import KeptNeurons
 from ..mlp import mlp_packing
-from .pieces import Pieces, Provider, bias_gradient, declare, given, multiply
+from ..weights import MlpWeights, Packed
+from .pieces import Pieces, Provider, bias_gradient, declare, filled, multiply
 
-X, WEIGHT1, BIAS1, GATE, GATE_BIAS, WEIGHT2, BIAS2 = (1 << i for i in range(7))
+X, FC1_WEIGHT, FC1_BIAS, FC2_WEIGHT, FC2_BIAS, GATE_WEIGHT, GATE_BIAS = (1 << i for i in range(7))
 _TENSORS = (
-    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor? gate_weight, Tensor? gate_bias, "
-    "Tensor fc2_weight, Tensor? fc2_bias, Tensor neurons"
+    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? gate_weight, Tensor? gate_bias, Tensor neurons"
 )
 # neurons, the kept ones without padding, are there for their number: for those who count FLOPs.
 declare(
@@ -29,77 +32,74 @@ declare(
 declare(
     "packed_mlp_backward",
     f"(Tensor grad, {_TENSORS}, str activation, bool recompute, Tensor hidden, Tensor g, int needs) "
-    "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor gate_weight, Tensor gate_bias, "
-    "Tensor fc2_weight, Tensor fc2_bias)",
+    "-> (Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, "
+    "Tensor gate_weight, Tensor gate_bias)",
 )
 
 
-def _mlp(pieces: Pieces, x, weight1, bias1, gate, gate_bias, weight2, bias2, neurons, activation, recompute):
-    M = x.shape[:-1].numel()
-    u, g = _hidden(x.reshape(M, x.shape[-1]), weight1, bias1, gate, gate_bias)
+class _Given(NamedTuple):
+    """What the ops take behind x and the packed weights."""
+
+    neurons: Tensor
+    activation: str
+    recompute: bool
+
+
+def _named(arguments: Sequence) -> tuple[MlpWeights, _Given, Sequence]:
+    # The arguments of an op behind x, by name.
+    return MlpWeights(*arguments[:6]), _Given(*arguments[6:9]), arguments[9:]
+
+
+def _mlp(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    w, given, _ = _named(arguments)
+    u, g = _hidden(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w)
     a = torch.empty_like(u)
     if a.numel():
-        pieces.activate(u, g, activation, a)
-    out = multiply(a, weight2.t(), bias2).view(*x.shape[:-1], weight2.shape[0])
+        pieces.activate(u, g, given.activation, a)
+    out = multiply(a, w.fc2_weight.t(), w.fc2_bias).view(*x.shape[:-1], w.fc2_weight.shape[0])
     nothing = x.new_empty(0)
-    return out, nothing if recompute else u, nothing if recompute or g is None else g
+    return out, nothing if given.recompute else u, nothing if given.recompute or g is None else g
 
 
-def _hidden(rows, weight1, bias1, gate, gate_bias):
-    g = None if gate is None else multiply(rows, gate.t(), gate_bias)
-    return multiply(rows, weight1.t(), bias1), g
+def _hidden(rows: Tensor, w: MlpWeights) -> tuple[Tensor, Tensor | None]:
+    g = None if w.gate_weight is None else multiply(rows, w.gate_weight.t(), w.gate_bias)
+    return multiply(rows, w.fc1_weight.t(), w.fc1_bias), g
 
 
-def _mlp_backward(
-    pieces: Pieces,
-    grad,
-    x,
-    weight1,
-    bias1,
-    gate,
-    gate_bias,
-    weight2,
-    bias2,
-    neurons,
-    activation,
-    recompute,
-    u,
-    g,
-    needs,
-):
-    M = x.shape[:-1].numel()
-    grad, rows = grad.reshape(M, weight2.shape[0]), x.reshape(M, x.shape[-1])
-    grad_x = grad_weight1 = grad_bias1 = grad_gate = grad_gate_bias = grad_weight2 = None
-    if needs & ~BIAS2:
-        if recompute:
-            u, g = _hidden(rows, weight1, bias1, gate, gate_bias)
+def _mlp_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+    w, given, (u, g, needs) = _named(arguments)
+    M, gated = math.prod(x.shape[:-1]), w.gate_weight is not None
+    grad, rows = grad.reshape(M, w.fc2_weight.shape[0]), x.reshape(M, x.shape[-1])
+    grad_x = grad_fc1_weight = grad_fc1_bias = grad_fc2_weight = grad_gate_weight = grad_gate_bias = None
+    if needs & ~FC2_BIAS:
+        if given.recompute:
+            u, g = _hidden(rows, w)
         a, grad_u = torch.empty_like(u), torch.empty_like(u)
-        g, grad_g = (None, None) if gate is None else (g, torch.empty_like(g))
+        g, grad_g = (g, torch.empty_like(g)) if gated else (None, None)
         if a.numel():
-            pieces.activate_backward(u, g, grad @ weight2, activation, a, grad_u, grad_g)
+            pieces.activate_backward(u, g, grad @ w.fc2_weight, given.activation, a, grad_u, grad_g)
         if needs & X:
-            grad_x = grad_u @ weight1
-            grad_x = (grad_x if gate is None else grad_x.addmm_(grad_g, gate)).view(x.shape)
-        grad_weight1 = grad_u.t() @ rows if needs & WEIGHT1 else None
-        grad_bias1 = bias_gradient(grad_u, bias1) if needs & BIAS1 else None
-        grad_gate = grad_g.t() @ rows if needs & GATE else None
-        grad_gate_bias = bias_gradient(grad_g, gate_bias) if needs & GATE_BIAS else None
-        grad_weight2 = grad.t() @ a if needs & WEIGHT2 else None
-    grad_bias2 = bias_gradient(grad, bias2) if needs & BIAS2 else None
-    grads = (grad_x, grad_weight1, grad_bias1, grad_gate, grad_gate_bias, grad_weight2, grad_bias2)
-    return given(grads, x)
+            grad_x = grad_u @ w.fc1_weight
+            grad_x = (grad_x.addmm_(grad_g, w.gate_weight) if gated else grad_x).view(x.shape)
+        grad_fc1_weight = grad_u.t() @ rows if needs & FC1_WEIGHT else None
+        grad_fc1_bias = bias_gradient(grad_u, w.fc1_bias) if needs & FC1_BIAS else None
+        grad_fc2_weight = grad.t() @ a if needs & FC2_WEIGHT else None
+        grad_gate_weight = grad_g.t() @ rows if needs & GATE_WEIGHT else None
+        grad_gate_bias = bias_gradient(grad_g, w.gate_bias) if needs & GATE_BIAS else None
+    grad_fc2_bias = bias_gradient(grad, w.fc2_bias) if needs & FC2_BIAS else None
+    grads = (grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias, grad_gate_weight, grad_gate_bias)
+    return filled((grad_x, *grads), x)
 
 
-def _fake(x, weight1, bias1, gate, gate_bias, weight2, bias2, neurons, activation, recompute):
-    shape = (0,) if recompute else (x.shape[:-1].numel(), weight1.shape[0])
-    out = x.new_empty(*x.shape[:-1], weight2.shape[0])
-    return out, x.new_empty(shape), x.new_empty((0,) if gate is None else shape)
+def _fake(x, *arguments):
+    w, given, _ = _named(arguments)
+    shape = (0,) if given.recompute else (math.prod(x.shape[:-1]), w.fc1_weight.shape[0])
+    out = x.new_empty(*x.shape[:-1], w.fc2_weight.shape[0])
+    return out, x.new_empty(shape), x.new_empty((0,) if w.gate_weight is None else shape)
 
 
-def _fake_backward(
-    grad, x, weight1, bias1, gate, gate_bias, weight2, bias2, neurons, activation, recompute, u, g, needs
-):
-    return _autograd.empty_gradients((x, weight1, bias1, gate, gate_bias, weight2, bias2), needs)
+def _fake_backward(grad, x, *arguments):
+    return _autograd.empty_gradients((x, *arguments[:6]), arguments[-1])
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,22 +128,14 @@ def define(provider: Provider) -> dict[str, Callable]:
     torch.library.register_autograd(name, backward, setup_context=_setup_context)
 
     def run(
-        x: Tensor,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor | None,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor | None,
-        kept: KeptNeurons,
-        activation: str,
-        gate_weight: Tensor | None,
-        gate_bias: Tensor | None,
-        packed: Sequence[Tensor | None] | None,
-        recompute: bool,
+        x: Tensor, weights: MlpWeights, kept: KeptNeurons, activation: str, packed: Packed, recompute: bool
     ) -> Tensor:
+        w = weights
         if packed is None:
-            packed = gather(
-                *mlp_packing(fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, kept), x.dtype
-            )
-        return packed_mlp(x, *packed, fc2_bias, kept.neurons, activation, recompute)[0]
+            sources = w.fc1_weight, w.fc1_bias, w.gate_weight, w.gate_bias, w.fc2_weight
+            packed = gather(*mlp_packing(*sources, kept), x.dtype)
+        fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight = packed
+        w = MlpWeights(fc1_weight, fc1_bias, fc2_weight, w.fc2_bias, gate_weight, gate_bias)
+        return packed_mlp(x, *w, kept.neurons, activation, recompute)[0]
 
     return {"mlp": run}

@@ -76,6 +76,6 @@ def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     return grad.sum(0, dtype=_dtypes.statistics_dtype(grad.dtype)).to(bias.dtype)
 
 
-def given(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+def filled(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """An op returns tensors only: an empty one stands for a gradient that was not asked for."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)

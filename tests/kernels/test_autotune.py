@@ -9,6 +9,9 @@ import pytest
 import torch
 import uvc_kernels
 from uvc_kernels import _dispatch, autotune, dense
+from uvc_kernels.attention import attention_reference
+from uvc_kernels.mlp import mlp_reference
+from uvc_kernels.weights import AttentionWeights, MlpWeights
 
 
 @pytest.fixture(autouse=True)
@@ -325,9 +328,9 @@ def test_full_products_equal_the_reference_and_its_gradients(gated):
     kept = uvc_kernels.kept_neurons(torch.rand(40) < 0.5)
     leaves = [t.requires_grad_() for t in (*tensors, *extra)]
     results = []
-    for mlp in (dense.mlp_dense, uvc_kernels.mlp):
-        with uvc_kernels.backend("reference"):
-            out = mlp(*leaves[:5], kept, "silu", *leaves[5:])
+    weights = MlpWeights(*leaves[1:])
+    for mlp in (dense.mlp_dense, mlp_reference):
+        out = mlp(leaves[0], weights, kept, "silu", None, False)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-12 * b.norm()
@@ -340,9 +343,9 @@ def test_full_attention_equals_the_reference_and_its_gradients():
     v[1] = False
     kept = uvc_kernels.kept_heads(qk, v)
     results = []
-    for attention in (dense.attention_dense, uvc_kernels.attention):
-        with uvc_kernels.backend("reference"):
-            out = attention(*leaves, kept, 0.3)
+    weights = AttentionWeights(*leaves[1:])
+    for attention in (dense.attention_dense, attention_reference):
+        out = attention(leaves[0], weights, kept, 0.3, None, False)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-12 * b.norm()

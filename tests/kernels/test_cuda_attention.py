@@ -5,7 +5,10 @@ import pytest
 import torch
 import uvc_kernels
 from on_cuda import CASES, PROVIDERS, forced, on_every_build, on_every_type, ops, poisoned, statistics
+from torch.utils._python_dispatch import TorchDispatchMode
+from uvc_kernels import cuda
 from uvc_kernels.indices import counts_of
+from uvc_kernels.packed.attention import _attend
 
 
 def ragged(heads, dims, keep=0.6):
@@ -198,8 +201,28 @@ def test_gradcheck_and_opcheck_pass():
         None,
         leaves[3].detach().new_empty(2, len(kept.columns)).normal_(),
     )
-    op, index = ops.attend_cuda_host.default, (kept.qk, kept.v, kept.table, *kept[-4:])
-    torch.library.opcheck(op, (leaves[0], *packs, leaves[4], *index, 0.5, False))
+    op = ops.attend_cuda_host.default
+    given = (kept.qk, kept.v, kept.table, *kept[-4:], 0.5, False)
+    torch.library.opcheck(op, (leaves[0], *packs, leaves[4], *given))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_forward_pass_makes_one_tensor_as_large_as_qkv(recompute):
+    class Large(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.made += isinstance(out, torch.Tensor) and out.shape == (34, S) and not out._is_view()
+            return out
+
+    kept = ragged(3, 20)
+    S = len(kept.rows)
+    x, qkv, proj = torch.randn(2, 17, 6), torch.randn(S, 6), torch.randn(7, len(kept.columns))
+    given = (kept.qk, kept.v, kept.table, *kept[-4:], 0.5, recompute)
+    with Large() as large:
+        _attend(cuda._pieces(), x, qkv, None, proj, None, *given)
+    assert large.made == 1
 
 
 @pytest.mark.parametrize(

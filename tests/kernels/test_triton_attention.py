@@ -228,12 +228,12 @@ def test_opcheck_passes(biases):
     bias, proj_bias = (random(S), random(7)) if biases else (None, None)
     tensors = [random(2, 5, 6), random(S, 6), bias, random(7, V), proj_bias]
     leaves = [None if t is None else t.requires_grad_() for t in tensors]
-    index = kept.qk, kept.v, kept.table, *kept[-4:]
-    torch.library.opcheck(op, (*leaves, *index, 0.5, False))
+    given = (kept.qk, kept.v, kept.table, *kept[-4:], 0.5, False)
+    torch.library.opcheck(op, (*leaves, *given))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, *index, 0.5, False)
+    out, *saved = op(*detached, *given)
     for needs in (0b11111, 0b01001) if biases else (0b01011, 0b01001):
-        arguments = (torch.ones_like(out), *detached, *index, 0.5, False, *saved, needs)
+        arguments = (torch.ones_like(out), *detached, *given, *saved, needs)
         torch.library.opcheck(backward, arguments)
 
 

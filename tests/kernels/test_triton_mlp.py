@@ -104,18 +104,16 @@ def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
 @pytest.mark.parametrize("kind", ["plain", "gated", "no neurons", "no biases"])
 def test_opcheck_passes(kind):
     kept = 0 if kind == "no neurons" else 8
-    x, weight1, bias1, weight2, bias2, *gate = inputs(
-        kept, (2, 3), 24, 7, kind != "no biases", kind == "gated"
-    )
-    given = (x, weight1, bias1, *(gate or (None, None)), weight2, bias2)
-    leaves, neurons = [None if t is None else t.requires_grad_() for t in given], torch.arange(kept)
-    torch.library.opcheck(op, (*leaves, neurons, "silu", False))
+    tensors = inputs(kept, (2, 3), 24, 7, kind != "no biases", kind == "gated")
+    tensors += [None] * (7 - len(tensors))
+    given = (torch.arange(kept, device=DEVICE), "silu", False)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    torch.library.opcheck(op, (*leaves, *given))
     detached = [None if t is None else t.detach() for t in leaves]
-    out, *saved = op(*detached, neurons, "silu", False)
+    out, *saved = op(*detached, *given)
     there = sum(1 << i for i, t in enumerate(detached) if t is not None)
-    for needs in (there, there & 0b0100001):
-        arguments = (torch.ones_like(out), *detached, neurons, "silu", False, *saved, needs)
-        torch.library.opcheck(backward, arguments)
+    for needs in (there, there & 0b0001001):
+        torch.library.opcheck(backward, (torch.ones_like(out), *detached, *given, *saved, needs))
 
 
 @interpreted
