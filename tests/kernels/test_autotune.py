@@ -120,13 +120,14 @@ def test_threads_are_part_of_a_case(monkeypatch):
 def test_gradients_of_a_measurement_are_those_of_a_step(monkeypatch):
     seen = []
 
-    def watched(x, weight):
-        out = x * weight
+    def watched(x, weights):
+        out = (x * weights.fc1_bias) @ weights.fc1_weight.T @ weights.fc2_weight.T
         out.register_hook(lambda grad: seen.append(grad.std().item()))
         return out
 
     monkeypatch.setitem(autotune._variants, ("mlp", "watched"), watched)
-    found = autotune._times("mlp", ["watched"], (torch.randn(4, 5, 8), torch.ones(8)))
+    weights = MlpWeights(torch.ones(8, 8), torch.ones(8), torch.ones(8, 8), None)
+    found = autotune._times("mlp", ["watched"], (torch.randn(4, 5, 8), weights))
     assert len(found["watched"]) == autotune.ROUNDS < len(seen)
     assert all(5e-4 < spread < 2e-3 for spread in seen)
 
