@@ -24,6 +24,7 @@ from uvc.training.checkpoint import set_seed
 from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
+from uvc.training.teacher_cache import cached
 from uvc.training.trainer import Trainer
 
 LATENCY = "latency.json"  # the table, in the folder of a run
@@ -76,6 +77,7 @@ def compress(
     log: RunLog | None = None,
     resume: bool = False,
     latency: LatencyTable | None = None,
+    teacher_cache: str | Path | None = None,
 ) -> Result:
     """Compresses a trained timm ViT to a budget: warm up, search, harden, post-train.
 
@@ -93,6 +95,8 @@ def compress(
         resume: continue from the checkpoint in ``out``, if there is one.
         latency: what prices latency, from ``uvc.latency_table.measure`` on the device to be fast on; None =
             measured here and now, for batches of one image on the model's device.
+        teacher_cache: folder that keeps the teacher's answers, for other budgets and resumed runs; only for
+            loaders of ``uvc.training.data``; None = the teacher answers in every step.
 
     Raises:
         ValueError: a bad argument, named; a budget below the smallest reachable one, before any training.
@@ -139,7 +143,13 @@ def compress(
 
     task = Classification(config.label_smoothing, config.precision)
     if config.distill.kind != "none":
-        task = Distillation(teacher, config.distill, config.label_smoothing, config.precision)
+        settings = (teacher, config.distill, config.label_smoothing, config.precision)
+        if teacher_cache is None:
+            task = Distillation(*settings)
+        else:
+            mixing = {"mixup": config.mixup, "cutmix": config.cutmix}
+            mixing |= {"seed": config.seed} if trainer.mix else {}
+            task = cached(teacher_cache, train_loader, mixing, *settings)
     teacher_top1 = evaluate(teacher, val_loader)
 
     warmup, searching = config.warmup_epochs, config.search_epochs

@@ -6,9 +6,11 @@ A loader's random choices depend on its seed, its epoch and the image's place in
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -27,11 +29,27 @@ TRIES = 10
 CANNOT_READ = "cannot be read"
 
 
+class Shown(NamedTuple):
+    """Which views a batch holds: views are a function of a loader's `identity`, epoch and index."""
+
+    epoch: int
+    batch: int
+    indices: Tensor  # int64 [B], of the images
+
+
 class Loader(ABC):
-    """Counts epochs and batches; subclasses say how many batches there are and yield those of one epoch."""
+    """Counts epochs and batches; subclasses say how many batches there are and yield those of one epoch.
+
+    `shown` tells of the batch that was yielded last, `identity` in JSON what else views depend on,
+    `images_count` how many images there are.
+    """
+
+    identity: dict[str, Any]
+    images_count: int
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.shown: Shown | None = None
         self._epoch = 0
         self._batch = 0
         self._resume_at = 0
@@ -41,15 +59,16 @@ class Loader(ABC):
         """Batches per epoch."""
 
     @abstractmethod
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches `start` and following of an epoch."""
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches `start` and following of an epoch: images, labels, and which images they are."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._batch and not self._resume_at:
             # The last epoch was left in the middle: the next one is a new one.
             self._epoch += 1
         epoch, self._batch, self._resume_at = self._epoch, self._resume_at, 0
-        for images, labels in self._batches(epoch, self._batch):
+        for images, labels, indices in self._batches(epoch, self._batch):
+            self.shown = Shown(epoch, self._batch, indices)
             # Counted before it is handed over: a checkpoint that its receiver writes names the next one.
             self._batch += 1
             if self._batch == len(self):
@@ -101,12 +120,22 @@ class TensorLoader(Loader):
         self.images, self.labels, self.batch_size, self.training = images, labels, batch_size, training
         self.warp, self.noise, self.fill = warp, noise, fill
         self.size = size or tuple(images.shape[1:])
+        self.images_count = len(images)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The images themselves, by a digest, and how they are changed."""
+        seen = hashlib.sha256(self.images.contiguous().numpy().tobytes())
+        seen.update(self.labels.contiguous().numpy().tobytes())
+        own = {"warp": self.warp, "noise": self.noise, "fill": self.fill, "size": list(self.size)}
+        return {"images": seen.hexdigest()[:32], "batch_size": self.batch_size, "seed": self.seed, **own}
 
     def __len__(self) -> int:
         return _batch_count(len(self.labels), self.batch_size, self.training)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         images, labels = self.images, self.labels
+        order = torch.arange(len(labels))
         if self.training:
             # One vectorised draw for the whole epoch: a batch then is a slice.
             generator = _generator(self.seed, epoch)
@@ -114,7 +143,7 @@ class TensorLoader(Loader):
             images, labels = self._augment(images[order], generator), labels[order]
         for batch in range(start, len(self)):
             rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield self._resize(images[rows]), labels[rows]
+            yield self._resize(images[rows]), labels[rows], order[rows]
 
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if self.warp:
@@ -166,9 +195,9 @@ class Views(torch.utils.data.Dataset):
         self.reader, self.transform, self.mode = reader, transform, mode
         self.seed, self.training = seed, training
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, list[Remark]]:
-        """The view of image `index` in `epoch`. One that cannot be read is None, in training the view of the
-        next one that can be.
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor | None, int, list[Remark], int]:
+        """The view of image `index` in `epoch`, its label, remarks, and the index. One that cannot be read is
+        None, in training the view of the next one that can be.
         """
         epoch, index = place
         remarks = []
@@ -182,8 +211,8 @@ class Views(torch.utils.data.Dataset):
             if picture.remark:
                 remarks.append(Remark(at, picture.remark, ""))
             with seeded(hash((self.seed, epoch, index))):
-                return self.transform(picture.image), label, remarks
-        return None, -1, remarks
+                return self.transform(picture.image), label, remarks, index
+        return None, -1, remarks, index
 
     def _read(self, index: int) -> tuple[Any, int]:
         try:
@@ -227,11 +256,13 @@ class _Batches:
             yield [(epoch, index) for index in batch.tolist()]
 
 
-def _collate(views: list[tuple[Tensor | None, int, list[Remark]]]) -> tuple[Tensor, Tensor, list[Remark]]:
-    images = [view for view, _, _ in views if view is not None]
-    labels = [label for view, label, _ in views if view is not None]
-    remarks = [remark for _, _, found in views for remark in found]
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), remarks
+def _collate(
+    views: list[tuple[Tensor | None, int, list[Remark], int]],
+) -> tuple[Tensor, Tensor, Tensor, list[Remark]]:
+    seen = [view for view in views if view[0] is not None]
+    images = torch.stack([image for image, *_ in seen]) if seen else torch.empty(0)
+    labels, indices = (torch.tensor([view[at] for view in seen], dtype=torch.int64) for at in (1, 3))
+    return images, labels, indices, [remark for view in views for remark in view[2]]
 
 
 def _apart(_worker: int) -> None:
@@ -265,6 +296,7 @@ class ImageLoader(Loader):
         super().__init__(seed)
         self.reader, self.split, self.training = reader, split, training
         self._sampler = _Batches(len(reader), batch_size, training, seed)
+        self._view, self.images_count = f"{mode} {transform}", len(reader)
         self._said: dict[str, set[int]] = {}
         self._first: dict[str, Remark] = {}
         with warnings.catch_warnings():
@@ -281,20 +313,36 @@ class ImageLoader(Loader):
                 worker_init_fn=_apart,
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The names and labels of the images, by a digest, and how they are changed."""
+        seen, samples = hashlib.sha256(), getattr(self.reader, "samples", None)
+        for index, sample in enumerate(samples or ()):
+            # A folder may have moved: only where in it an image stands counts.
+            seen.update(f"{_name(self.reader, index, absolute=False)} {sample[-1]}".encode(errors="replace"))
+        own = getattr(getattr(self.reader, "dataset", None), "_fingerprint", "")
+        images = f"{len(self.reader)} {own} {seen.hexdigest()[:32]}"
+        return {
+            "images": images,
+            "batch_size": self._sampler.batch_size,
+            "seed": self.seed,
+            "view": re.sub(r" at 0x\w+", "", " ".join(self._view.split())),
+        }
+
     def __len__(self) -> int:
         return len(self._sampler)
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         self._sampler.epoch, self._sampler.start = epoch, start
         new = False
-        for images, labels, remarks in self._loader:
+        for images, labels, indices, remarks in self._loader:
             for remark in remarks:
                 known = self._said.setdefault(remark.what, set())
                 new = new or remark.index not in known
                 known.add(remark.index)
                 self._first.setdefault(remark.what, remark)
             if len(labels):
-                yield images, labels
+                yield images, labels, indices
             elif self.training:
                 raise ValueError(f"{self.split}: no image of a whole batch can be read; {self._remarks()}")
         if new:
@@ -313,8 +361,8 @@ class ImageLoader(Loader):
         return "; ".join(parts)
 
 
-def _name(reader: Any, index: int) -> str:
+def _name(reader: Any, index: int, absolute: bool = True) -> str:
     try:
-        return str(reader.filename(index, absolute=True) or index)
+        return str(reader.filename(index, absolute=absolute) or index)
     except (AssertionError, AttributeError, KeyError, TypeError):
         return f"number {index}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -30,9 +31,10 @@ class Mixing:
     def __bool__(self) -> bool:
         return self._alphas is not None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """images [B, C, H, W], labels int64 [B] or soft [B, classes] -> mixed copies and soft labels.
 
+        seed: of what is drawn, so that a batch is mixed alike in every run; None: numpy's generator goes on.
         Images are mixed in pairs; the last of an odd number, or one alone, stays as it is.
         """
         if self._alphas is None:
@@ -41,10 +43,15 @@ class Mixing:
         soft = labels if labels.dim() == 2 else F.one_hot(labels, self.num_classes).float()
         if pairs == 0:
             return images, soft
+        state = np.random.get_state()
+        if seed is not None:
+            np.random.seed(seed % (1 << 32))
         # Asked to label image i as class i of as many as there are images, timm's Mixup answers with the
         # shares in which it has mixed them.
         mix = Mixup(*self._alphas, label_smoothing=0.0, num_classes=pairs)
         mixed, shares = mix(images[:pairs].clone(), torch.arange(pairs, device=images.device))
+        if seed is not None:
+            np.random.set_state(state)
         mixed_labels = shares.to(soft.dtype) @ soft[:pairs]
         return torch.cat([mixed, images[pairs:]]), torch.cat([mixed_labels, soft[pairs:]])
 
@@ -71,6 +78,9 @@ class Classification:
             "loss": self.cross_entropy(logits, labels),
             "output": logits,
         }
+
+    def end_epoch(self) -> None:
+        """Called at the end of each epoch, and where a run is stopped."""
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the batch, of logits [B, classes]; soft labels in the logits' dtype."""
@@ -113,15 +123,19 @@ class Distillation(Classification):
         weight, features = self.config.weight, self.config.features
         output, read = self._run_and_read(model, images)
         class_logits, student_logits = output if isinstance(output, tuple) else (output, output)
-        with torch.no_grad():
-            teacher_logits, aim = self._run_and_read(self.teacher, images)
+        distill, aim = self._distill(student_logits, images)
         hard = self.cross_entropy(class_logits, labels)
-        distill = self.distance(student_logits, teacher_logits)
         loss = (1 - weight) * hard + weight * distill
         if features:
             loss = loss + features * self.feature_distance(read, aim)
         logits = (class_logits + student_logits) / 2
         return {"loss": loss, "output": logits, "distill": distill.detach()}
+
+    def _distill(self, student: Tensor, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The distance to the teacher's answers, and what its ``head`` reads if features are asked for."""
+        with torch.no_grad():
+            answers, aim = self._run_and_read(self.teacher, images)
+        return self.distance(student, answers), aim
 
     def _run_and_read(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor | None]:
         """What the model returns, and, if asked for, what its ``head`` reads."""

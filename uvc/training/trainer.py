@@ -123,6 +123,7 @@ class Trainer:
                     check.read()
                     self._save(name, epoch, optimizer, search, done)
             check.read()
+            task.end_epoch()
             seconds = time.perf_counter() - start
             if asked():
                 self._save(name, epoch, optimizer, search, done)
@@ -154,7 +155,9 @@ class Trainer:
         images, labels = unpack(batch, "train_loader")
         labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
         images = images.to(self.device, self.dtype, non_blocking=True)
-        out = task(self.model, *self.mix(images, labels))
+        shown = getattr(self.train_loader, "shown", None)
+        seed = None if shown is None else hash((self.config.seed, shown.epoch, shown.batch))
+        out = task(self.model, *self.mix(images, labels, seed))
         out["loss"].backward()
         if search:
             search.observe()
