@@ -16,6 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 import uvc
 import uvc.latency_table
 from uvc import cli
+from uvc.constraints import reachable
 from uvc.models import uvc_vit_digits
 from uvc.training.logger import RunLog
 
@@ -64,7 +65,7 @@ def mistakes(tmp_path):
         "features without a teacher": (
             ["--distill", "none", "--distill-features", "1"],
             "--distill-features",
-            "leave out --distill none",
+            "no teacher",
         ),
         "tokens at too many blocks": (["--tokens", "4"], "--tokens", "4"),
         "tokens without a budget that counts them": (
@@ -81,10 +82,10 @@ def mistakes(tmp_path):
         "a latency table without a budget in latency": (
             ["--latency-table", str(tmp_path / "file")],
             "--latency-table",
-            "--metric latency",
+            "add metric latency",
         ),
-        "a grain of one number": (["--grain", "16"], "--grain", "16"),
-        "a grain that does not divide the model": (["--grain", "5,8"], "grain", "5"),
+        "one multiple instead of two": (["--round-to", "16"], "--round-to", "16"),
+        "a multiple that does not divide the model": (["--round-to", "5,8"], "round_to", "5"),
         "an unknown model": (["--model", "deit_tiny_patch16_225"], "--model", "deit_tiny_patch16_224"),
         "an unsupported model": (["--model", "resnet10t"], "model", "ResNet"),
         "an unknown data set": (["--data", "no_such_data"], "data", "no_such_data"),
@@ -113,7 +114,8 @@ one of two budgets below the smallest reachable; a budget below the smallest rea
 features without a teacher; tokens at too many blocks; tokens without a budget that counts them;
 an unknown metric;
 a latency table that is not there; a latency table without a budget in latency;
-a grain of one number; a grain that does not divide the model; an unknown model; an unsupported model;
+one multiple instead of two; a multiple that does not divide the model; an unknown model;
+an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
 a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
 a teacher that lacks weights; no such teacher; an output that is a file; an output below a file;
@@ -158,7 +160,7 @@ def test_what_can_be_reached_is_said_before_any_training(tmp_path, capsys, monke
     monkeypatch.setattr("uvc.app.pipeline._make_teacher", stop)
     assert cli.run(["compress", "--out", str(tmp_path / "out"), "--model", "uvc_test_vit"]) == 130
     lines = capsys.readouterr().err.splitlines()
-    smallest = uvc.constraints.reachable(uvc_test_vit())[0].skipped
+    smallest = reachable(uvc_test_vit())[0].skipped
     assert lines[0].startswith(f"reachable macs: {smallest:.4f} of the dense cost")
     assert lines[1].startswith("reachable params: ") and "interrupted" in lines[2]
 
@@ -262,7 +264,7 @@ def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(uvc.latency_table, "time_ms", clock)
     options = ["--metric", "latency", "--budget", "0.6", *SHORT]
-    batch = ["--latency-batch", "4", "--grain", "3,8"]
+    batch = ["--latency-batch", "4", "--round-to", "3,8"]
     assert cli.run(["compress", "--out", str(tmp_path / "a"), *options, *batch]) == 0
     figures, table = (
         summary(tmp_path / "a"),
@@ -278,14 +280,14 @@ def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, ca
     assert "0.6 of latency" in capsys.readouterr().out
 
     # A table from elsewhere is not measured again.
-    monkeypatch.setattr("uvc.app.pipeline.measure", None)
+    monkeypatch.setattr("uvc.training.compress.measure", None)
     given = ["--latency-table", str(tmp_path / "a" / "latency.json")]
     assert cli.run(["compress", "--out", str(tmp_path / "b"), *options, *given]) == 0
     assert summary(tmp_path / "b")["latency_budget"]["predicted_ratio"] <= 0.6
 
 
 def test_a_latency_table_is_made_for_later(tmp_path, capsys):
-    options = ["--model", "uvc_test_vit", "--batch-size", "2", "--grain", "6,16"]
+    options = ["--model", "uvc_test_vit", "--batch-size", "2", "--round-to", "6,16"]
     assert cli.run(["latency", str(tmp_path / "table.json"), *options]) == 0
     table = uvc.latency_table.LatencyTable.load(tmp_path / "table.json")
     table.check(uvc_test_vit())

@@ -155,12 +155,12 @@ def test_nothing_costs_less_than_the_smallest_reachable_budget(metric):
 
 
 @pytest.mark.parametrize("metric", ["macs", "params"])
-@pytest.mark.parametrize("grain", [(1, 1), (3, 8)], ids=str)
-def test_the_thinnest_structure_costs_what_is_said_to_be_reachable(metric, grain):
-    model, (dims, neurons) = small_vit(), grain
+@pytest.mark.parametrize("round_to", [(1, 1), (3, 8)], ids=str)
+def test_the_thinnest_structure_costs_what_is_said_to_be_reachable(metric, round_to):
+    model, (dims, neurons) = small_vit(), round_to
     kept = ((tuple(range(dims)),),) * 2
     thin = BlockStructure(True, True, (0,), *kept, tuple(range(neurons)))
-    reach = next(line for line in reachable(model, grain=grain) if line.metric == metric)
+    reach = next(line for line in reachable(model, round_to=round_to) if line.metric == metric)
     cost = getattr(uvc.costs.cost(model, Structure((thin,) * 3)), metric)
     assert reach.thin == cost / reach.dense == cost / getattr(uvc.cost(model), metric)
     assert f"{metric}: {reach.skipped:.4f} of the dense cost with every block skipped" in str(reach)

@@ -1,11 +1,14 @@
 """The command line: `uvc compress`, `eval`, `export`, `report`, `bench` and `doctor`.
 
-Options that are not given are None: their defaults stand in the recipe, in the functions called, in the data.
+Options that are not given are None: their defaults stand in the recipe and in `uvc.config`, which also check
+the values.
 Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 and one line.
 """
 
-import math
+import copy
+import re
 import sys
+import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from uvc.settings import BadSetting, to_toml
 
 FOLDER = click.Path(path_type=Path)
 
@@ -32,6 +37,16 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+class Renamed(click.Option):
+    """An option that also answers to its former names; help shows the first alone."""
+
+    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
+        """The option's line of help."""
+        shown = copy.copy(self)
+        shown.opts = self.opts[:1]
+        return click.Option.get_help_record(shown, context)
+
+
 def _budget(
     _context: click.Context, _option: click.Parameter, value: str | None
 ) -> float | dict[str, float] | None:
@@ -39,47 +54,54 @@ def _budget(
     if value is None:
         return None
     named = [part.rpartition("=") for part in value.split(",")]
-    found = {metric.strip(): _fraction(value, fraction) for metric, _, fraction in named}
+    try:
+        found = {metric.strip(): float(fraction) for metric, _, fraction in named}
+    except ValueError:
+        said = f"--budget: {value!r}; give a fraction such as 0.5, or macs=0.5,params=0.6"
+        raise click.UsageError(said) from None
     if len(found) < len(named) or ("" in found and len(found) > 1):
         raise click.UsageError(f"--budget: {value!r}; name each metric once, as in macs=0.5,params=0.6")
     return found.get("", found)
 
 
-def _fraction(value: str, text: str) -> float:
-    try:
-        fraction = float(text)
-    except ValueError:
-        raise click.UsageError(
-            f"--budget: {value!r}; give a fraction such as 0.5, or macs=0.5,params=0.6"
-        ) from None
-    if not 0 < fraction <= 1:  # written so that nan fails too
-        raise click.UsageError(
-            f"--budget: {text.strip()}; it is a fraction of the dense cost, above 0 and at most 1"
-        )
-    return fraction
-
-
-def _grain(_context: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
+def _multiples(_context: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
     if value is None:
         return None
     parts = value.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise click.UsageError(f"--grain: {value!r}; give two multiples, of dims and of neurons, as in 16,64")
+        raise click.UsageError(
+            f"--round-to: {value!r}; give two multiples, of dims and of neurons, as in 16,64"
+        )
     return [int(part) for part in parts]
 
 
-def _positive(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise click.UsageError(f"{option.opts[0]}: {value:g}; it must be a positive number")
-    return value
+def _model_args(
+    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """NAME=VALUE: what TOML reads as a value; a word that it does not, as in global_pool=avg, is a text."""
+    found = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            if not re.fullmatch(r"[A-Za-z_][\w.-]*", value) or value in ("True", "False", "None"):
+                equals = ""
+            found[name] = value
+        if not equals or not name.isidentifier():
+            raise click.UsageError(
+                f"--model-arg: {text!r}; give NAME=VALUE, as in img_size=112, dynamic_img_size=true, "
+                'global_pool="avg"'
+            )
+    return found or None
 
 
 def _data_options(command: Callable) -> Callable:
     for option in (
-        click.option("--workers", type=click.IntRange(0), help="Processes that read images; 0: this one."),
-        click.option("--data-root", type=FOLDER, help="Where a data set that timm names is stored."),
-        click.option("--batch-size", type=click.IntRange(1), help="Images per batch."),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads for torch."),
+        click.option("--workers", type=int, help="Processes that read images; 0: this one."),
+        click.option("--data-root", help="Where a data set that timm names is stored."),
+        click.option("--batch-size", type=int, help="Images per batch."),
+        click.option("--threads", type=int, help="CPU threads for torch."),
         click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1."),
         click.option("--data", help="digits, an image folder, or a timm name such as torch/cifar10."),
     ):
@@ -88,70 +110,71 @@ def _data_options(command: Callable) -> Callable:
 
 
 @cli.command()
-@click.option(
-    "--out", required=True, type=FOLDER, help="Folder of the run: new or empty; with --resume, begun."
-)
+@click.option("--out", help="Folder of the run: new or empty; with --resume, begun.")
+@click.option("--config", type=FOLDER, help="Settings in TOML, under those given here; see --show-config.")
+@click.option("--show-config", is_flag=True, help="Print all settings as TOML, for --config; run nothing.")
 @click.option("--model", help="A timm model name; digits has a small ViT of its own.")
+@click.option(
+    "--model-arg",
+    multiple=True,
+    callback=_model_args,
+    metavar="NAME=VALUE",
+    help="An argument of timm.create_model, as in img_size=112; may be repeated.",
+)
 @_data_options
 @click.option(
     "--budget", callback=_budget, help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6."
 )
+@click.option("--metric", metavar="macs|params|latency", help="What a single fraction counts.")
+@click.option("--latency-table", help="latency.json of a run, or of uvc latency, to budget by.")
+@click.option("--latency-batch", type=int, help="Images per forward pass in the table measured here; 1.")
 @click.option(
-    "--metric", type=click.Choice(["macs", "params", "latency"]), help="What a single fraction counts."
-)
-@click.option("--latency-table", type=FOLDER, help="latency.json of a run, or of uvc latency, to budget by.")
-@click.option(
-    "--latency-batch", type=click.IntRange(1), help="Images per forward pass in the table measured here; 1."
-)
-@click.option(
+    "--round-to",
     "--grain",
-    callback=_grain,
+    "round_to",
+    cls=Renamed,
+    callback=_multiples,
     help="Keep head dims and neurons in multiples, as in 16,64: what hardware runs well.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Seed of weights, order and augmentation.")
+@click.option("--seed", type=int, help="Seed of weights, order and augmentation.")
 @click.option("--recipe", help="Named settings: default, digits, deit_small_50; a wrong name lists them.")
+@click.option("--teacher", help="Trained weights of the model, a safetensors file or its folder.")
+@click.option("--teacher-epochs", type=int, help="Epochs of the teacher, if no weights are given.")
+@click.option("--warmup-epochs", type=int, help="Epochs before the search.")
+@click.option("--search-epochs", type=int, help="Epochs of the joint search.")
+@click.option("--post-epochs", type=int, help="Epochs after the structure is fixed.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--precision", metavar="float32|bfloat16", help="Of the products in training; float32.")
+@click.option("--skip", metavar="none|blocks|halves", help="What may be skipped.")
+@click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")
+@click.option("--distill", metavar="none|soft|hard", help="How the teacher teaches.")
+@click.option("--distill-features", type=float, help="Weight of the distance of pooled features; 0.")
 @click.option(
-    "--teacher", type=FOLDER, help="Trained weights of the model, a safetensors file or its folder."
+    "--resume", is_flag=True, default=None, help="Continue the run in --out, with the options it began with."
 )
-@click.option(
-    "--teacher-epochs", type=click.IntRange(0), help="Epochs of the teacher, if no weights are given."
-)
-@click.option("--warmup-epochs", type=click.IntRange(0), help="Epochs before the search.")
-@click.option("--search-epochs", type=click.IntRange(0), help="Epochs of the joint search.")
-@click.option("--post-epochs", type=click.IntRange(0), help="Epochs after the structure is fixed.")
-@click.option("--lr", type=float, callback=_positive, help="Peak learning rate.")
-@click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), help="Of the products in training; float32."
-)
-@click.option("--skip", type=click.Choice(["none", "blocks", "halves"]), help="What may be skipped.")
-@click.option("--tokens", type=click.IntRange(0, 3), help="Blocks at which patch tokens may be dropped.")
-@click.option("--distill", type=click.Choice(["none", "soft", "hard"]), help="How the teacher teaches.")
-@click.option(
-    "--distill-features", type=click.FloatRange(0), help="Weight of the distance of pooled features; 0."
-)
-@click.option("--resume", is_flag=True, help="Continue the run in --out, with the options it began with.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def compress(out: Path, resume: bool, quiet: bool, **options: Any) -> None:
+def compress(config: Path | None, show_config: bool, quiet: bool, **options: Any) -> None:
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.app.pipeline import compress_run
+    from uvc.app.resolve import resolve
     from uvc.training.signals import Stopped, stop_on_signals
 
-    # The run may be continued and its model measured from another folder.
-    for name in ("teacher", "data_root", "latency_table"):
-        options[name] = None if options[name] is None else str(options[name].absolute())
-    if options["data"] not in (None, "digits") and Path(options["data"]).is_dir():
-        options["data"] = str(Path(options["data"]).absolute())
+    run = resolve(options, config)
+    if show_config:
+        click.echo(to_toml(run), nl=False)
+        return
+    say = (lambda line: None) if quiet else partial(click.echo, err=True)
     try:
-        say = None if quiet else partial(click.echo, err=True)
         with stop_on_signals():
-            summary = compress_run(out, options, resume=resume, progress=not quiet, say=say)
+            summary = compress_run(run, progress=not quiet, say=say)
     except Stopped as stopped:
-        click.echo(f"{stopped}; continue with: uvc compress --resume --out {out}", err=True)
+        click.echo(f"{stopped}; continue with: uvc compress --resume --out {run.out}", err=True)
         return
     except KeyboardInterrupt:
-        hint = f"; continue with: uvc compress --resume --out {out}" if (out / "run.json").is_file() else ""
+        begun = (Path(run.out) / "run.json").is_file()
+        hint = f"; continue with: uvc compress --resume --out {run.out}" if begun else ""
         raise Interrupted(f"interrupted{hint}") from None
-    _print_report(out, summary)
+    _print_report(Path(run.out), summary)
 
 
 @cli.command("eval")
@@ -161,7 +184,7 @@ def evaluate(folder: Path, **options: Any) -> None:
     """Load the model in DIR and measure its top-1 accuracy; the data default to those of its run."""
     from uvc.app.pipeline import evaluate_run
 
-    figures = evaluate_run(folder, options)
+    figures = evaluate_run(folder, **options)
     click.echo(f"top-1 {figures['top1']:.2f} %  of {figures['images']} images of {figures['data']}")
     click.echo(f"MACs {figures['macs']:,}  parameters {figures['params']:,}")
 
@@ -216,12 +239,19 @@ def export(folder: Path, format_: str, to: Path | None) -> None:
 @click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads for torch.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images per forward pass; 1.")
-@click.option("--grain", callback=_grain, help="Measure multiples of these dims and neurons, as in 16,64.")
+@click.option(
+    "--round-to",
+    "--grain",
+    "round_to",
+    cls=Renamed,
+    callback=_multiples,
+    help="Measure multiples of these dims and neurons, as in 16,64.",
+)
 def latency(to: Path, **options: Any) -> None:
     """Measure what the parts of a model take on this device, for compress --latency-table FILE, anywhere."""
     from uvc.app.pipeline import measure_run
 
-    table = measure_run(to, options)
+    table = measure_run(to, **options)
     dense = table.fixed + table.blocks * (table.attn[-1][-1] + table.mlp[-1])
     click.echo(f"{to}: {dense:.2f} ms on {table.device}; smallest budget {table.fixed / dense:.3f}")
 
@@ -280,6 +310,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         status = cli.main(args=arguments, prog_name="uvc", standalone_mode=False)
     except click.ClickException as error:
         return _fail(error.format_message(), 2 if error.exit_code == 1 else error.exit_code)
+    except BadSetting as error:
+        return _fail(f"--{error.field.replace('_', '-')}: {error.reason}", 2)
     except click.Abort:
         return _fail("interrupted", 130)
     except (ValueError, RuntimeError, OSError) as error:

@@ -1,10 +1,31 @@
-"""Settings of a run: one frozen dataclass per room. Defaults follow the paper where it worked; recipes.py
-returns whole configs.
+"""Settings of a run: frozen dataclasses that refuse values out of range as they are made.
+
+Defaults follow the paper where it worked; `uvc.recipes` returns whole configs, `uvc.app.resolve` puts a TOML
+file and the command line over them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Literal
+
+from uvc.settings import (
+    BadSetting,
+    Count,
+    Decay,
+    Number,
+    Positive,
+    Share,
+    Size,
+    UpToThree,
+    Weight,
+    check_fields,
+    renamed,
+)
+
+METRICS = ("macs", "params", "latency")
 
 
 @dataclass(frozen=True)
@@ -14,15 +35,21 @@ class DistillConfig:
     Loss = (1 - weight) * CE(labels) + weight * distillation + features * distance of the pooled features.
     """
 
-    # "none"; "soft": batch-mean KL times temperature^2; "hard": cross-entropy with the teacher's argmax
-    kind: str = "soft"
-    weight: float = 0.5
-    temperature: float = 2.0
+    # "soft": batch-mean KL times temperature^2; "hard": cross-entropy with the teacher's argmax
+    kind: Literal["none", "soft", "hard"] = "soft"
+    weight: Share = 0.5
+    temperature: Positive = 2.0
     # Weight of the squared distance between what the two models give to their classifiers, relative to the
     # teacher's own square; 0: logits alone. The teacher must be as wide as the model.
-    features: float = 0.0
+    features: Weight = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "distill ")
+        if self.features and self.kind == "none":
+            raise BadSetting("features", f"{self.features} has no teacher where kind is 'none'", "distill ")
 
 
+@renamed(grain="round_to")
 @dataclass(frozen=True)
 class DataConfig:
     """How photographs become images of a batch, in the terms of timm's training script. None: as the model
@@ -42,72 +69,148 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1]."""
+    """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1].
+
+    `grain` is the former name of `round_to`.
+    """
 
     # "uvc", or "published": what the paper's code does, as an ablation; it ignores all other settings here
     method: str = "uvc"
-    every: int = 2  # training steps per solver step
-    primal_rate: float = 0.5  # of s and r
-    prox_rate: float = 0.4  # eta in the prox w <- w / (1 + 2 eta y)
-    dual_rate: float = 1.0  # of y and p
-    dual_leak: float = 0.05  # how fast y and p unwind to 1
-    dual_max: float = 8.0
-    budget_rate: float = 0.1  # of z
-    snap: float = (
-        1e-3  # a removed group is set to zero below this squared norm, relative to its family's initial mean
-    )
-    importance_decay: float = 0.9  # of the moving average of first-order importance
-    anneal: tuple[float, float] = (
-        0.05,
-        0.7,
-    )  # the budget goes from 1 to its value, by equal factors, between these fractions of the search
+    every: Size = 2  # training steps per solver step
+    primal_rate: Weight = 0.5  # of s and r
+    prox_rate: Weight = 0.4  # eta in the prox w <- w / (1 + 2 eta y)
+    dual_rate: Weight = 1.0  # of y and p
+    dual_leak: Share = 0.05  # how fast y and p unwind to 1
+    dual_max: Positive = 8.0
+    budget_rate: Weight = 0.1  # of z
+    # A removed group is set to zero below this squared norm, relative to its family's initial mean.
+    snap: Weight = 1e-3
+    importance_decay: Share = 0.9  # of the moving average of first-order importance
+    # The budget goes from 1 to its value, by equal factors, between these fractions of the search.
+    anneal: tuple[Share, Share] = (0.05, 0.7)
     # What may be removed beside skips, of "head", "qk", "v" and "neuron". A head goes with its last v dim;
     # to remove heads whole, too, cost 2 to 15 points at small budgets, since the best dims went with the
     # rest.
-    families: tuple[str, ...] = ("qk", "v", "neuron")
+    families: tuple[Literal["head", "qk", "v", "neuron"], ...] = ("qk", "v", "neuron")
     # Heads are first given the basis in which their first dims are worth most; their function stays.
     balance: bool = True
-    tokens: int = 0  # blocks, at most 3, at which the search may drop patch tokens; 0 keeps all
+    tokens: UpToThree = 0  # blocks at which the search may drop patch tokens; 0 keeps all
     # Dims of a head and neurons of an MLP are kept in multiples of these, as in (16, 64), since hardware runs
     # finer structures slower than they count; each divides the whole.
-    grain: tuple[int, int] = (1, 1)
-    skip: str = "halves"  # "none", "blocks", "halves": what a skip gate governs
-    gate_every: int = 4  # training steps per gate update; only there all branches run
-    gate_rate: float = 0.1
-    gate_init: float = 3.0  # logit; sigmoid(3) = 0.95
-    gate_weight: float = 0.3  # price of a gate in units of z
-    gate_momentum: float = 0.9
-    gate_freeze: float = 0.6  # gates become hard at this fraction of the search
+    round_to: tuple[Size, Size] = (1, 1)
+    skip: Literal["none", "blocks", "halves"] = "halves"  # what a skip gate governs
+    gate_every: Size = 4  # training steps per gate update; only there all branches run
+    gate_rate: Weight = 0.1
+    gate_init: Number = 3.0  # logit; sigmoid(3) = 0.95
+    gate_weight: Weight = 0.3  # price of a gate in units of z
+    gate_momentum: Decay = 0.9
+    gate_freeze: Weight = 0.6  # gates become hard at this fraction of the search
+
+    def __post_init__(self) -> None:
+        check_fields(self, "solver ")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: teacher (only when none is given), warm-up, search, post-training. Epochs are passes over
-    the loader.
+    """How a run trains: teacher (only when none is given), warm-up, search, post-training. Epochs are passes
+    over the loader.
     """
 
-    teacher_epochs: int = 300
-    warmup_epochs: int = 5
-    search_epochs: int = 25
-    post_epochs: int = 120
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    search_learning_rate: float = 1e-4
-    lr_warmup_fraction: float = 0.05
-    min_learning_rate: float = 1e-6
-    weight_decay: float = 0.05
-    clip_grad: float = 1.0
-    label_smoothing: float = 0.0
-    mixup: float = 0.0  # alpha of the blend of two images; 0: none
-    cutmix: float = 0.0  # alpha of the patch of one image in another; with mixup, each step draws one of them
+    teacher_epochs: Count = 300
+    warmup_epochs: Count = 5
+    search_epochs: Count = 25
+    post_epochs: Count = 120
+    batch_size: Size = 128
+    learning_rate: Positive = 5e-4
+    search_learning_rate: Positive = 1e-4
+    lr_warmup_fraction: Share = 0.05
+    min_learning_rate: Weight = 1e-6
+    weight_decay: Weight = 0.05
+    clip_grad: Positive = 1.0
+    label_smoothing: Share = 0.0
+    mixup: Weight = 0.0  # alpha of the blend of two images; 0: none
+    cutmix: Weight = 0.0  # alpha of the patch of one image in another; with mixup, a step draws one of them
     # Above 0, the teacher and the result are averages of the weights over the steps, this much of the old one
     # at each step, less in the first.
-    ema_decay: float = 0.0
+    ema_decay: Decay = 0.0
     # Of the products in training: "float32", or "bfloat16", where models run under autocast. Weights, losses
     # and evaluations are float32 in both.
-    precision: str = "float32"
-    seed: int = 0
-    checkpoint_every: int = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
-    threads: int | None = None  # CPU threads; None leaves torch's choice
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: Count = 0
+    checkpoint_every: Count = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
+    threads: Size | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+Budget = float | dict[str, float]
+Plain = bool | int | float | str
+Arguments = dict[str, Plain | tuple[Plain, ...]]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that `uvc compress` was asked for. `out` and `resume` tell where a run is, the rest what it is."""
+
+    out: str | None = None
+    resume: bool = False
+    recipe: str = "default"
+    data: str = "digits"
+    data_root: str | None = None  # where a data set that timm names is stored
+    workers: Count = 0  # processes that read images; 0: this one
+    model: str = "uvc_vit_digits"
+    model_args: Arguments = field(default_factory=dict)  # of timm.create_model
+    teacher: str | None = None  # trained weights of the model
+    budget: Budget = 0.5
+    metric: Literal["macs", "params", "latency"] = "macs"  # of a budget that is a single fraction
+    latency_table: str | None = None  # None: that of the run, or one measured on `device`
+    latency_batch: Size | None = None  # images per forward pass in a table measured here; None: 1
+    device: str = "cpu"
+    training: Config = field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        try:
+            named = self.budgets
+        except ValueError as error:
+            raise BadSetting("budget", str(error).removeprefix("budget: ")) from None
+        if "latency" not in named and (self.latency_table or self.latency_batch):
+            name = "latency_table" if self.latency_table else "latency_batch"
+            raise BadSetting(
+                name, f"{getattr(self, name)!r}, but no budget is in latency; add metric latency"
+            )
+        if self.latency_table and self.latency_batch:
+            raise BadSetting("latency_batch", f"{self.latency_batch}, but the latency table has its own")
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The fraction of each metric."""
+        return named_budgets(self.budget, self.metric)
+
+    @property
+    def seed(self) -> int:
+        """Of weights, order and augmentation."""
+        return self.training.seed
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads."""
+        return self.training.threads
+
+
+def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str, float]:
+    """{metric: fraction} of a budget given either way; ValueError for what is no fraction or no metric."""
+    named = dict(budget) if isinstance(budget, Mapping) else {metric: budget}
+    if not named:
+        raise ValueError('budget: {} names no metric; give a fraction, or a dict such as {"macs": 0.5}')
+    for name, fraction in named.items():
+        if name not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
+        if not isinstance(fraction, Real) or not 0.0 < fraction <= 1.0:  # so that nan fails too
+            raise ValueError(
+                f"budget: {fraction!r} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost"
+            )
+    return named

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from uvc.config import METRICS, named_budgets
 from uvc.costs import LINEAR, Costs, Counts, counts, prices, total
 from uvc.structure import Structure, sizes_of
-
-METRICS = (*LINEAR, "latency")
 
 
 class Limit(NamedTuple):
@@ -61,26 +60,11 @@ def limits(
     return tuple(found)
 
 
-def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str, float]:
-    """{metric: fraction} of a budget given either way; ValueError for what is no fraction or no metric."""
-    named = dict(budget) if isinstance(budget, Mapping) else {metric: budget}
-    if not named:
-        raise ValueError('budget: {} names no metric; give a fraction, or a dict such as {"macs": 0.5}')
-    for name, fraction in named.items():
-        if name not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
-        if not 0.0 < fraction <= 1.0:  # so that nan fails too
-            raise ValueError(
-                f"budget: {fraction} is not a fraction in (0, 1]; 0.5 keeps half of the dense cost"
-            )
-    return named
-
-
 class Reach(NamedTuple):
     """How far a metric can go: the dense cost, and fractions of it.
 
     `skipped`: with every block skipped, the smallest budget that can be met. `thin`: with all halves running,
-    on one head of one q/k dim and one v dim, and on one neuron (or on one grain of them).
+    on one head of one q/k dim and one v dim, and on one neuron (or on one multiple of them).
     """
 
     metric: str
@@ -96,12 +80,12 @@ class Reach(NamedTuple):
 
 
 def reachable(
-    model: nn.Module, latency: Costs | None = None, grain: tuple[int, int] = (1, 1)
+    model: nn.Module, latency: Costs | None = None, round_to: tuple[int, int] = (1, 1)
 ) -> tuple[Reach, ...]:
     """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
     dense_structure, found = Structure.dense(model), []
     whole = counts(dense_structure)
-    ones, (dims, neurons) = (1,) * len(whole.qk), grain
+    ones, (dims, neurons) = (1,) * len(whole.qk), round_to
     least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
     for metric in METRICS if latency is not None else LINEAR:
         costs = latency if metric == "latency" else prices(model, metric, dense_structure)
@@ -110,13 +94,13 @@ def reachable(
     return tuple(found)
 
 
-def check_grain(model: nn.Module, grain: tuple[int, int]) -> None:
+def check_multiples(model: nn.Module, round_to: tuple[int, int]) -> None:
     """ValueError unless the dims of a head and the neurons of a timm or converted ``model`` are multiples."""
     sizes = sizes_of(model)
     for name, whole, part in zip(
-        ("head dim", "neurons"), (sizes.head_dim, sizes.neurons), grain, strict=True
+        ("head dim", "neurons"), (sizes.head_dim, sizes.neurons), round_to, strict=True
     ):
         if not isinstance(part, int) or part < 1 or whole % part:
             raise ValueError(
-                f"grain: {part} does not divide the {name} of this model, {whole}; 1 always does"
+                f"round_to: {part} does not divide the {name} of this model, {whole}; 1 always does"
             )

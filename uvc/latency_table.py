@@ -200,17 +200,17 @@ def _turns(models: Sequence[nn.Module], images: torch.Tensor, rounds: int) -> li
 
 
 def measure(
-    model: nn.Module, batch: int = 1, grain: tuple[int, int] = (1, 1), rounds: int = 15
+    model: nn.Module, batch: int = 1, round_to: tuple[int, int] = (1, 1), rounds: int = 15
 ) -> LatencyTable:
     """Times compacted forms of a timm or converted model on the device it is on.
 
-    In each form all blocks run the same half, cut to one size of the table, as a search leaves it: with a
-    grain of 1 heads differ in their dims. Every form takes turns with the dense model, so that a slower
+    In each form all blocks run the same half, cut to one size of the table, as a search leaves it: with
+    multiples of 1 heads differ in their dims. Every form takes turns with the dense model, so that a slower
     machine slows both.
 
     Args:
         batch: images per forward pass.
-        grain: (dims, neurons) of ``SolverConfig.grain``: sizes are multiples of these.
+        round_to: (dims, neurons) of ``SolverConfig.round_to``: sizes are multiples of these.
         rounds: turns of each form; the median counts.
     """
     s = sizes_of(model)
@@ -226,11 +226,15 @@ def measure(
         return median(part / whole for whole, part in times)
 
     dense_ms: list[float] = []
-    heads, dims, neurons = _grid(s.heads, 1, 6), _grid(s.head_dim, grain[0], 4), _grid(s.neurons, grain[1], 8)
-    dims = tuple(sorted({*dims, max(s.head_dim - grain[0], grain[0])}))
+    heads, dims, neurons = (
+        _grid(s.heads, 1, 6),
+        _grid(s.head_dim, round_to[0], 4),
+        _grid(s.neurons, round_to[1], 8),
+    )
+    dims = tuple(sorted({*dims, max(s.head_dim - round_to[0], round_to[0])}))
     nothing = BlockStructure(False, False, (), (), (), ())
     fixed = share(nothing)
-    attn = [[share(_attn_form(s, h, d, grain[0])) - fixed for d in dims] for h in heads]
+    attn = [[share(_attn_form(s, h, d, round_to[0])) - fixed for d in dims] for h in heads]
     bare = share(BlockStructure(True, False, (), (), (), ())) - fixed
     mlp = [share(BlockStructure(False, True, (), (), (), tuple(range(n)))) - fixed for n in neurons]
     empty = share(BlockStructure(False, True, (), (), (), ())) - fixed
@@ -257,23 +261,23 @@ def measure(
     )
 
 
-def _grid(whole: int, grain: int, parts: int) -> tuple[int, ...]:
-    """About ``parts`` sizes up to ``whole``, evenly spaced multiples of ``grain``.
+def _grid(whole: int, multiple: int, parts: int) -> tuple[int, ...]:
+    """About ``parts`` sizes up to ``whole``, evenly spaced multiples of ``multiple``.
 
-    Without a grain all but the last are odd, as most of what a search leaves is no round number.
+    With multiples of 1 all but the last are odd, as most of what a search leaves is no round number.
     """
-    sizes = {max(round(whole * i / parts / grain) * grain, grain) for i in range(1, parts)}
-    if grain == 1 and whole > 8 * parts:
+    sizes = {max(round(whole * i / parts / multiple) * multiple, multiple) for i in range(1, parts)}
+    if multiple == 1 and whole > 8 * parts:
         sizes = {n - 1 + n % 2 for n in sizes}
     return tuple(sorted(sizes | {whole}))
 
 
-def _attn_form(s: Sizes, heads: int, dims: int, grain: int) -> BlockStructure:
+def _attn_form(s: Sizes, heads: int, dims: int, multiple: int) -> BlockStructure:
     """Only attention, of some heads whose q/k and v dims have the mean ``dims``, apart where they can be."""
-    reach = min(dims - 1, s.head_dim - dims, max(dims // 4, grain)) // grain
+    reach = min(dims - 1, s.head_dim - dims, max(dims // 4, multiple)) // multiple
     offsets = [round(reach * (2 * i + 1 - heads) / heads) or reach for i in range(heads)]
-    qk = tuple(tuple(range(dims + grain * offset)) for offset in offsets)
-    v = tuple(tuple(range(dims - grain * offset)) for offset in offsets)
+    qk = tuple(tuple(range(dims + multiple * offset)) for offset in offsets)
+    v = tuple(tuple(range(dims - multiple * offset)) for offset in offsets)
     return BlockStructure(True, False, tuple(range(heads)), qk, v, ())
 
 

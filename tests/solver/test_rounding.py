@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import small_vit
 
-from uvc.constraints import Limit, check_grain
+from uvc.constraints import Limit, check_multiples
 from uvc.costs import Prices
 from uvc.solver.objective import hard_cost, masks_cost
 from uvc.solver.rounding import project_to_budget
@@ -78,7 +78,7 @@ def test_with_a_grain_only_multiples_are_kept_and_no_further_multiple_fits(budge
 
 
 @pytest.mark.parametrize(
-    ("grain", "says"),
+    ("round_to", "says"),
     [
         ((5, 1), "5 does not divide the head dim of this model, 6"),
         ((1, 16), "16 does not divide the neurons of this model, 40"),
@@ -86,9 +86,9 @@ def test_with_a_grain_only_multiples_are_kept_and_no_further_multiple_fits(budge
         ((1, -2), "-2 does not"),
     ],
 )
-def test_a_grain_must_divide_the_model(grain, says):
-    with pytest.raises(ValueError, match=f"grain: {says}"):
-        check_grain(small_vit(), grain)
+def test_multiples_must_divide_the_model(round_to, says):
+    with pytest.raises(ValueError, match=f"round_to: {says}"):
+        check_multiples(small_vit(), round_to)
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,8 +1,6 @@
-"""A whole run from options to files: data, model, teacher, compression, and what is left in the folder."""
+"""A whole run from its config to files: data, model, teacher, compression, and what is left in the folder."""
 
 import copy
-import difflib
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,132 +12,78 @@ import timm
 import torch
 from torch import nn
 
-import uvc.models  # noqa: F401  registers the models that timm does not have
-from uvc.app.run_dir import (
-    OPTIONS,
-    SUMMARY,
-    check_out,
-    load_weights,
-    merge_options,
-    open_out,
-    read_json,
-    save_weights,
-)
+from uvc.app.resolve import known_model, stored_run
+from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, load_weights, open_out, read_json, save_weights
 from uvc.app.summary import draw_structure
 from uvc.compaction import compact
-from uvc.config import Config
-from uvc.constraints import check_grain, limits, named_budgets, reachable
+from uvc.config import Config, RunConfig
+from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
-from uvc.io.files import write_json
+from uvc.io.files import one_line, write_json, write_text
 from uvc.io.preprocessing import cfg_of, check_classes, note_data
-from uvc.io.serialization import describe, load
+from uvc.io.serialization import load
 from uvc.latency_table import LatencyTable, measure, measure_latency, verify
 from uvc.layers import convert
 from uvc.recipes import AIMS, RECIPES
-from uvc.solver import check_tokens
 from uvc.structure import Structure
-from uvc.training.compress import LATENCY, compress, train_teacher
-from uvc.training.data import DEFAULT_MODELS, DIGITS, Data, check_name, load_data
+from uvc.training.compress import Plan, Result, carry_out, prepare, train_teacher
+from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
-# Options that are named as fields of Config; None leaves the recipe's value.
-CONFIG_FIELDS = {
-    "teacher_epochs": "teacher_epochs",
-    "warmup_epochs": "warmup_epochs",
-    "search_epochs": "search_epochs",
-    "post_epochs": "post_epochs",
-    "batch_size": "batch_size",
-    "lr": "learning_rate",
-    "seed": "seed",
-    "precision": "precision",
-}
 
 
 def compress_run(
-    out: Path,
-    options: Mapping[str, Any],
-    *,
-    resume: bool = False,
-    progress: bool = False,
-    say: Callable[[str], object] | None = None,
-) -> dict:
-    """Compress as the command-line `options` say (None: default), write the run folder, return the summary.
+    run: RunConfig, *, progress: bool = False, say: Callable[[str], object] = lambda line: None
+) -> dict[str, Any]:
+    """Compress as `run` says, write the folder `run.out`, return the summary.
 
-    `say` gets a line for each metric: what budgets can be reached.
-
-    All that can be wrong is checked before `out` is touched: ValueError or RuntimeError, one line each.
+    `say` gets a line for each metric: what budgets can be reached. All that can be wrong is checked before
+    `out` is touched: ValueError or RuntimeError, one line each.
     """
-    check_out(out, resume)
-    if resume:
-        options = merge_options(out, options)
-        if (out / SUMMARY).is_file():
-            return read_summary(out)
-    started = time.monotonic()
-    config = _config(options)
-    device = choose_device(options["device"], options["threads"] or config.threads)
-    aim = AIMS.get(options["recipe"])
-    if aim and not options["data"]:
-        raise ValueError(f"--data: none given; --recipe {options['recipe']} is for ImageNet, name its folder")
-    data_name = options["data"] or DIGITS
-    check_name(data_name)
-    model_name = known_model(options["model"] or (aim and aim.model), data_name)
-    budget, metric = (_given_or_default(options, name) for name in ("budget", "metric"))
-    if aim and options["budget"] is None and options["metric"] in (None, "macs"):
-        budget = aim.budget
-    data = _data(data_name, _model_input(model_name), config.batch_size, config.seed, options)
-    torch.manual_seed(config.seed)
-    model = convert(timm.create_model(model_name, num_classes=data.num_classes)).to(device)
+    if run.out is None:
+        raise ValueError("--out: none given; name a new or empty folder for the run")
+    out, started = Path(run.out), time.monotonic()
+    check_out(out, run.resume)
+    if run.resume and (out / SUMMARY).is_file():
+        return read_summary(out)
+    device = choose_device(run.device, run.threads)
+    data = _data(run, _model_input(run))
+    torch.manual_seed(run.seed)
+    model = convert(_model(run, data.num_classes)).to(device)
     note_data(model, data.view, data.classes)
-    check_grain(model, config.solver.grain)
-    check_tokens(model, config.solver.tokens, tuple(named_budgets(budget, metric)))
-    table = _latency_table(model, options, budget, metric, config, out)
-    limits(model, budget, metric, table)
-    describe(model)  # what cannot be saved is better said now than after the training
-    if options["teacher"]:
-        load_weights(model, Path(options["teacher"]))
-    open_out(out, options)
-    if say is not None:
-        for line in reachable(model, table, config.solver.grain):
-            say(f"reachable {line}")
-        if aim and aim.model == model_name:
-            say(f"published by others, not ours: {aim.published}")
+    plan = prepare(
+        model,
+        data.train,
+        data.val,
+        run.budget,
+        run.metric,
+        config=run.training,
+        out=out,
+        resume=run.resume,
+        latency=LatencyTable.load(Path(run.latency_table)) if run.latency_table else None,
+        latency_batch=run.latency_batch,
+    )
+    if run.teacher:
+        load_weights(model, Path(run.teacher))
+    open_out(out, run)
+    for line in reachable(model, plan.latency, run.training.solver.round_to):
+        say(f"reachable {line}")
+    aim = AIMS.get(run.recipe)
+    if aim and aim.model == run.model:
+        say(f"published by others, not ours: {aim.published}")
 
     with RunLog(out, progress) as log:
-        if not options["teacher"]:
-            _make_teacher(model, data, config, out, log)
+        if not run.teacher:
+            _make_teacher(model, data, run.training, out, log)
         teacher = copy.deepcopy(model)
         # A run that is resumed after its teacher sees the batches of a run in one go.
-        data.train.load_state_dict({"epoch": config.teacher_epochs, "batch": 0})
-        result = compress(
-            model, data.train, data.val, budget, metric, teacher, config, out, log, resume, table
-        )
-    small = compact(result.model)
-    summary = {
-        "model": model_name,
-        "data": data.name,
-        "seed": config.seed,
-        "budget": budget,
-        "metric": metric if isinstance(budget, float) else ",".join(budget),
-        "dense_macs": result.dense_cost.macs,
-        "final_macs": result.cost.macs,
-        "macs_ratio": result.cost.macs / result.dense_cost.macs,
-        "dense_params": result.dense_cost.params,
-        "final_params": result.cost.params,
-        "teacher_top1": result.teacher_top1,
-        "before_post_top1": result.before_post_top1,
-        "final_top1": evaluate(small, data.val, device),
-        "steps": result.steps,
-        "seconds": time.monotonic() - started,
-        "device": device_name(device) if device.type == "cuda" else "cpu",
-        "latency": _latency(teacher, small, data, device),
-        **({"latency_budget": _latency_check(table, teacher, small)} if table else {}),
-        "versions": versions(),
-        "structure": json.loads(result.structure.to_json()),
-    }
+        data.train.load_state_dict({"epoch": run.training.teacher_epochs, "batch": 0})
+        result = carry_out(plan, teacher, log)
+    summary = _summary(run, plan, data, teacher, result) | {"seconds": time.monotonic() - started}
     draw_run(out, summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
@@ -147,43 +91,65 @@ def compress_run(
     return summary
 
 
-def measure_run(to: Path, options: Mapping[str, Any]) -> LatencyTable:
-    """Measure the latency table of a model as the command-line `options` say, and write it to a file."""
+def measure_run(
+    to: Path,
+    model: str,
+    device: str | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    round_to: tuple[int, int] | None = None,
+) -> LatencyTable:
+    """Measure the latency table of a timm model and write it to a file; None: one image, multiples of 1."""
     if not to.absolute().parent.is_dir() or to.is_dir():
         raise ValueError(f"FILE: {str(to)!r} cannot be written; name a file in a folder that exists")
-    device = choose_device(options["device"], options["threads"])
-    model = timm.create_model(known_model(options["model"], "")).to(device)
-    grain = tuple(options["grain"] or (1, 1))
-    check_grain(model, grain)
-    table = measure(model, options["batch_size"] or 1, grain)
-    to.write_text(table.to_json())
+    place = choose_device(device, threads)
+    made = timm.create_model(known_model(model)).to(place)
+    multiples = (1, 1) if round_to is None else round_to
+    check_multiples(made, multiples)
+    table = measure(made, 1 if batch_size is None else batch_size, multiples)
+    write_text(to, table.to_json())
     return table
 
 
-def evaluate_run(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Top-1 accuracy, images, MACs and parameters of the model that `uvc.save` left in a folder."""
+def evaluate_run(
+    folder: Path,
+    data: str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Top-1 accuracy, images, MACs and parameters of the model that `uvc.save` left in a folder.
+
+    What is None is as in the run that made the folder, the device aside, which is the CPU.
+    """
     model = load(folder)
-    summary = read_summary(folder) if (folder / SUMMARY).is_file() else {}
-    data_name = options["data"] or summary.get("data", DIGITS)
-    if options["data"] is None and options["data_root"] is None and (folder / OPTIONS).is_file():
-        options = {**options, "data_root": read_json(folder / OPTIONS).get("data_root")}
-    known = cfg_of(model) or (_model_input(summary["model"]) if "model" in summary else {})
-    size = (model.in_chans, *model.patch_embed.img_size)
-    config = RECIPES.get(data_name, RECIPES["default"])()
-    device = choose_device(options["device"], options["threads"] or config.threads)
-    batch_size = options["batch_size"] or config.batch_size
-    data = _data(data_name, {**known, "input_size": size}, batch_size, config.seed, options)
-    if data.num_classes != model.num_classes:
+    run, wants = RunConfig(training=RECIPES["digits"]()), {}
+    if (folder / OPTIONS).is_file():
+        run = stored_run(folder)
+        wants = _model_input(run)
+    if data is not None and data != run.data:
+        run = replace(run, data=data, data_root=None, training=RECIPES.get(data, RECIPES["default"])())
+    changes = {"data_root": data_root, "workers": workers}
+    run = replace(run, **{name: value for name, value in changes.items() if value is not None})
+    changes = {"batch_size": batch_size, "threads": threads}
+    training = replace(run.training, **{k: v for k, v in changes.items() if v is not None})
+    place = choose_device(device, training.threads)
+    wants = cfg_of(model) or wants
+    wants["input_size"] = (model.in_chans, *model.patch_embed.img_size)
+    opened = _data(replace(run, training=training), wants)
+    if opened.num_classes != model.num_classes:
         raise ValueError(
-            f"--data: {data_name!r} has {data.num_classes} classes, the model has {model.num_classes}"
+            f"--data: {run.data!r} has {opened.num_classes} classes, the model has {model.num_classes}"
         )
-    check_classes(model, data.classes)
+    check_classes(model, opened.classes)
     figures = cost(model)
-    right, images = count_right(model.to(device), data.val, device)
+    right, images = count_right(model.to(place), opened.val, place)
     return {
         "top1": 100.0 * right / images,
         "images": images,
-        "data": data_name,
+        "data": run.data,
         "macs": figures.macs,
         "params": figures.params,
     }
@@ -205,57 +171,43 @@ def draw_run(folder: Path, summary: Mapping[str, Any]) -> None:
     draw_structure(structure, Structure.dense(load(folder)), folder / "structure.png", title)
 
 
-def _config(options: Mapping[str, Any]) -> Config:
-    name = options["recipe"] or (options["data"] or DIGITS)
-    if options["recipe"] and name not in RECIPES:
-        raise ValueError(f"--recipe: {name!r} is unknown; use one of {', '.join(RECIPES)}")
-    config = RECIPES.get(name, RECIPES["default"])()
-    given = {field: options[name] for name, field in CONFIG_FIELDS.items() if options.get(name) is not None}
-    solver = {name: options[name] for name in ("skip", "grain", "tokens") if options.get(name)}
-    if "grain" in solver:
-        solver["grain"] = tuple(solver["grain"])
-    given["solver"] = replace(config.solver, **solver)
-    distill = {"kind": options["distill"], "features": options.get("distill_features")}
-    distill = replace(config.distill, **{k: v for k, v in distill.items() if v is not None})
-    if distill.features and distill.kind == "none":
-        raise ValueError(f"--distill-features: {distill.features} has no teacher; leave out --distill none")
-    given["distill"] = distill
-    return replace(config, **given)
-
-
-def known_model(name: str | None, data: str) -> str:
-    """`name`, or the model that `data` defaults to; ValueError for one that timm does not have."""
-    if name is None and data not in DEFAULT_MODELS:
+def _model(run: RunConfig, num_classes: int) -> nn.Module:
+    """The timm model of a run; ValueError for arguments that it does not take."""
+    if not run.model_args:
+        return timm.create_model(run.model, num_classes=num_classes)
+    if "num_classes" in run.model_args:
+        raise ValueError("--model-arg: num_classes comes from the data; leave it out")
+    try:
+        return timm.create_model(run.model, num_classes=num_classes, **run.model_args)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"--model: none given for --data {data!r}; name a timm model such as deit_tiny_patch16_224"
-        )
-    name = name or DEFAULT_MODELS[data]
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models()"
-        raise ValueError(f"--model: {name!r} is no timm model; {hint}")
-    return name
+            f"--model-arg: {run.model} cannot be made with {run.model_args}: {one_line(error)}"
+        ) from None
 
 
-def _model_input(model_name: str) -> dict[str, Any]:
-    found = timm.get_pretrained_cfg(model_name)
-    return found.to_dict() if found is not None else {"input_size": (3, 224, 224)}
+def _model_input(run: RunConfig) -> dict[str, Any]:
+    """What the model of a run takes, as timm's `pretrained_cfg` has it."""
+    found = timm.get_pretrained_cfg(run.model)
+    wants = found.to_dict() if found is not None else {"input_size": (3, 224, 224)}
+    return {**wants, "input_size": _input_size(wants["input_size"], run.model_args)}
 
 
-def _data(
-    name: str, model_input: Mapping[str, Any], batch_size: int, seed: int, options: Mapping[str, Any]
-) -> Data:
-    more = {
-        key: value
-        for key, value in (("workers", options["workers"]), ("root", options["data_root"]))
-        if value
-    }
-    return load_data(name, model_input=model_input, batch_size=batch_size, seed=seed, **more)
+def _data(run: RunConfig, model_input: Mapping[str, Any]) -> Data:
+    return load_data(
+        run.data,
+        model_input=model_input,
+        batch_size=run.training.batch_size,
+        seed=run.seed,
+        workers=run.workers,
+        root=run.data_root,
+    )
 
 
-def _given_or_default(options: Mapping[str, Any], name: str) -> Any:
-    given = options[name]
-    return inspect.signature(compress).parameters[name].default if given is None else given
+def _input_size(size: tuple[int, int, int], args: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of a model made with these arguments."""
+    images = args.get("img_size", size[1:])
+    height, width = images if isinstance(images, tuple) else (images, images)
+    return (args.get("in_chans", size[0]), height, width)
 
 
 def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: RunLog) -> None:
@@ -269,32 +221,30 @@ def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: 
     checkpoint.unlink(missing_ok=True)
 
 
-def _latency_table(
-    model: nn.Module,
-    options: Mapping[str, Any],
-    budget: float | Mapping[str, float],
-    metric: str,
-    config: Config,
-    out: Path,
-) -> LatencyTable | None:
-    """The table of a budget in latency: the given one, that of the run to resume, or one measured now."""
-    given = options["latency_table"]
-    if "latency" not in named_budgets(budget, metric):
-        if given or options["latency_batch"]:
-            raise ValueError(
-                "--latency-table, --latency-batch: no budget is in latency; add --metric latency"
-            )
-        return None
-    if given and options["latency_batch"]:
-        raise ValueError(
-            f"--latency-batch: {options['latency_batch']}, but --latency-table has its own; leave it out"
-        )
-    file = Path(given) if given else out / LATENCY
-    if given or file.is_file():
-        table = LatencyTable.load(file)
-        table.check(model)
-        return table
-    return measure(model, options["latency_batch"] or 1, config.solver.grain)
+def _summary(run: RunConfig, plan: Plan, data: Data, teacher: nn.Module, result: Result) -> dict[str, Any]:
+    """The figures of a finished run."""
+    small, device = compact(result.model), next(result.model.parameters()).device
+    return {
+        "model": run.model,
+        "data": data.name,
+        "seed": run.seed,
+        "budget": run.budget,
+        "metric": ",".join(run.budgets),
+        "dense_macs": result.dense_cost.macs,
+        "final_macs": result.cost.macs,
+        "macs_ratio": result.cost.macs / result.dense_cost.macs,
+        "dense_params": result.dense_cost.params,
+        "final_params": result.cost.params,
+        "teacher_top1": result.teacher_top1,
+        "before_post_top1": result.before_post_top1,
+        "final_top1": evaluate(small, data.val, device),
+        "steps": result.steps,
+        "device": device_name(device) if device.type == "cuda" else "cpu",
+        "latency": _latency(teacher, small, data, device),
+        **({"latency_budget": _latency_check(plan.latency, teacher, small)} if plan.latency else {}),
+        "versions": versions(),
+        "structure": json.loads(result.structure.to_json()),
+    }
 
 
 def _latency_check(table: LatencyTable, teacher: nn.Module, small: nn.Module) -> dict[str, Any]:

@@ -1,23 +1,23 @@
-"""The folder of a run: made safely, resumed with the options it began with, weights read strictly.
+"""The folder of a run: made safely, weights read strictly.
 
-A run folder holds `run.json` (the options), `teacher/`, checkpoints, logs, and at its end the compacted
+A run folder holds `run.json` (its `RunConfig`), `teacher/`, checkpoints, logs, and at its end the compacted
 model, `structure.json`, `structure.png` and `summary.json`.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from uvc.io.files import write_json
+from uvc.config import RunConfig
+from uvc.io.files import make_folder, write_json
 from uvc.io.finite import refuse_not_finite
 
 OPTIONS = "run.json"
 SUMMARY = "summary.json"
-PLACES = ("device", "threads", "workers", "data_root")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,35 +51,12 @@ def check_out(out: Path, resume: bool) -> None:
         )
 
 
-def merge_options(out: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options a run began with; ValueError when one that is given now (not None) says otherwise.
-
-    Those that change where a run computes, but not what, may be given anew.
-    """
-    stored = read_json(out / OPTIONS)
-    for name, value in given.items():
-        if value is None or stored.get(name) == value:
-            continue
-        if name in PLACES:
-            stored[name] = value
-        else:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag}: {value!r}, but the run to resume began with {stored.get(name)!r}; leave it out"
-            )
-    return stored
-
-
-def open_out(out: Path, options: Mapping[str, Any]) -> None:
-    """Make the folder and note the options in it; ValueError when that cannot be done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not (out / OPTIONS).exists():
-            write_json(out / OPTIONS, dict(options))
-    except OSError as error:
-        raise ValueError(
-            f"--out: {str(out)!r} cannot be written: {error.strerror}; name another folder"
-        ) from error
+def open_out(out: Path, run: RunConfig) -> None:
+    """Make the folder and note in it what the run is; ValueError when that cannot be done."""
+    make_folder(out, "--out")
+    if not (out / OPTIONS).exists():
+        # Where a run lies and how it was called are no part of it.
+        write_json(out / OPTIONS, {k: v for k, v in asdict(run).items() if k not in ("out", "resume")})
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

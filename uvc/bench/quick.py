@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from uvc import environment
-from uvc.app.pipeline import known_model
+from uvc.app.resolve import known_model
 from uvc.bench import ceilings, regression, rows, table
 from uvc.bench.figure import speedup_figure
 from uvc.bench.models import models
@@ -55,7 +55,7 @@ def _setting(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["against"] is not None and options["against_ref"] is not None:
         raise ValueError("--against and --against-ref exclude each other; give one")
     device = choose_device(options["device"], options["threads"])
-    model = known_model(options["model"] or MODEL, "")
+    model = known_model(options["model"] or MODEL)
     dtype = options["dtype"] or ("bfloat16" if device.type == "cuda" else "float32")
     if device.type == "cpu" and dtype == "float16":
         raise ValueError("--dtype: float16 is for GPUs; use float32 or bfloat16")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: a reader sees the old file or the new one."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all: a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(_plain(value), indent=2) + "\n")
-    os.replace(part, path)
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+
+
+def make_folder(path: Path, option: str) -> Path:
+    """`path`, made if need be; ValueError, naming the option, when files cannot be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option}: {str(path)!r} cannot be written: {one_line(error)}; name another folder"
+        ) from None
+    return path

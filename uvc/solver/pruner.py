@@ -55,7 +55,9 @@ class Search:
         self.limits = limits(model, budget, metric, latency)
         self.groups = Groups(model)
         device = next(model.parameters()).device
-        self.state = State.new(self.groups.geometry, config.gate_init, device, len(self.limits), config.grain)
+        self.state = State.new(
+            self.groups.geometry, config.gate_init, device, len(self.limits), config.round_to
+        )
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True

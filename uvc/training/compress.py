@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.data import DataLoader
 
 from uvc.compaction import compact
-from uvc.config import Config
-from uvc.constraints import check_grain, limits, named_budgets
+from uvc.config import Config, DistillConfig, named_budgets
+from uvc.constraints import check_multiples, limits
 from uvc.costs import Cost, cost
-from uvc.io.serialization import save
+from uvc.io.files import make_folder, write_text
+from uvc.io.serialization import describe, save
 from uvc.latency_table import LatencyTable, measure
 from uvc.layers import check, check_children, convert
 from uvc.solver import METHODS, check_tokens
@@ -65,6 +67,68 @@ def train_teacher(
     return evaluate(model, val_loader)
 
 
+class Plan(NamedTuple):
+    """What a search was asked for, checked against its model: nothing of it is refused later."""
+
+    model: nn.Module
+    train_loader: DataLoader
+    val_loader: DataLoader
+    budget: float | Mapping[str, float]
+    metric: str
+    config: Config
+    latency: LatencyTable | None  # of a budget in latency
+    out: Path | None
+    resume: bool
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file of an unfinished run."""
+        return self.out / "checkpoint.safetensors" if self.out else None
+
+
+def prepare(
+    model: nn.Module,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    budget: float | Mapping[str, float] = 0.5,
+    metric: str = "macs",
+    teacher: nn.Module | None = None,
+    config: Config | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    latency: LatencyTable | None = None,
+    latency_batch: int | None = None,
+) -> Plan:
+    """The arguments of `compress`, checked; a latency table is measured where one is needed and none is at
+    hand, for batches of `latency_batch` images. ValueError for whatever cannot be done.
+    """
+    config = config or Config()
+    solver, named = config.solver, named_budgets(budget, metric)
+    if solver.method not in METHODS:
+        known = " and ".join(repr(name) for name in METHODS)
+        raise ValueError(f"solver method: {solver.method!r}; known are {known}")
+    if solver.method == "published" and list(named) not in (["macs"], ["params"]):
+        raise ValueError(f"budget: {named}; the published method takes one, in macs or params")
+    if latency is not None and "latency" not in named:
+        raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
+    check(model)
+    check_children(model)  # what the final compaction would refuse
+    check_multiples(model, solver.round_to)
+    check_tokens(model, solver.tokens, tuple(named))
+    check_loader(train_loader)
+    if teacher is not None:
+        check_teacher(model, teacher, config.distill)
+    if out is not None:
+        describe(model)  # what could not be saved is refused now, not after the training
+    if "latency" in named:
+        if latency is None and resume and out and (out / LATENCY).exists():
+            latency = LatencyTable.load(out / LATENCY)
+        latency = latency or measure(model, latency_batch or 1, solver.round_to)
+        latency.check(model)
+    limits(model, budget, metric, latency)
+    return Plan(model, train_loader, val_loader, budget, metric, config, latency, out, resume)
+
+
 def compress(
     model: nn.Module,
     train_loader: DataLoader,
@@ -99,48 +163,41 @@ def compress(
             loaders of ``uvc.training.data``; None = the teacher answers in every step.
 
     Raises:
-        ValueError: a bad argument, named; a budget below the smallest reachable one, before any training.
+        ValueError: a bad argument, named; a budget below the smallest reachable one; a model that ``out``
+            could not hold. All of it before any training.
     """
-    config = config or Config()
-    if config.solver.method not in METHODS:
-        known = " and ".join(repr(name) for name in METHODS)
-        raise ValueError(f"solver method: {config.solver.method!r}; known are {known}")
-    check(model)
-    check_children(model)  # what the final compaction would refuse, before any training
-    named = named_budgets(budget, metric)
-    if config.solver.method == "published" and list(named) not in (["macs"], ["params"]):
-        raise ValueError(f"budget: {named}; the published method takes one, in macs or params")
-    if latency is not None and "latency" not in named:
-        raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
-    check_grain(model, config.solver.grain)
-    check_tokens(model, config.solver.tokens, tuple(named))
-    table_file = Path(out) / LATENCY if out else None
-    if "latency" in named:
-        if latency is None and resume and table_file is not None and table_file.exists():
-            latency = LatencyTable.load(table_file)
-        latency = latency or measure(model, grain=config.solver.grain)
-        latency.check(model)
-    limits(model, budget, metric, latency)
-    check_loader(train_loader)
-    if latency is not None and table_file is not None:
-        table_file.parent.mkdir(parents=True, exist_ok=True)
-        table_file.write_text(latency.to_json())
-    own_log = log is None
-    log = log or RunLog(Path(out) if out else None)
+    out = None if out is None else make_folder(Path(out), "out")
+    plan = prepare(model, train_loader, val_loader, budget, metric, teacher, config, out, resume, latency)
+    with nullcontext(log) if log is not None else RunLog(out) as log:
+        return carry_out(plan, teacher, log, teacher_cache)
+
+
+def carry_out(
+    plan: Plan, teacher: nn.Module | None, log: RunLog, teacher_cache: str | Path | None = None
+) -> Result:
+    """`compress`, once its arguments have been checked."""
+    model, config, out = plan.model, plan.config, plan.out
+    if plan.latency is not None and out:
+        write_text(out / LATENCY, plan.latency.to_json())
     teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
     dense_cost = cost(model, Structure.dense(model))
-    file = Path(out) / "checkpoint.safetensors" if out else None
     trainer = Trainer(
-        convert(model), train_loader, val_loader, config, log, file, budget=budget, metric=metric
+        convert(model),
+        plan.train_loader,
+        plan.val_loader,
+        config,
+        log,
+        plan.checkpoint,
+        budget=plan.budget,
+        metric=plan.metric,
     )
-    if resume and file is not None and file.exists():
+    if plan.resume and out and plan.checkpoint.exists():
         trainer.load()
     set_seed(config.seed, bool(trainer.mix))
     method = METHODS[config.solver.method]
     method.prepare(model, config.solver)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(config.distill.kind != "none")
-
     task = Classification(config.label_smoothing, config.precision)
     if config.distill.kind != "none":
         settings = (teacher, config.distill, config.label_smoothing, config.precision)
@@ -149,18 +206,18 @@ def compress(
         else:
             mixing = {"mixup": config.mixup, "cutmix": config.cutmix}
             mixing |= {"seed": config.seed} if trainer.mix else {}
-            task = cached(teacher_cache, train_loader, mixing, *settings)
-    teacher_top1 = evaluate(teacher, val_loader)
+            task = cached(teacher_cache, plan.train_loader, mixing, *settings)
+    teacher_top1 = evaluate(teacher, plan.val_loader)
 
     warmup, searching = config.warmup_epochs, config.search_epochs
     optimizer = trainer.optimizer(config.search_learning_rate)
     if not trainer.finished("search"):
         trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
-        steps = searching * len(train_loader)
-        search = method(model, budget, metric, steps, config.solver, config.seed, latency)
+        steps = searching * len(plan.train_loader)
+        search = method(model, plan.budget, plan.metric, steps, config.solver, config.seed, plan.latency)
         trainer.phase("search", searching, task, optimizer, search, schedule=(warmup, warmup + searching))
         search.harden()
-        before_post = evaluate(model, val_loader)
+        before_post = evaluate(model, plan.val_loader)
         trainer.history.append({"phase": "harden", "top1": before_post})
         log.note(event="harden", top1=before_post)
     else:
@@ -172,9 +229,7 @@ def compress(
     model.eval()
     if out:
         save(compact(model), out)
-        (Path(out) / "structure.json").write_text(structure_of(model).to_json() + "\n")
-    if own_log:
-        log.close()
+        write_text(out / "structure.json", structure_of(model).to_json() + "\n")
     return Result(
         model=model,
         structure=structure_of(model),
@@ -182,10 +237,25 @@ def compress(
         dense_cost=dense_cost,
         teacher_top1=teacher_top1,
         before_post_top1=before_post,
-        final_top1=evaluate(model, val_loader),
+        final_top1=evaluate(model, plan.val_loader),
         steps=trainer.steps,
         history=trainer.history,
     )
+
+
+def check_teacher(model: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:
+    """ValueError unless a model can learn what a teacher's classifier says and, if asked for, reads."""
+    if config.kind == "none":
+        return
+    mine, its = (getattr(m, "num_classes", None) for m in (model, teacher))
+    if None not in (mine, its) and mine != its:
+        raise ValueError(f"teacher: it has {its} classes, the model {mine}; take one with these classes")
+    mine, its = (getattr(getattr(m, "head", None), "in_features", None) for m in (model, teacher))
+    if config.features and mine != its:
+        raise ValueError(
+            f"distill features: the model's are {mine} wide, the teacher's {its}; take a teacher as wide as "
+            "the model, or features 0"
+        )
 
 
 def check_loader(loader: DataLoader) -> None:

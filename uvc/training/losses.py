@@ -22,9 +22,6 @@ class Mixing:
     """
 
     def __init__(self, config: Config, num_classes: int) -> None:
-        for name in ("mixup", "cutmix"):
-            if getattr(config, name) < 0:
-                raise ValueError(f"{name}: {getattr(config, name)} is negative; 0 turns it off")
         self._alphas = (config.mixup, config.cutmix) if config.mixup or config.cutmix else None
         self.num_classes = num_classes
 
@@ -63,8 +60,6 @@ class Classification:
     """
 
     def __init__(self, label_smoothing: float = 0.0, precision: str = "float32") -> None:
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision: {precision!r}; known are 'float32' and 'bfloat16'")
         self.label_smoothing = label_smoothing
         self.half = precision == "bfloat16"
 
@@ -112,10 +107,6 @@ class Distillation(Classification):
         precision: str = "float32",
     ) -> None:
         super().__init__(label_smoothing, precision)
-        if config.kind not in ("soft", "hard"):
-            raise ValueError(f"distill kind: {config.kind!r}; known are 'none', 'soft' and 'hard'")
-        if config.features < 0.0:
-            raise ValueError(f"distill features: {config.features} is negative; 0 leaves features alone")
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
 

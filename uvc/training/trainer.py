@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from uvc.config import Config
 from uvc.io.finite import refuse_not_finite
+from uvc.settings import from_dict, hints
 from uvc.solver import Search
 from uvc.structure import structure_of
 from uvc.training.checkpoint import (
@@ -58,8 +59,6 @@ class Trainer:
         )
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
-        if not 0.0 <= config.ema_decay < 1.0:
-            raise ValueError(f"ema_decay: {config.ema_decay} is outside [0, 1); 0 turns averaging off")
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
         # A checkpoint belongs to one set of them; how often one is written is none of it.
         self.settings = _json_like({**asdict(config), **settings})
@@ -216,7 +215,7 @@ class Trainer:
         last batch.
         """
         self.tensors, self.resumed = load_run(self.file)
-        if self.resumed["settings"] != self.settings:
+        if not _same(self.resumed["settings"], self.settings):
             raise ValueError(
                 f"{self.file}: it was written with other settings; resume with the same ones or start afresh"
             )
@@ -246,6 +245,20 @@ class Trainer:
         self.feed.load_state(self.tensors["random"], self.resumed["loader"], inside)
         epoch, self.resumed, self.tensors = self.resumed["epoch"], {}, {}
         return epoch, done
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two settings of a run, perhaps of an older version, train alike; threads aside."""
+    names = hints(Config)
+
+    def parts(settings: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+        config = from_dict(Config, {k: v for k, v in settings.items() if k in names})
+        return replace(config, threads=None), {k: v for k, v in settings.items() if k not in names}
+
+    try:
+        return parts(one) == parts(other)
+    except ValueError:  # it has a setting that is unknown here
+        return False
 
 
 def _json_like(value: Any) -> Any:
