@@ -18,6 +18,7 @@ import uvc.latency_table
 from uvc import cli
 from uvc.constraints import reachable
 from uvc.models import uvc_vit_digits
+from uvc.training.checkpoint import load_run, save_run
 from uvc.training.logger import RunLog
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -47,6 +48,8 @@ def mistakes(tmp_path):
     lacking = tmp_path / "lacking.safetensors"
     save_file({"cls_token": torch.zeros(1, 1, 24)}, lacking)
     (tmp_path / "file").write_text("no folder")
+    toml = tmp_path / "settings.toml"
+    toml.write_text("training.ema_decay = 2")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     return {
@@ -103,6 +106,21 @@ def mistakes(tmp_path):
         "an output that nobody can write": (["--out", "/proc/uvc"], "--out", "/proc/uvc"),
         "an output with other files": (["--out", str(tmp_path / "mine")], "--out", "mine"),
         "nothing to resume": (["--resume"], "--resume", "out"),
+        "a model argument that the model does not take": (
+            ["--model-arg", "colour=3"],
+            "--model-arg",
+            "colour",
+        ),
+        "the number of classes as a model argument": (
+            ["--model-arg", "num_classes=3"],
+            "--model-arg",
+            "num_classes",
+        ),
+        "a setting out of range in a file": (
+            ["--config", str(toml)],
+            "settings.toml: training.ema_decay",
+            "2; it must be in [0, 1)",
+        ),
         "an unknown option": (["--bugdet", "0.5"], "--bugdet", "--budget"),
     }
 
@@ -119,7 +137,9 @@ an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
 a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
 a teacher that lacks weights; no such teacher; an output that is a file; an output below a file;
-an output that nobody can write; an output with other files; nothing to resume; an unknown option"""
+an output that nobody can write; an output with other files; nothing to resume;
+a model argument that the model does not take; the number of classes as a model argument;
+a setting out of range in a file; an unknown option"""
 NAMES = NAMES.replace("\n", " ").split("; ")
 
 
@@ -171,10 +191,9 @@ def test_data_without_a_model_of_its_own_needs_one(tmp_path, capsys):
     assert shown.count("\n") == 1 and "--model" in shown and "torch/cifar10" in shown
 
 
-def test_the_console_command_exits_with_2_and_no_traceback(tmp_path):
-    start = [sys.executable, "-c", "from uvc.cli import main; main()"]
+def test_python_m_uvc_exits_with_2_and_no_traceback(tmp_path):
     done = subprocess.run(
-        [*start, "compress", "--out", str(tmp_path / "out"), "--budget", "1.5"],
+        [sys.executable, "-m", "uvc", "compress", "--out", str(tmp_path / "out"), "--budget", "1.5"],
         capture_output=True,
         text=True,
     )
@@ -378,6 +397,48 @@ def test_run_interrupted_in_every_phase_ends_with_130_and_resumes_to_the_same_re
     whole, resumed = summary(finished), summary(out)
     for name in ("structure", "teacher_top1", "before_post_top1", "final_top1", "steps"):
         assert resumed[name] == whole[name]
+
+
+def test_a_file_of_all_settings_gives_the_same_result_as_options_and_recipe(finished, tmp_path, capsys):
+    assert cli.run(["compress", "--seed", "3", *SHORT, "--show-config"]) == 0
+    (tmp_path / "run.toml").write_text(capsys.readouterr().out)
+    options = ["--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out"), "--quiet"]
+    assert cli.run(["compress", *options]) == 0
+    same = ("model.safetensors", "config.json", "structure.json", "run.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes() for name in same)
+
+
+def test_a_run_interrupted_in_an_older_version_resumes_to_the_same_result(finished, tmp_path, monkeypatch):
+    """Its run.json holds options of the command line, its checkpoint settings under their former names."""
+    out, note = tmp_path / "out", RunLog.note
+
+    def interrupt(self, **fields):
+        note(self, **fields)
+        if self._phase == "search" and fields.get("epoch") == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "note", interrupt)
+        assert cli.run(["compress", "--out", str(out), "--seed", "3", *SHORT]) == 130
+    names = ["budget", "metric", "device", "threads", "workers", "data_root", "lr", "skip", "grain", "tokens"]
+    names += ["recipe", "teacher", "latency_table", "latency_batch", "precision", "distill"]
+    given = {"data": "digits", "model": "uvc_test_vit", "seed": 3, "batch_size": 216}
+    given |= {f"{name}_epochs": count for name, count in EPOCHS.items()}
+    (out / "run.json").write_text(json.dumps({**dict.fromkeys(names), **given}))
+    tensors, facts = load_run(out / "checkpoint.safetensors")
+    facts["settings"]["solver"]["grain"] = facts["settings"]["solver"].pop("round_to")
+    facts["settings"]["threads"] = None
+    save_run(out / "checkpoint.safetensors", tensors, facts)
+    assert cli.run(["compress", "--out", str(out), "--resume", "--quiet"]) == 0
+    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+def test_a_model_argument_reaches_the_model_and_its_images(tmp_path):
+    options = ["--model-arg", "img_size=12", "--model-arg", "depth=2", "--model-arg", "drop_path_rate=0.1"]
+    assert cli.run(["compress", "--out", str(tmp_path), *options, *SHORT]) == 0
+    small = uvc.load(tmp_path)
+    assert small.patch_embed.img_size == (12, 12) and len(small.blocks) == 2
+    assert cli.run(["eval", str(tmp_path)]) == 0
 
 
 def test_resume_from_a_truncated_checkpoint_is_one_line(finished, tmp_path, capsys):

@@ -6,6 +6,7 @@ a tuple, `Literal`, or one of the ranges below.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -64,7 +65,8 @@ def check(value: Any, hint: Any) -> Any:
     """`value`, with lists as tuples; ValueError with the reason unless it is what an annotation says."""
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Annotated:
-        if not args[1].holds(check(value, args[0])):
+        value = check(value, args[0])
+        if not args[1].holds(value):
             raise ValueError(f"{value!r}; it must be {args[1].says}")
         return value
     if kind is Literal:
@@ -93,20 +95,22 @@ KINDS = {
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
     str: (str, "a text"),
-    type(None): (type(None), "left out"),
+    tuple: (tuple, "a list"),
     dict: (Mapping, "a table"),
 }
 
 
 def _check_any(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """The reason of the first alternative, where none fits."""
-    reasons = []
+    if value is None and type(None) in kinds:
+        return value
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if len(kinds) == 1:
+        return check(value, kinds[0])
     for kind in kinds:
-        try:
+        with contextlib.suppress(ValueError):
             return check(value, kind)
-        except ValueError as error:
-            reasons.append(error)
-    raise reasons[0]
+    words = " or ".join(KINDS[typing.get_origin(kind) or kind][1] for kind in kinds)
+    raise ValueError(f"{value!r}; it must be {words}")
 
 
 def renamed(**names: str) -> Callable[[type[C]], type[C]]:
