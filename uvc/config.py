@@ -49,7 +49,6 @@ class DistillConfig:
             raise BadSetting("features", f"{self.features} has no teacher where kind is 'none'", "distill ")
 
 
-@renamed(grain="round_to")
 @dataclass(frozen=True)
 class DataConfig:
     """How photographs become images of a batch, in the terms of timm's training script. None: as the model
@@ -67,6 +66,7 @@ class DataConfig:
     scale: tuple[float, float] = (0.08, 1.0)  # least and largest share of a training image that a crop shows
 
 
+@renamed(grain="round_to")
 @dataclass(frozen=True)
 class SolverConfig:
     """The primal-dual solver. Rates are per solver step; fractions of the search are in [0, 1].
