@@ -10,6 +10,8 @@ from test_compress import CONFIG, digits_data, digits_model
 import uvc
 import uvc.models
 from uvc.io.finite import first_not_finite
+from uvc.solver import Search
+from uvc.training.checkpoint import load_run
 from uvc.training.compress import compress
 from uvc.training.finite import FiniteCheck
 
@@ -109,3 +111,20 @@ def test_steps_on_another_device_are_looked_at_when_read():
     check.pending = [(0, 7, torch.tensor([1.0, 2.0])), (0, 8, torch.tensor([1.0, torch.inf]))]
     with pytest.raises(RuntimeError, match=r"search: epoch 0, batch 8: the loss is 1 and .* gradient inf"):
         check.read()
+
+
+def test_a_score_that_is_not_finite_is_not_saved(tmp_path):
+    tensors = Search.tensors
+
+    def with_nan(search):
+        found = {name: tensor.clone() for name, tensor in tensors(search).items()}
+        next(t for name, t in found.items() if "importance" in name)[:1] = torch.nan
+        return found
+
+    data = digits_data()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Search, "tensors", with_nan)
+        with pytest.raises(ValueError, match=r"search: epoch 1, batch 0: not saved: search \S*importance"):
+            compress(digits_model(), data.train, data.val, 0.7, config=SHORT, out=tmp_path)
+    _, facts = load_run(tmp_path / "checkpoint.safetensors")
+    assert facts["phase"] == "warmup"

@@ -192,13 +192,16 @@ class Trainer:
         """Writes what a run needs to go on in an epoch of which some batches are done."""
         if self.file is None:
             return
-        refuse_not_finite(self.model.state_dict(), f"{phase}: epoch {epoch}, batch {done}: not saved")
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
         tensors["random"], loader = self.feed.state()
         if self.average:
             tensors["average"] = self.average.module.state_dict()
         if search:
             tensors["search"] = search.tensors()
+        # Weights, moments, averages and scores alike: from values that are not finite no run can go on.
+        named = {f"{group} {name}": t for group, part in tensors.items() for name, t in part.items()}
+        numbers = {name: t for name, t in named.items() if not name.startswith("random ")}
+        refuse_not_finite(numbers, f"{phase}: epoch {epoch}, batch {done}: not saved")
         facts = {
             "phase": phase,
             "epoch": epoch,
