@@ -102,7 +102,13 @@ def converted(model: nn.Module) -> bool:
 
 def macs_of(model: nn.Module) -> int:
     """MACs per image of any model, by torch's flop counter."""
-    return count_macs(model, torch.zeros(1, 1, *model.patch_embed.img_size))
+    return count_macs(model, blank(model))
+
+
+def blank(model: nn.Module) -> Tensor:
+    """An empty image [1, C, H, W] of the size that a ViT takes."""
+    embed = model.patch_embed
+    return torch.zeros(1, embed.proj.in_channels, *embed.img_size)
 
 
 class Trace(RunLog):
@@ -157,8 +163,12 @@ class Context:
 
     def loss(self) -> Classification:
         """The task object that every arm trains on."""
-        kind = self.config.distill.kind
-        return Classification() if kind == "none" else Distillation(self.teacher, self.config.distill)
+        distill, common = self.config.distill, (self.config.label_smoothing, self.config.precision)
+        return (
+            Classification(*common)
+            if distill.kind == "none"
+            else Distillation(self.teacher, distill, *common)
+        )
 
     def trainer(self, model: nn.Module) -> Trainer:
         """uvc's own training loop, for any arm."""

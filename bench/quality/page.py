@@ -142,13 +142,17 @@ def blocks(rows: list[Row]) -> dict[str, str]:
 
 
 def filled(text: str, rows: list[Row]) -> str:
-    """`text` with every block between its markers written anew; KeyError on an unknown name."""
-    texts = blocks(rows)
+    """`text` with every block of this bench between its markers written anew."""
+    return between_markers(text, "quality", blocks(rows))
+
+
+def between_markers(text: str, bench: str, texts: dict[str, str]) -> str:
+    """`text` with `texts` between the markers of a bench; KeyError on an unknown name."""
 
     def write(match: re.Match) -> str:
         return f"{match[1]}\n{texts[match[2]]}\n{match[3]}"
 
-    return re.sub(r"(<!-- quality (\w+) -->).*?(<!-- /quality \2 -->)", write, text, flags=re.S)
+    return re.sub(rf"(<!-- {bench} (\w+) -->).*?(<!-- /{bench} \2 -->)", write, text, flags=re.S)
 
 
 def write(rows: list[Row], results: Path, docs: Path) -> None:

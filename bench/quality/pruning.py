@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
-from bench.quality.context import Context, macs_of
+from bench.quality.context import Context, blank, macs_of
 
 RATIOS = [i / 50 for i in range(1, 50)]
 
@@ -73,17 +73,20 @@ def _pruned(dense: nn.Module, ratio: float, of_heads: float, importance: Any, op
     attentions = [block.attn for block in model.blocks]
     for attention in attentions:
         attention.fused_attn = False  # the graph tracer does not know the fused product
-    pruner = _tp().pruner.BasePruner(
-        model,
-        torch.zeros(1, 1, *model.patch_embed.img_size),
-        importance=importance,
-        pruning_ratio=ratio,
-        ignored_layers=[model.head],
-        num_heads={attention.qkv: attention.num_heads for attention in attentions},
-        prune_num_heads=True,
-        head_pruning_ratio=of_heads,
-        **options,
-    )
+    with warnings.catch_warnings():
+        # Embeddings and layer scales are pruned along their last dim, which is right.
+        warnings.filterwarnings("ignore", "Unwrapped parameters")
+        pruner = _tp().pruner.BasePruner(
+            model,
+            blank(model),
+            importance=importance,
+            pruning_ratio=ratio,
+            ignored_layers=[model.head],
+            num_heads={attention.qkv: attention.num_heads for attention in attentions},
+            prune_num_heads=True,
+            head_pruning_ratio=of_heads,
+            **options,
+        )
     pruner.step()
     for attention in attentions:
         attention.num_heads = pruner.num_heads[attention.qkv]

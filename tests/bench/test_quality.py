@@ -10,6 +10,7 @@ import torch
 from bench.quality import arms, context, harness, page, report
 from bench.quality.tasks import TASKS, Batches, Split, Task
 from uvc.config import Config, SolverConfig
+from uvc.costs import cost
 from uvc.structure import structure_of
 
 
@@ -63,6 +64,11 @@ def test_every_arm_ends_within_the_budget_with_a_whole_row(arm):
 def test_torch_pruning_ends_within_the_budget(arm):
     pytest.importorskip("torch_pruning")
     assert 0.1 < harness.run_job(job(arm, 0.4))["macs_ratio"] <= 0.4
+
+
+def test_macs_count_attention_whether_or_not_it_is_fused():
+    model = context.build(TASKS["digits"])
+    assert context.macs_of(model) == cost(model).macs
 
 
 def test_a_search_leaves_its_trace():
