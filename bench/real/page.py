@@ -1,0 +1,150 @@
+"""docs/real.md and the README's table from the CSV: no figure is typed by hand."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench.quality.page import between_markers
+from bench.quality.report import Row, mean_of, paired
+from bench.real.arms import ARMS
+from bench.real.harness import Job, jobs, key
+from bench.real.setup import Setup
+
+OURS = "uvc"
+BUDGETS, SEEDS = (0.5, 0.33), (0, 1)
+NAMES = {
+    "uvc": "**UVC**, `uvc compress`",
+    "global_taylor": "global Taylor, once",
+    "global_taylor_rescored": "global Taylor, re-scored",
+    "tp_isomorphic": "torch-pruning, isomorphic",
+    "dense_extra": "dense, trained on",
+}
+
+
+def of_part(rows: Iterable[Row], part: str = "emoji") -> list[Row]:
+    """Rows of held-out pictures, or of those for choosing settings."""
+    return [row for row in rows if row["part"] == part]
+
+
+def results(rows: list[Row]) -> str:
+    """A table: every arm at every budget, what it reached by seed, and what it took."""
+    out = [
+        "| MACs kept | | seeds | after the search | **after post-training** | UVC - it, by seed | MACs "
+        "| parameters | seconds | processor seconds |",
+        "|---" * 10 + "|",
+    ]
+    cases = defaultdict(list)
+    for row in rows:
+        cases[float(row["budget"]), row["arm"]].append(row)
+    for budget, arm in sorted(cases, key=lambda case: (-case[0], ARMS.index(case[1]))):
+        own = sorted(cases[budget, arm], key=lambda row: int(row["seed"]))
+        differences = (
+            []
+            if arm in (OURS, "dense_extra")
+            else paired([*own, *cases[budget, OURS]], OURS, arm, "after_top1")
+        )
+        cells = [
+            f"{budget:g}",
+            NAMES[arm],
+            ", ".join(row["seed"] for row in own),
+            "" if arm == "dense_extra" else f"{mean_of(own, 'before_top1'):.1f}",
+            f"{mean_of(own, 'after_top1'):.1f} ({', '.join(_short(row['after_top1']) for row in own)})",
+            ", ".join(f"{difference:+.1f}" for difference in differences),
+            f"{mean_of(own, 'macs_ratio'):.3f}",
+            f"{mean_of(own, 'params_ratio'):.3f}",
+            f"{mean_of(own, 'seconds'):.0f}",
+            f"{mean_of(own, 'cpu_seconds'):.0f}",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) if cases else "No row yet."
+
+
+def teachers(rows: list[Row]) -> str:
+    """Which teacher each seed had."""
+    found = sorted({(int(r["seed"]), r["probe_top1"], r["teacher_top1"]) for r in rows})
+    out = ["| seed | linear classifier on frozen features | fine-tuned: the teacher |", "|---|---|---|"]
+    out += [f"| {seed} | {_short(probe)} | {_short(top1)} |" for seed, probe, top1 in found]
+    return "\n".join(out) if found else "No row yet."
+
+
+def short(rows: list[Row]) -> str:
+    """The README's table: top-1 after post-training, by seed."""
+    arms = [arm for arm in ARMS if arm != "dense_extra" and any(row["arm"] == arm for row in rows)]
+    if not arms:
+        return "No row yet."
+    out = ["| MACs kept | " + " | ".join(NAMES[arm] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    for budget in BUDGETS:
+        cells = []
+        for arm in arms:
+            own = [r for r in rows if r["arm"] == arm and float(r["budget"]) == budget]
+            cells.append(
+                ", ".join(_short(r["after_top1"]) for r in sorted(own, key=lambda r: int(r["seed"])))
+            )
+        out.append(f"| {budget:g} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def stand(rows: list[Row]) -> str:
+    """How many rows there are, where they were run, and which are missing."""
+    missing = [job for job in wanted() if job not in {key(row) for row in rows}]
+    out = [f"{len(rows)} rows."]
+    for device in sorted({row["device"] for row in rows}):
+        own = [row for row in rows if row["device"] == device]
+        days, commits, versions = (sorted({r[name] for r in own}) for name in ("date", "commit", "versions"))
+        where = f"{len(own)} on {device}, {_between(days)}, commit {', '.join(commits)}"
+        out.append(f"{where}, with {'; '.join(versions)}.")
+    if missing:
+        names = ", ".join(f"{job.arm} at {job.budget:g} of seed {job.seed}" for job in missing)
+        out.append(f"Still missing: {names}.")
+    return " ".join(out)
+
+
+def setting(rows: list[Row]) -> str:
+    """The setting that all rows have in common."""
+    if not rows:
+        return "No row yet."
+    (one,) = {tuple(row[name] for name in SETTING) for row in rows}
+    found = dict(zip(SETTING, one, strict=True))
+    return (
+        "{train_images} pictures to train, {val_images} held out; batches of {batch_size}, AdamW, peak "
+        "learning rate {learning_rate} (teacher {teacher_learning_rate}, {teacher_epochs} epochs), "
+        "{precision}, {threads} thread."
+    ).format(**found)
+
+
+SETTING = (
+    "train_images val_images batch_size learning_rate teacher_learning_rate teacher_epochs precision threads"
+).split()
+
+
+def wanted() -> list[Job]:
+    """All rows of the page."""
+    return jobs(Setup(Path()), ARMS, BUDGETS, SEEDS)
+
+
+def blocks(rows: list[Row]) -> dict[str, str]:
+    """The text of every block of the page."""
+    rows = of_part(rows)
+    writers = (results, teachers, short, stand, setting)
+    return {writer.__name__: writer(rows) for writer in writers}
+
+
+def filled(text: str, rows: list[Row]) -> str:
+    """`text` with every block of this bench between its markers written anew."""
+    return between_markers(text, "real", blocks(rows))
+
+
+def write(rows: list[Row], docs: Path) -> None:
+    """The page, and the README above it."""
+    for page in (docs / "real.md", docs.parent / "README.md"):
+        page.write_text(filled(page.read_text(), rows))
+
+
+def _short(percent: str) -> str:
+    return f"{float(percent):.1f}"
+
+
+def _between(days: list[str]) -> str:
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"

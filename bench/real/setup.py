@@ -1,0 +1,64 @@
+"""What all rows share: the user's folder, the model, and one setting for all arms, budgets and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import timm
+from torch import nn
+
+from bench.real.weights import MODEL
+from uvc.config import Config
+from uvc.training.data import Data, load_data
+
+# Chosen on `tune`, a part of the training pictures: tuning.csv.
+CONFIG = Config(
+    teacher_epochs=3,
+    warmup_epochs=0,
+    search_epochs=3,
+    post_epochs=3,
+    batch_size=32,
+    learning_rate=1e-4,
+    precision="bfloat16",
+    threads=1,
+)
+TEACHER_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """folder: the user's, for packages, weights, pictures, teachers and runs; nothing of it is committed.
+
+    part: "emoji", or "tune" for choosing settings. teacher_rate: learning rate of the teacher.
+    """
+
+    folder: Path
+    part: str = "emoji"
+    config: Config = CONFIG
+    teacher_rate: float = TEACHER_RATE
+    model: str = MODEL
+    size: int = 84
+
+    @property
+    def weights(self) -> Path:
+        """The pretrained ones."""
+        return self.folder / "dinov2.safetensors"
+
+    @property
+    def data(self) -> Path:
+        """The image folder."""
+        return self.folder / self.part
+
+    def seeded(self, seed: int) -> Config:
+        """The settings with a seed."""
+        return replace(self.config, seed=seed)
+
+    def build(self, classes: int) -> nn.Module:
+        """The dense model, untrained."""
+        return timm.create_model(self.model, img_size=self.size, num_classes=classes)
+
+    def loaders(self, seed: int) -> Data:
+        """Loaders as the command line makes them."""
+        view = {**timm.get_pretrained_cfg(self.model).to_dict(), "input_size": (3, self.size, self.size)}
+        return load_data(self.data, model_input=view, batch_size=self.config.batch_size, seed=seed)
