@@ -133,14 +133,14 @@ class Batches(Loader):
     def __len__(self) -> int:
         return EPOCH_IMAGES // self.batch_size
 
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         rounds, part = divmod(epoch, len(self.split.labels) // EPOCH_IMAGES)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + rounds)
         order = torch.randperm(len(self.split.labels), generator=generator)
         order = order[part * EPOCH_IMAGES : (part + 1) * EPOCH_IMAGES]
         for rows in order.split(self.batch_size)[start : len(self)]:
             self.rows, self.images = rows, self.split.images[rows]
-            yield self.images, self.split.labels[rows]
+            yield self.images, self.split.labels[rows], rows
 
 
 class Remembered(nn.Module):
