@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import uvc
 from uvc.config import SolverConfig
 from uvc.solver import Search
+from uvc.training.optimizer import AdamW
 
 Step = Callable[[int], object]
 
@@ -133,7 +134,7 @@ def adopt(search: Search, structure: uvc.Structure) -> None:
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
+    return AdamW(model.parameters(), model, lr=1e-5, weight_decay=0.05)
 
 
 @contextmanager

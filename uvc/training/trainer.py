@@ -30,6 +30,7 @@ from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Mixing
+from uvc.training.optimizer import AdamW
 from uvc.training.signals import Stopped, asked
 
 LOG_EVERY = 5  # steps
@@ -72,7 +73,10 @@ class Trainer:
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """Fresh AdamW; norms, biases and embeddings are not decayed."""
         decay = self.config.weight_decay
-        return create_optimizer_v2(self.model, opt="adamw", lr=learning_rate, weight_decay=decay, fused=True)
+        groups = create_optimizer_v2(
+            self.model, opt="adamw", lr=learning_rate, weight_decay=decay
+        ).param_groups
+        return AdamW([{**group, "fused": True} for group in groups], self.model)
 
     def phase(
         self,
