@@ -62,9 +62,10 @@ def _forward(u, gate, a, size, ACT: tl.constexpr, GATED: tl.constexpr, ACC: tl.c
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(u + i, mask=i < size, other=0.0).to(ACC)
     if GATED:
-        value *= act(tl.load(gate + i, mask=i < size, other=0.0).to(ACC), ACT)[0]
+        open_, _ = act(tl.load(gate + i, mask=i < size, other=0.0).to(ACC), ACT)
+        value *= open_
     else:
-        value = act(value, ACT)[0]
+        value, _ = act(value, ACT)
     tl.store(a + i, narrow(value, a.dtype.element_ty), mask=i < size)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..indices import WIDTHS
 from . import attention_whole as whole
-from .attention_head import NUMBERS, by_of, head_of, load, power, scores, store
-from .launch import DTYPES, ELEMENT, Case, dot, dot_precision, narrow, wide
+from .attention_head import NUMBERS, Mode, by_of, dot, head_of, load, mode_of, power, scores, store
+from .launch import DTYPES, ELEMENT, Case, narrow, wide
 
 SMALL = 16  # tokens in the last tile when so few are left
 HIP = torch.version.hip is not None
@@ -29,8 +29,8 @@ HIP = torch.version.hip is not None
 @triton.jit
 def _join(acc, top, total, q, head, start, N, COLS: tl.constexpr, MODE: tl.constexpr, WHOLE: tl.constexpr):
     # One block of keys joins the running softmax of some queries.
-    k = load(head[1], start, head[7], head[9], N, COLS, MODE[2], WHOLE)
-    v = load(head[2], start, head[7], head[10], N, COLS, MODE[2], WHOLE)
+    k = load(head.k, start, head.qkv_stride, head.qk_width, N, COLS, MODE.width, WHOLE)
+    v = load(head.v, start, head.qkv_stride, head.v_width, N, COLS, MODE.width, WHOLE)
     s = scores(q, k, MODE)  # [ROWS, COLS]
     if not WHOLE:
         s = tl.where((start + tl.arange(0, COLS) < N)[None, :], s, float("-inf"))
@@ -47,17 +47,17 @@ def _join(acc, top, total, q, head, start, N, COLS: tl.constexpr, MODE: tl.const
 @triton.jit
 def _attend(head, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):
     # The output of one tile of queries.
-    q = load(head[0], first, head[7], head[9], N, ROWS, MODE[2], False)
-    acc = tl.full((ROWS, MODE[2]), 0.0, MODE[0])
-    top, total = tl.full((ROWS,), float("-inf"), MODE[0]), tl.full((ROWS,), 0.0, MODE[0])
+    q = load(head.q, first, head.qkv_stride, head.qk_width, N, ROWS, MODE.width, False)
+    acc = tl.full((ROWS, MODE.width), 0.0, MODE.acc)
+    top, total = tl.full((ROWS,), float("-inf"), MODE.acc), tl.full((ROWS,), 0.0, MODE.acc)
     last = (N - 1) // BLOCK * BLOCK
     for start in range(0, last, BLOCK):
         acc, top, total = _join(acc, top, total, q, head, start, N, BLOCK, MODE, True)
     acc, top, total = _join(acc, top, total, q, head, last, N, TAIL, MODE, False)
-    store(head[3], acc / total[:, None], first, head[8], head[10], N, ROWS, MODE[2])
+    store(head.out, acc / total[:, None], first, head.heads_stride, head.v_width, N, ROWS, MODE.width)
     row = first + tl.arange(0, ROWS)
-    tl.store(head[5] + row, top, mask=row < N)
-    tl.store(head[6] + row, 1.0 / total, mask=row < N)
+    tl.store(head.top + row, top, mask=row < N)
+    tl.store(head.inverse + row, 1.0 / total, mask=row < N)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -65,7 +65,7 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
              BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
     tiles = (N + BLOCK - 1) // BLOCK
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    head, _, _, _ = head_of(
+    head = head_of(
         qkv, heads, heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
     )
     if TAIL == BLOCK or tile + 1 < tiles:
@@ -77,13 +77,13 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
 @triton.jit
 def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr):
     # What the backward pass reads of some queries; those behind the last token weigh nothing.
-    q = load(head[0], start, head[7], head[9], N, ROWS, MODE[2], False)
-    o = load(head[3], start, head[8], head[10], N, ROWS, MODE[2], False)
-    grad = load(head[4], start, head[8], head[10], N, ROWS, MODE[2], False)
+    q = load(head.q, start, head.qkv_stride, head.qk_width, N, ROWS, MODE.width, False)
+    o = load(head.out, start, head.heads_stride, head.v_width, N, ROWS, MODE.width, False)
+    grad = load(head.grad_out, start, head.heads_stride, head.v_width, N, ROWS, MODE.width, False)
     row = start + tl.arange(0, ROWS)
-    top = tl.load(head[5] + row, mask=row < N, other=0.0)
-    inverse = tl.load(head[6] + row, mask=row < N, other=0.0)
-    return q, grad, top, inverse, tl.sum(o.to(MODE[0]) * grad.to(MODE[0]), 1)
+    top = tl.load(head.top + row, mask=row < N, other=0.0)
+    inverse = tl.load(head.inverse + row, mask=row < N, other=0.0)
+    return q, grad, top, inverse, tl.sum(o.to(MODE.acc) * grad.to(MODE.acc), 1)
 
 
 @triton.jit
@@ -91,32 +91,32 @@ def _backward_keys(head, grad_k_out, grad_v_out, first, N, COLS: tl.constexpr, S
                    MODE: tl.constexpr):  # fmt: skip
     # dk and dv of one tile of keys; the tiles of P and dS are [keys, queries]. Keys behind the last token are
     # zero rows whose results nobody stores.
-    k = load(head[1], first, head[7], head[9], N, COLS, MODE[2], False)
-    v = load(head[2], first, head[7], head[10], N, COLS, MODE[2], False)
-    grad_k, grad_v = tl.full((COLS, MODE[2]), 0.0, MODE[0]), tl.full((COLS, MODE[2]), 0.0, MODE[0])
+    k = load(head.k, first, head.qkv_stride, head.qk_width, N, COLS, MODE.width, False)
+    v = load(head.v, first, head.qkv_stride, head.v_width, N, COLS, MODE.width, False)
+    grad_k, grad_v = tl.full((COLS, MODE.width), 0.0, MODE.acc), tl.full((COLS, MODE.width), 0.0, MODE.acc)
     for start in range(0, N, STEP):
         q, grad, top, inverse, delta = _rows_of(head, start, N, STEP, MODE)
         p = power(scores(k, q, MODE), top, 0, MODE) * inverse[None, :]  # [COLS, STEP]
         grad_v += dot(narrow(p, v.dtype), grad, MODE)
         grad_s = p * (dot(v, tl.trans(grad), MODE) - delta[None, :])
         grad_k += dot(narrow(grad_s, k.dtype), q, MODE)
-    store(grad_k_out, grad_k * MODE[3], first, head[7], head[9], N, COLS, MODE[2])
-    store(grad_v_out, grad_v, first, head[7], head[10], N, COLS, MODE[2])
+    store(grad_k_out, grad_k * MODE.scale, first, head.qkv_stride, head.qk_width, N, COLS, MODE.width)
+    store(grad_v_out, grad_v, first, head.qkv_stride, head.v_width, N, COLS, MODE.width)
 
 
 @triton.jit
 def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr):
     # dq of one tile of queries.
     q, grad, top, inverse, delta = _rows_of(head, first, N, ROWS, MODE)
-    grad_q = tl.full((ROWS, MODE[2]), 0.0, MODE[0])
+    grad_q = tl.full((ROWS, MODE.width), 0.0, MODE.acc)
     for start in range(0, N, STEP):
-        k = load(head[1], start, head[7], head[9], N, STEP, MODE[2], False)
-        v = load(head[2], start, head[7], head[10], N, STEP, MODE[2], False)
+        k = load(head.k, start, head.qkv_stride, head.qk_width, N, STEP, MODE.width, False)
+        v = load(head.v, start, head.qkv_stride, head.v_width, N, STEP, MODE.width, False)
         s = tl.where((start + tl.arange(0, STEP) < N)[None, :], scores(q, k, MODE), float("-inf"))
         p = power(s, top, 1, MODE) * inverse[:, None]  # [ROWS, STEP]
         grad_s = p * (dot(grad, tl.trans(v), MODE) - delta[:, None])
         grad_q += dot(narrow(grad_s, k.dtype), k, MODE)
-    store(grad_q_out, grad_q * MODE[3], first, head[7], head[9], N, ROWS, MODE[2])
+    store(grad_q_out, grad_q * MODE.scale, first, head.qkv_stride, head.qk_width, N, ROWS, MODE.width)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -128,20 +128,22 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
     STEP: tl.constexpr = BLOCK // 2 if BLOCK > 16 else 16
     tiles = (N + BLOCK - 1) // BLOCK
     part, pair = tl.program_id(0) % (2 * tiles), tl.program_id(0) // (2 * tiles)
-    head, q, k, v = head_of(
+    head = head_of(
         qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
     )
     first = part // 2 * BLOCK
     if part % 2 == 0:
         if TAIL == BLOCK or first + BLOCK < N:
-            _backward_keys(head, grad_qkv + k, grad_qkv + v, first, N, BLOCK, STEP, MODE)
+            _backward_keys(
+                head, grad_qkv + head.k_place, grad_qkv + head.v_place, first, N, BLOCK, STEP, MODE
+            )
         else:
-            _backward_keys(head, grad_qkv + k, grad_qkv + v, first, N, TAIL, STEP, MODE)
+            _backward_keys(head, grad_qkv + head.k_place, grad_qkv + head.v_place, first, N, TAIL, STEP, MODE)
     else:
         if TAIL == BLOCK or first + BLOCK < N:
-            _backward_queries(head, grad_qkv + q, first, N, BLOCK, STEP, MODE)
+            _backward_queries(head, grad_qkv + head.q_place, first, N, BLOCK, STEP, MODE)
         else:
-            _backward_queries(head, grad_qkv + q, first, N, TAIL, STEP, MODE)
+            _backward_queries(head, grad_qkv + head.q_place, first, N, TAIL, STEP, MODE)
 
 
 def _block(dtype: torch.dtype, width: int) -> int:
@@ -156,13 +158,9 @@ def _options(width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     return {"num_warps": 8 if width * dtype.itemsize > 128 and not hip else 4, "num_stages": 2}
 
 
-def _mode(width: int, scale: float, dtype: torch.dtype) -> tuple:
-    return wide(dtype), dot_precision(dtype), width, scale
-
-
-def _shape(tokens: int, mode: tuple, dtype: torch.dtype) -> dict[str, object]:
+def _shape(tokens: int, mode: Mode, dtype: torch.dtype) -> dict[str, object]:
     """The compile-time arguments for so many tokens."""
-    block = _block(dtype, mode[2])
+    block = _block(dtype, mode.width)
     return {"BLOCK": block, "TAIL": SMALL if (tokens - 1) % block < SMALL else block, "MODE": mode}
 
 
@@ -193,7 +191,7 @@ def _launch(kernel, tensors, counts, tokens, scale, programs_per_tile) -> None:
     first = 0
     for width, count in zip(WIDTHS, counts, strict=True):
         numbers = (tokens, M, qkv.stride(0), heads.stride(0), count, first)
-        programs, mode = count * (M // tokens), _mode(width, scale, qkv.dtype)
+        programs, mode = count * (M // tokens), mode_of(width, scale, qkv.dtype)
         if programs and whole.fits(tokens, width, qkv, backward):
             (whole.backward if backward else whole.forward)(tensors, numbers, programs, mode)
         elif programs:
@@ -213,7 +211,7 @@ def cases() -> list[Case]:
         signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names[:-3]}
         block = _block(dtype, width)
         for tokens in (1, block) if block > SMALL else (1,):
-            shape = _shape(tokens, _mode(width, 0.125, dtype), dtype)
+            shape = _shape(tokens, mode_of(width, 0.125, dtype), dtype)
             label = f"{ELEMENT[dtype]} width {width} tail {shape['TAIL']}"
             half = dtype.itemsize == 2
             options = {hip: _options(width, dtype, hip) for hip in (False, True)}

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, ELEMENT, Case, addresses, eights, narrow
+from .launch import DTYPES, ELEMENT, Case, Tile, addresses, eights, narrow
 
-TILE = (16, 128)
+TILE = Tile(16, 128)
 SEARCH = tl.constexpr(128)  # matrices looked at in one step
-FIELDS = tl.constexpr(
-    8
-)  # source, index, out, height and width of out, width of source, by_row, first program
+# Numbers per matrix: source, index, out, height and width of out, width of source, by_row, first program.
+FIELDS = tl.constexpr(8)
+STRIDE, BY_ROW, FIRST = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _matrix_of(table, matrices):
     found = -1
     for first in range(0, matrices, SEARCH):
         i = first + tl.arange(0, SEARCH)
-        start = tl.load(table + i * FIELDS + 7, mask=i < matrices, other=2**62)
+        start = tl.load(table + i * FIELDS + FIRST, mask=i < matrices, other=2**62)
         found += tl.sum((start <= tl.program_id(0)).to(tl.int32), 0)
     return found
 
@@ -51,18 +51,22 @@ def _columns(source, index, out, i, j, height, width, stride):
 @triton.jit(do_not_specialize=("matrices",))
 def _gather(table, matrices, SOURCE: tl.constexpr, OUT: tl.constexpr, TILE: tl.constexpr, EVEN: tl.constexpr):
     row = table + _matrix_of(table, matrices) * FIELDS
-    source, out = tl.load(row).to(tl.pointer_type(SOURCE)), tl.load(row + 2).to(tl.pointer_type(OUT))
+    source = tl.load(row).to(tl.pointer_type(SOURCE))
     index = tl.load(row + 1).to(tl.pointer_type(tl.int32))
+    out = tl.load(row + 2).to(tl.pointer_type(OUT))
     height, width = tl.load(row + 3), tl.load(row + 4)
     if EVEN:
         source, out, width = tl.multiple_of(source, 16), tl.multiple_of(out, 16), eights(width)
-    tile = tl.program_id(0) - tl.load(row + 7)
-    across = (width + TILE[1] - 1) // TILE[1]
-    i, j = tile // across * TILE[0] + tl.arange(0, TILE[0]), tile % across * TILE[1] + tl.arange(0, TILE[1])
-    if tl.load(row + 6) != 0:
+    tile = tl.program_id(0) - tl.load(row + FIRST)
+    across = (width + TILE.columns - 1) // TILE.columns
+    i, j = (
+        tile // across * TILE.rows + tl.arange(0, TILE.rows),
+        tile % across * TILE.columns + tl.arange(0, TILE.columns),
+    )
+    if tl.load(row + BY_ROW) != 0:
         _rows(source, index, out, i, j, height, width)
     else:
-        _columns(source, index, out, i, j, height, width, tl.load(row + 5))
+        _columns(source, index, out, i, j, height, width, tl.load(row + STRIDE))
 
 
 def gather(sources: list[Tensor], indices: list[Tensor], dims: list[int], outs: list[Tensor]) -> None:
@@ -79,7 +83,7 @@ def gather(sources: list[Tensor], indices: list[Tensor], dims: list[int], outs: 
         by_row = int(out.dim() == 2 and dim == 0)
         kind = source.dtype, out.dtype
         first = programs.get(kind, 0)
-        tiles = triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1])
+        tiles = triton.cdiv(height, TILE.rows) * triton.cdiv(width, TILE.columns)
         if tiles:
             fields = (height, width, source.shape[-1], by_row, first)
             addressed = (source.data_ptr(), index.data_ptr(), out.data_ptr(), *fields)

@@ -5,6 +5,8 @@
 A program owns some groups of one matrix and adds up all of their terms: every run adds in the same order.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +14,15 @@ from torch import Tensor
 from .. import _dtypes
 from .launch import DTYPES, ELEMENT, Case, addresses, tiles_of, wide
 
-ROWS, COLUMNS = (8, 256), (64, 32)  # groups per program, terms per step; when groups are rows, columns
+
+class Block(NamedTuple):
+    """Groups per program, terms per step."""
+
+    groups: int
+    terms: int
+
+
+ROWS, COLUMNS = Block(8, 256), Block(64, 32)  # where groups are rows, columns
 FIELDS = tl.constexpr(6)
 
 
@@ -50,9 +60,9 @@ def _scores(table, tiles, out, ELEMENT: tl.constexpr, ACC: tl.constexpr, ROWS: t
     a, b = tl.load(row).to(tl.pointer_type(ELEMENT)), tl.load(row + 1).to(tl.pointer_type(ELEMENT))
     groups, terms, by_row, place = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     if by_row != 0:
-        _of_rows(a, b, out + place, groups, terms, tile, ACC, ROWS[0], ROWS[1])
+        _of_rows(a, b, out + place, groups, terms, tile, ACC, ROWS.groups, ROWS.terms)
     else:
-        _of_columns(a, b, out + place, groups, terms, tile, ACC, COLUMNS[0], COLUMNS[1])
+        _of_columns(a, b, out + place, groups, terms, tile, ACC, COLUMNS.groups, COLUMNS.terms)
 
 
 def group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
@@ -67,7 +77,7 @@ def group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
     for first, second, (groups, terms, by_row) in zip(a, b, shapes, strict=True):
         fields.append((first.data_ptr(), second.data_ptr(), groups, terms, by_row, place))
         place += groups
-    counts = tuple(triton.cdiv(groups, (ROWS if by_row else COLUMNS)[0]) for groups, _, by_row in shapes)
+    counts = tuple(triton.cdiv(groups, (ROWS if by_row else COLUMNS).groups) for groups, _, by_row in shapes)
     if sum(counts):
         _scores[(sum(counts),)](
             addresses(tuple(fields), out.device), tiles_of(counts, out.device), out,

@@ -41,15 +41,11 @@ def eights(n):
 _captured: list[Tensor] = []
 
 
-@triton.jit
-def dot(a, b, MODE: tl.constexpr):
-    # MODE = accumulator type, precision of float32 products, and perhaps more.
-    # The interpreter (of Triton 3.9) multiplies the bits of bfloat16 tiles as integers. And its sums depend
-    # on the shapes of tiles, where a GPU adds up each number in the order of k: the backward pass wants to
-    # compute the very scores of the forward pass again. Summed in float64, they are the same.
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(MODE[0])
-    return tl.dot(a, b, input_precision=MODE[1], out_dtype=MODE[0])
+class Tile(NamedTuple):
+    """Rows and columns of a matrix that a program handles at once."""
+
+    rows: int
+    columns: int
 
 
 class Case(NamedTuple):
@@ -67,11 +63,6 @@ class Case(NamedTuple):
 def wide(dtype: torch.dtype) -> tl.dtype:
     """What kernels accumulate in: float64 for float64, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied: as the user lets torch multiply float32 matrices."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

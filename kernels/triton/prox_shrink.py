@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import DTYPES, ELEMENT, Case, addresses, narrow, tiles_of, wide
+from .launch import DTYPES, ELEMENT, Case, Tile, addresses, narrow, tiles_of, wide
 
-TILE = (8, 128)
+TILE = Tile(8, 128)
 FIELDS = tl.constexpr(5)
 
 
@@ -19,9 +19,9 @@ def _shrink(table, tiles, factors, ELEMENT: tl.constexpr, ACC: tl.constexpr, TIL
     row = table + matrix * FIELDS
     weight = tl.load(row).to(tl.pointer_type(ELEMENT))
     height, width, by_row, place = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    across = (width + TILE[1] - 1) // TILE[1]
-    i = tile // across * TILE[0] + tl.arange(0, TILE[0])[:, None]
-    j = tile % across * TILE[1] + tl.arange(0, TILE[1])[None, :]
+    across = (width + TILE.columns - 1) // TILE.columns
+    i = tile // across * TILE.rows + tl.arange(0, TILE.rows)[:, None]
+    j = tile % across * TILE.columns + tl.arange(0, TILE.columns)[None, :]
     inside = (i < height) & (j < width)  # [TILE]
     group = tl.where(by_row != 0, i, j)
     factor = tl.load(factors + place + group, mask=inside, other=1.0).to(ACC)
@@ -38,7 +38,7 @@ def prox_shrink(weights: list[Tensor], factors: Tensor, dims: list[int]) -> None
     for w, dim in zip(weights, dims, strict=True):
         height, width = w.shape if w.dim() == 2 else (1, w.shape[0])
         fields.append((w.data_ptr(), height, width, int(w.dim() == 2 and dim == 0), place))
-        counts.append(triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1]))
+        counts.append(triton.cdiv(height, TILE.rows) * triton.cdiv(width, TILE.columns))
         place += w.shape[dim]
     if sum(counts):
         device = factors.device

@@ -65,6 +65,7 @@ def _load() -> None:
 
 
 _load()
+Tile = importlib.import_module("uvc_kernels.triton.launch").Tile
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="float64 runs in the interpreter only")
 
 

@@ -57,7 +57,7 @@ def on_every_backend(quick=None, interpreted=None, all_of=None):
 def packing_in_large_tiles(request, monkeypatch):
     # The interpreter pays by the program, and most would copy weights: what is slow here is not about gather.
     if request.node.get_closest_marker("slow") and on_triton is not None and on_triton.DEVICE == "cpu":
-        monkeypatch.setattr("uvc_kernels.triton.gather.TILE", (128, 256))
+        monkeypatch.setattr("uvc_kernels.triton.gather.TILE", on_triton.Tile(128, 256))
 
 
 def numbers(*shapes, device="cpu"):
