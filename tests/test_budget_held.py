@@ -14,6 +14,7 @@ from oracle import MODELS as SMALL
 import uvc
 import uvc.models
 from uvc.config import SolverConfig
+from uvc.constraints import limits
 from uvc.costs import count_macs, prices
 from uvc.solver import Search
 from uvc.structure import sizes_of
@@ -45,7 +46,7 @@ def searched(name, budget, seed, metric="macs"):
     """The model after a few training steps on noise, hardened to the budget."""
     model = copy.deepcopy(dense(name)).train()
     config = SolverConfig(every=1, anneal=(0.0, 0.5), snap=1.0)
-    noise_steps(model, Search(model, budget, metric, STEPS, config, seed), STEPS, seed)
+    noise_steps(model, Search(model, limits(model, budget, metric), STEPS, config, seed), STEPS, seed)
     return model
 
 
@@ -89,7 +90,7 @@ def hold(name, budget, seed):
     model = searched(name, budget, seed)
     cost, limit = uvc.cost(model).macs, budget * uvc.cost(dense(name)).macs
     assert cost == macs_counted(model)
-    unit = cheapest_removed(model, "macs")
+    unit = cheapest_removed(model)
     assert cost <= limit
     assert unit is None or limit - cost < unit
 

@@ -85,7 +85,7 @@ def test_full_heads_may_take_less_than_ragged_ones_and_have_a_price_all_the_same
     assert dip.at(full).qk == TABLE.at(full).qk
     assert total(dip.at(full), full) == pytest.approx(total(dip, full))
     model = small_vit()
-    search = Search(model, 0.7, "latency", 30, SolverConfig(every=1, snap=1e-2), latency=dip)
+    search = Search(model, limits(model, 0.7, "latency", latency=dip), 30, SolverConfig(every=1, snap=1e-2))
     noise_steps(model, search, 30)
     cost = total(dip, counts(uvc.structure_of(model)))
     assert 0.65 * search.limits[0].dense < cost <= search.limits[0].most
@@ -166,7 +166,9 @@ def fits(model, extra):
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
 def test_a_search_meets_a_latency_budget_and_no_unit_fits(budget):
     model = small_vit()
-    search = Search(model, budget, "latency", 40, SolverConfig(every=1, snap=1e-2), latency=TABLE)
+    search = Search(
+        model, limits(model, budget, "latency", latency=TABLE), 40, SolverConfig(every=1, snap=1e-2)
+    )
     noise_steps(model, search, 40)
     most = budget * total(TABLE, counts(Structure.dense(model)))
     assert total(TABLE, counts(uvc.structure_of(model))) <= most
@@ -176,7 +178,7 @@ def test_a_search_meets_a_latency_budget_and_no_unit_fits(budget):
 def test_latency_and_macs_can_be_limited_together():
     model = small_vit()
     budget = {"latency": 0.7, "macs": 0.5}
-    search = Search(model, budget, "macs", 40, SolverConfig(every=1, snap=1e-2), latency=TABLE)
+    search = Search(model, limits(model, budget, latency=TABLE), 40, SolverConfig(every=1, snap=1e-2))
     noise_steps(model, search, 40)
     dense = counts(Structure.dense(model))
     assert total(TABLE, counts(uvc.structure_of(model))) <= 0.7 * total(TABLE, dense)
@@ -224,7 +226,7 @@ def test_a_latency_budget_of_deit_tiny_lands_within_five_percent_when_timed():
     model = copy.deepcopy(dense)
     table = measure(model)
     config = SolverConfig(every=1, anneal=(0.0, 0.5), snap=1.0)
-    search = Search(model, 0.6, "latency", 4, config, latency=table)
+    search = Search(model, limits(model, 0.6, "latency", latency=table), 4, config)
     noise_steps(model, search, 4)
     check = verify(table, dense, uvc.compact(model))
     assert 0.59 < check.predicted <= 0.6

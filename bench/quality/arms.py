@@ -32,7 +32,9 @@ class Arm:
 
 
 def uvc(context: Context, **solver: object) -> nn.Module:
-    """`uvc.compress`, stopped before its post-training. solver: changes to the solver's settings."""
+    """`uvc.compress`, stopped before its post-training. solver: changes to the solver's settings; of another
+    `method`, which the rivals are.
+    """
     return _compress(context, context.student(), context.budget, context.config.search_epochs, **solver)
 
 
@@ -87,7 +89,7 @@ def dense_extra(context: Context) -> nn.Module:
 ARMS: dict[str, Arm] = {
     "uvc": Arm(uvc, search=True),
     "global_taylor": Arm(rivals.global_taylor),
-    "global_taylor_rescored": Arm(rivals.global_taylor_rescored, search=True),
+    "global_taylor_rescored": Arm(lambda c: uvc(c, method="global_taylor_rescored"), search=True),
     "drop_last_k": Arm(rivals.drop_last_k),
     "dense_extra": Arm(dense_extra, budgeted=False),
     "tp_isomorphic": Arm(pruning.isomorphic),
@@ -96,7 +98,7 @@ ARMS: dict[str, Arm] = {
     "best_subset": Arm(rivals.best_subset),
     "uniform_width": Arm(uniform_width, scratch=True),
     "uniform_depth": Arm(uniform_depth, scratch=True),
-    "global_taylor_balanced": Arm(rivals.global_taylor_balanced, search=True),
+    "global_taylor_balanced": Arm(lambda c: uvc(c, method="global_taylor_balanced"), search=True),
     "random_structure": Arm(rivals.random_structure),
     "uvc_no_tokens": Arm(lambda c: uvc(c, tokens=0), search=True),
     "uvc_no_balance": Arm(lambda c: uvc(c, balance=False), search=True),

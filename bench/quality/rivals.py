@@ -6,16 +6,17 @@ L blocks, 2 L halves (attention, MLP).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bench.quality.context import Context
-from uvc.constraints import Limit
-from uvc.costs import prices
+from uvc.config import SolverConfig
+from uvc.constraints import Limit, limits
+from uvc.solver import Pruner, method
 from uvc.solver.head_basis import balance_heads
-from uvc.solver.objective import masks_cost
 from uvc.solver.param_groups import Groups
 from uvc.solver.rounding import project_to_budget
 from uvc.solver.state import State
@@ -24,34 +25,40 @@ from uvc.training.losses import Classification
 
 RESCORES = 10
 # A head goes with its last v dim. Whole heads as candidates of their own made this rival weaker by 2 points
-# or
-# more, as they did UVC, so it does without them, too.
+# or more, as they did UVC, so it does without them, too.
 GROUPS = ("qk", "v", "neuron")
 
 
-class Greedy:
-    """First-order importance (gradient of a gate of 1 on a group) per marginal MAC, one greedy over the
-    whole model.
-
-    `collect` after a backward pass; `prune` gives the model its structure of at most `ratio` of the dense
-    MACs, from what is left of it.
+class Greedy(Pruner):
+    """First-order importance (gradient of a gate of 1 on a group) per marginal MAC, summed over the batches
+    observed; then one greedy over the whole model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.groups, self.prices = Groups(model), prices(model, "macs")
+    def __init__(
+        self,
+        model: nn.Module,
+        limits: Sequence[Limit],
+        steps: int = 1,
+        config: SolverConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, limits, steps, config, seed)
+        self.groups = Groups(model)
         self.state = State.new(self.groups.geometry, 6.0)
         self.state.hard = True
-        self.dense_cost = masks_cost(*self.state.alive(), self.prices)
 
-    def collect(self) -> None:
+    def observe(self, scale: float = 1.0) -> None:
         """Adds the squared first-order change of this batch's loss."""
         for name, value in self.groups.first_order().items():
-            self.state.families[name].importance += value.square()
+            self.state.families[name].importance += (value / scale).square()
 
-    def prune(self, ratio: float) -> None:
-        """Removes the least important per MAC, and begins a new collection."""
-        limit = Limit("macs", self.prices, self.dense_cost, ratio)
-        masks = project_to_budget(self.state, [limit], GROUPS)
+    def harden(self) -> None:
+        """Removes the least important per MAC of what is left, down to the budget."""
+        self.prune(self.limits)
+
+    def prune(self, limits: Sequence[Limit]) -> None:
+        """Removes the least important per MAC of what is left, and begins a new collection."""
+        masks = project_to_budget(self.state, limits, GROUPS)
         self.groups.apply(masks)
         qk, v, neuron, _ = masks
         for name, mask in (("qk", qk), ("v", v), ("neuron", neuron), ("head", v.any(-1))):
@@ -60,32 +67,13 @@ class Greedy:
             family.importance.zero_()
 
 
-def global_taylor(context: Context) -> nn.Module:
-    """One shot: importance over one epoch of training images, or part of one, at the teacher's weights."""
-    model = context.student()
-    greedy, loss = Greedy(model), context.loss()
-    model.train()
-    few = max(round(context.scoring * len(context.batches)), 1)
-    for images, labels in itertools.islice(context.batches, few):
-        loss(model, images, labels)["loss"].backward()
-        greedy.collect()
-        model.zero_grad(set_to_none=True)
-    greedy.prune(context.budget)
-    return model
+@method("global_taylor_rescored")
+class Rescored(Greedy):
+    """The same greedy, scored again RESCORES times during a short search, in equal steps to the budget
+    ("GT").
+    """
 
-
-class Rescored:
-    """The greedy as `Trainer` calls a search: prunes RESCORES times, in equal steps from 1 to the budget."""
-
-    def __init__(self, model: nn.Module, budget: float, steps: int) -> None:
-        self.greedy, self.budget, self.steps, self.count, self.round = Greedy(model), budget, steps, 0, 0
-
-    def before(self) -> None:
-        """Nothing is sampled."""
-
-    def observe(self) -> None:
-        """Collects after the backward pass."""
-        self.greedy.collect()
+    round = 0
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Prunes when a tenth of the steps has passed."""
@@ -93,40 +81,46 @@ class Rescored:
         due = self.count * RESCORES // self.steps
         if due > self.round:
             self.round = due
-            self.greedy.prune(1.0 + (self.budget - 1.0) * due / RESCORES)
+            self.prune([m._replace(budget=1.0 + (m.budget - 1.0) * due / RESCORES) for m in self.limits])
 
-    def metrics(self) -> dict[str, float]:
-        """Nothing to log."""
-        return {}
+    def harden(self) -> None:
+        """The last step met the budget."""
 
 
-def global_taylor_balanced(context: Context) -> nn.Module:
+@method("global_taylor_balanced")
+class Balanced(Rescored):
     """The re-scored greedy in UVC's basis of heads, which is no part of it: tells the basis from the
     solver.
     """
+
+    @staticmethod
+    def prepare(model: nn.Module, config: SolverConfig) -> None:
+        """Gives the heads their balanced basis."""
+        balance_heads(model)
+
+
+def global_taylor(context: Context) -> nn.Module:
+    """One shot: importance over one epoch of training images, or part of one, at the teacher's weights."""
     model = context.student()
-    balance_heads(model)
-    return global_taylor_rescored(context, model)
-
-
-def global_taylor_rescored(context: Context, model: nn.Module | None = None) -> nn.Module:
-    """The same greedy, scored again ten times during a short search ("GT")."""
-    model, epochs = model or context.student(), context.config.search_epochs
-    torch.manual_seed(context.seed)
-    trainer = context.trainer(model)
-    search = Rescored(model, context.budget, epochs * len(context.batches))
-    optimizer = trainer.optimizer(context.config.search_learning_rate)
-    trainer.phase("search", epochs, context.loss(), optimizer, search)
+    greedy, loss = Greedy(model, limits(model, context.budget)), context.loss()
+    model.train()
+    few = max(round(context.scoring * len(context.batches)), 1)
+    for images, labels in itertools.islice(context.batches, few):
+        loss(model, images, labels)["loss"].backward()
+        greedy.observe()
+        model.zero_grad(set_to_none=True)
+    greedy.harden()
     return model
 
 
 def random_structure(context: Context) -> nn.Module:
     """The greedy with importance drawn at random."""
     model = context.student()
-    greedy, generator = Greedy(model), torch.Generator().manual_seed(context.seed)
+    greedy = Greedy(model, limits(model, context.budget))
+    generator = torch.Generator().manual_seed(context.seed)
     for family in greedy.state.families.values():
         family.importance.copy_(torch.rand(family.importance.shape, generator=generator))
-    greedy.prune(context.budget)
+    greedy.harden()
     return model
 
 

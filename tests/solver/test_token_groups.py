@@ -137,7 +137,7 @@ def test_the_price_of_a_bucket_is_what_it_costs_in_its_interval():
 def test_a_search_with_tokens_ends_at_the_budget_that_torch_counts(budget):
     model = small_vit()
     dense = uvc.cost(model).macs
-    search = Search(model, budget, "macs", steps=60, config=CONFIG)
+    search = Search(model, limits(model, budget), steps=60, config=CONFIG)
     train(model, search, adam(model), 60)
     hard = search.metrics()["hard_cost"]
     assert budget - 1e-9 <= hard < 1.0
@@ -159,7 +159,8 @@ def test_models_of_the_paper_end_at_the_budget_that_torch_counts(name, budget):
     torch.manual_seed(0)
     model = uvc.convert(timm.create_model(name))
     dense = uvc.cost(model).macs
-    search = Search(model, budget, "macs", steps=6, config=SolverConfig(every=1, tokens=3, anneal=(0.0, 0.5)))
+    config = SolverConfig(every=1, tokens=3, anneal=(0.0, 0.5))
+    search = Search(model, limits(model, budget), steps=6, config=config)
     optimizer = adam(model)
     for i in range(6):
         search.before()
@@ -179,7 +180,7 @@ def test_models_of_the_paper_end_at_the_budget_that_torch_counts(name, budget):
 def test_tokens_that_matter_stay_and_useless_ones_go_before_all_else():
     for useless in (True, False):
         model = small_vit()
-        search = Search(model, 0.75, "macs", steps=30, config=CONFIG)
+        search = Search(model, limits(model, 0.75), steps=30, config=CONFIG)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         for i in range(30):
             images, labels = batch(i)
@@ -202,13 +203,13 @@ def test_a_resumed_search_goes_on_with_the_same_tokens():
         return torch.optim.SGD(model.parameters(), lr=0.01)  # keeps nothing, so that only the search resumes
 
     model = small_vit()
-    search = Search(model, 0.3, "macs", steps=60, config=CONFIG)
+    search = Search(model, limits(model, 0.3), steps=60, config=CONFIG)
     train(model, search, sgd(model), 30)
     assert any(search.state.tokens.gone) and not search.state.settled
     other = small_vit()
     other.load_state_dict(model.state_dict())
-    resumed = Search(other, 0.3, "macs", steps=60, config=CONFIG)
-    resumed.load_tensors({name: tensor.clone() for name, tensor in search.tensors().items()})
+    resumed = Search(other, limits(other, 0.3), steps=60, config=CONFIG)
+    resumed.load_state_dict({name: tensor.clone() for name, tensor in search.state_dict().items()})
     assert uvc.structure_of(other) == uvc.structure_of(model)
     for one, its in ((model, search), (other, resumed)):
         train(one, its, sgd(one), 10, first=30)
@@ -238,8 +239,8 @@ def test_a_model_that_drops_tokens_already_searches_only_the_rest():
     structure = uvc.Structure.dense(model).with_tokens(model, 0.5, at=(1,))
     uvc.apply_structure(model, structure)
     with pytest.raises(ValueError, match="drops tokens already"):
-        Search(model, 0.4, "macs", steps=10, config=CONFIG)
-    search = Search(model, 0.4, "macs", steps=60, config=SolverConfig(every=1, anneal=(0.05, 0.3)))
+        Search.check(model, limits(model, 0.4), CONFIG)
+    search = Search(model, limits(model, 0.4), steps=60, config=SolverConfig(every=1, anneal=(0.05, 0.3)))
     train(model, search, adam(model), 60)
     search.harden()
     assert uvc.structure_of(model).blocks[1].tokens == 8

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import uvc
 from uvc.config import SolverConfig
+from uvc.constraints import limits
 from uvc.solver import Search
 from uvc.training.optimizer import AdamW
 
@@ -107,7 +108,7 @@ def burying(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
 def _search(model: nn.Module, config: SolverConfig) -> tuple[Search, torch.optim.Optimizer]:
     """A search amid its annealing that has found the structure of `model`, and an optimiser."""
     structure = uvc.structure_of(model)
-    search = Search(model, 0.5, "macs", steps=10**6, config=replace(config, skip="none"))
+    search = Search(model, limits(model, 0.5), steps=10**6, config=replace(config, skip="none"))
     search.count = round(0.06 * search.steps)  # past the start of the annealing: every part is at work
     adopt(search, structure)
     optimizer = _optimizer(model)

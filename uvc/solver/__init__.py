@@ -20,10 +20,9 @@ exact budget, ``published`` is the paper's code as an ablation, and ``search`` r
 training loop.
 """
 
-from uvc.solver.pruner import Search
+from uvc.solver.pruner import METHODS, Pruner, method, method_of
 from uvc.solver.published import PublishedSearch
+from uvc.solver.search import Search
 from uvc.solver.token_groups import check_tokens
 
-METHODS = {"uvc": Search, "published": PublishedSearch}
-
-__all__ = ["METHODS", "PublishedSearch", "Search", "check_tokens"]
+__all__ = ["METHODS", "Pruner", "PublishedSearch", "Search", "check_tokens", "method", "method_of"]

@@ -15,16 +15,17 @@ it, by its own norms. Symbols as in ``uvc.solver``, with s, r in counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from uvc.config import SolverConfig
-from uvc.constraints import limits
-from uvc.costs import Costs, Counts, total
+from uvc.constraints import Limit
+from uvc.costs import Counts, total
 from uvc.layers import convert
 from uvc.solver.param_groups import Groups
+from uvc.solver.pruner import Pruner, method
 from uvc.solver.rounding import project_to_budget
 from uvc.solver.state import Factors, State, smallest
 
@@ -34,21 +35,20 @@ CLIP = 0.5
 CHOSEN = ("head", "v", "neuron")
 
 
-class PublishedSearch:
-    """Stands in for ``Search``: same arguments, same calls."""
+@method("published")
+class PublishedSearch(Pruner):
+    """The published method; of the settings it takes none."""
 
     def __init__(
         self,
         model: nn.Module,
-        budget: float | Mapping[str, float],
-        metric: str,
+        limits: Sequence[Limit],
         steps: int,
-        config: SolverConfig,
+        config: SolverConfig | None = None,
         seed: int = 0,
-        latency: Costs | None = None,
     ) -> None:
-        self.model, self.groups = convert(model), Groups(model)
-        self.limits = limits(model, budget, metric, latency)
+        super().__init__(convert(model), limits, steps, config, seed)
+        self.groups = Groups(model)
         _, self.prices, self.dense_cost, self.budget = self.limits[0]
         device = next(model.parameters()).device
         self.state = State.new(self.groups.geometry, 6.0, device)
@@ -60,12 +60,17 @@ class PublishedSearch:
             layers, 1
         )  # logits of skipping and running
         self.gate_mean, self.velocity = torch.zeros_like(self.gate), torch.zeros_like(self.gate)
-        self.generator, self.count = torch.Generator().manual_seed(seed), 0
+        self.generator = torch.Generator().manual_seed(seed)
         self._sample: Tensor | None = None
 
     @staticmethod
-    def prepare(model: nn.Module, config: SolverConfig) -> None:
-        """Nothing: dims stay in the basis that training left."""
+    def check(model: nn.Module, limits: Sequence[Limit], config: SolverConfig) -> None:
+        """It knows one budget, linear in the counts."""
+        metrics = [limit.metric for limit in limits]
+        if metrics not in (["macs"], ["params"]):
+            raise ValueError(
+                f"budget: it is in {' and '.join(metrics)}; the published method takes one, in macs or params"
+            )
 
     def before(self) -> None:
         """Draws soft gates, for every block and step anew."""
@@ -138,7 +143,7 @@ class PublishedSearch:
             out[f"y_{name}"] = float(family.y.mean())
         return out
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """State for a checkpoint."""
         own = {"gate": self.gate, "gate_mean": self.gate_mean, "velocity": self.velocity}
         return {
@@ -148,8 +153,8 @@ class PublishedSearch:
             "generator": self.generator.get_state(),
         }
 
-    def load_tensors(self, flat: dict[str, Tensor]) -> None:
-        """Inverse of ``tensors``."""
+    def load_state_dict(self, flat: dict[str, Tensor]) -> None:
+        """Inverse of ``state_dict``."""
         self.state.load_tensors(flat)
         for name in ("gate", "gate_mean", "velocity"):
             getattr(self, name).copy_(flat[name])

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 
 from uvc.compaction import compact
 from uvc.config import Config, DistillConfig, named_budgets
-from uvc.constraints import check_multiples, limits
+from uvc.constraints import Limit, check_multiples, limits
 from uvc.costs import Cost, cost
 from uvc.io.files import make_folder, write_text
 from uvc.io.serialization import describe, save
 from uvc.latency_table import LatencyTable, measure
 from uvc.layers import check, check_children, convert
-from uvc.solver import METHODS, check_tokens
+from uvc.solver import method_of
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.checkpoint import set_seed
 from uvc.training.evaluation import evaluate
@@ -75,6 +75,7 @@ class Plan(NamedTuple):
     val_loader: DataLoader
     budget: float | Mapping[str, float]
     metric: str
+    limits: tuple[Limit, ...]
     config: Config
     latency: LatencyTable | None  # of a budget in latency
     out: Path | None
@@ -104,17 +105,12 @@ def prepare(
     """
     config = config or Config()
     solver, named = config.solver, named_budgets(budget, metric)
-    if solver.method not in METHODS:
-        known = " and ".join(repr(name) for name in METHODS)
-        raise ValueError(f"solver method: {solver.method!r}; known are {known}")
-    if solver.method == "published" and list(named) not in (["macs"], ["params"]):
-        raise ValueError(f"budget: {named}; the published method takes one, in macs or params")
+    method = method_of(solver.method)
     if latency is not None and "latency" not in named:
         raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
     check(model)
     check_children(model)  # what the final compaction would refuse
     check_multiples(model, solver.round_to)
-    check_tokens(model, solver.tokens, tuple(named))
     check_loader(train_loader)
     if teacher is not None:
         check_teacher(model, teacher, config.distill)
@@ -125,8 +121,9 @@ def prepare(
             latency = LatencyTable.load(out / LATENCY)
         latency = latency or measure(model, latency_batch or 1, solver.round_to)
         latency.check(model)
-    limits(model, budget, metric, latency)
-    return Plan(model, train_loader, val_loader, budget, metric, config, latency, out, resume)
+    bounds = limits(model, budget, metric, latency)
+    method.check(model, bounds, solver)
+    return Plan(model, train_loader, val_loader, budget, metric, bounds, config, latency, out, resume)
 
 
 def compress(
@@ -194,7 +191,7 @@ def carry_out(
     if plan.resume and out and plan.checkpoint.exists():
         trainer.load()
     set_seed(config.seed, bool(trainer.mix))
-    method = METHODS[config.solver.method]
+    method = method_of(config.solver.method)
     method.prepare(model, config.solver)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(config.distill.kind != "none")
@@ -214,9 +211,9 @@ def carry_out(
     if not trainer.finished("search"):
         trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
         steps = searching * len(plan.train_loader)
-        search = method(model, plan.budget, plan.metric, steps, config.solver, config.seed, plan.latency)
-        trainer.phase("search", searching, task, optimizer, search, schedule=(warmup, warmup + searching))
-        search.harden()
+        pruner = method(model, plan.limits, steps, config.solver, config.seed)
+        trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
+        pruner.harden()
         before_post = evaluate(model, plan.val_loader)
         trainer.history.append({"phase": "harden", "top1": before_post})
         log.note(event="harden", top1=before_post)

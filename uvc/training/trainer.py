@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from uvc.config import Config
 from uvc.io.finite import refuse_not_finite
 from uvc.settings import from_dict, hints
-from uvc.solver import Search
+from uvc.solver import Pruner
 from uvc.structure import structure_of
 from uvc.training.checkpoint import (
     load_optimizer_tensors,
@@ -84,17 +84,19 @@ class Trainer:
         epochs: int,
         task: Classification,
         optimizer: torch.optim.Optimizer,
-        search: Search | None = None,
+        pruner: Pruner | None = None,
         schedule: tuple[int, int] | None = None,
     ) -> None:
         """Trains for some epochs under one cosine cycle.
 
+        pruner: removes structure meanwhile; None: nothing does.
         schedule: (epochs before this phase, epochs in all) where several phases share the optimiser and its
         cycle.
         """
+        pruner = pruner or Pruner(self.model)
         if self.config.ema_decay and name in AVERAGED:
             self.average = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=True)
-        first, done = self._restore(name, epochs, optimizer, search)
+        first, done = self._restore(name, epochs, optimizer, pruner)
         before, cycle = schedule or (0, epochs)
         steps = len(self.train_loader)
         scheduler = self._cosine(optimizer, cycle * steps)
@@ -109,13 +111,13 @@ class Trainer:
                 step = epoch * steps + i
                 scheduler.step_update(before * steps + step)
                 check.at(epoch, i)
-                out = self._train_step(task, batch, optimizer, search, check)
+                out = self._train_step(task, batch, optimizer, pruner, check)
                 if self.average:
                     self.average.update(self.model, step=step + 1)
                 if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
                     check.read()
                     scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
-                    self.log.step(step, **scalars, **(search.metrics() if search else {}))
+                    self.log.step(step, **scalars, **pruner.metrics())
                 self.steps += 1
                 done = i + 1
                 if done == steps:
@@ -124,12 +126,12 @@ class Trainer:
                     break
                 if self.config.checkpoint_every and (step + 1) % self.config.checkpoint_every == 0:
                     check.read()
-                    self._save(name, epoch, optimizer, search, done)
+                    self._save(name, epoch, optimizer, pruner, done)
             check.read()
             task.end_epoch()
             seconds = time.perf_counter() - start
             if asked():
-                self._save(name, epoch, optimizer, search, done)
+                self._save(name, epoch, optimizer, pruner, done)
                 raise Stopped(f"stopped in {name}, epoch {epoch}, after {done} of {steps} batches")
             entry = {
                 "phase": name,
@@ -137,9 +139,9 @@ class Trainer:
                 "top1": evaluate(self.average.module if self.average else self.model, self.val_loader),
                 "step_ms": 1e3 * seconds / max(done - had, 1),
             }
-            self.history.append({**entry, **(search.metrics() if search else {})})
+            self.history.append({**entry, **pruner.metrics()})
             self.log.note(epoch=epoch, top1=entry["top1"], step_ms=entry["step_ms"])
-            self._save(name, epoch + 1, optimizer, search)
+            self._save(name, epoch + 1, optimizer, pruner)
             done = 0
         if self.average:
             self.model.load_state_dict(self.average.module.state_dict())
@@ -150,11 +152,10 @@ class Trainer:
         task: Classification,
         batch: tuple[Tensor, Tensor],
         optimizer: torch.optim.Optimizer,
-        search: Search | None,
+        pruner: Pruner,
         check: FiniteCheck,
     ) -> dict[str, Any]:
-        if search:
-            search.before()
+        pruner.before()
         images, labels = unpack(batch, "train_loader")
         labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
         images = images.to(self.device, self.dtype, non_blocking=True)
@@ -162,13 +163,11 @@ class Trainer:
         seed = None if shown is None else hash((self.config.seed, shown.epoch, shown.batch))
         out = task(self.model, *self.mix(images, labels, seed))
         out["loss"].backward()
-        if search:
-            search.observe()
+        pruner.observe()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         check.see(out["loss"], norm, images)
         optimizer.step()
-        if search:
-            search.step(optimizer)
+        pruner.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         return out
 
@@ -191,7 +190,7 @@ class Trainer:
         return f"{self.file} keeps what was saved last" if self.file.exists() else "nothing was saved yet"
 
     def _save(
-        self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, search: Search | None, done: int = 0
+        self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, pruner: Pruner, done: int = 0
     ) -> None:
         """Writes what a run needs to go on in an epoch of which some batches are done."""
         if self.file is None:
@@ -200,8 +199,7 @@ class Trainer:
         tensors["random"], loader = self.feed.state()
         if self.average:
             tensors["average"] = self.average.module.state_dict()
-        if search:
-            tensors["search"] = search.tensors()
+        tensors["search"] = pruner.state_dict()
         # Weights, moments, averages and scores alike: from values that are not finite no run can go on.
         named = {f"{group} {name}": t for group, part in tensors.items() for name, t in part.items()}
         numbers = {name: t for name, t in named.items() if not name.startswith("random ")}
@@ -234,7 +232,7 @@ class Trainer:
         return bool(self.resumed) and order.index(self.resumed["phase"]) > order.index(phase)
 
     def _restore(
-        self, name: str, epochs: int, optimizer: torch.optim.Optimizer, search: Search | None
+        self, name: str, epochs: int, optimizer: torch.optim.Optimizer, pruner: Pruner
     ) -> tuple[int, int]:
         """The epoch to go on with, and how many of its batches are done."""
         if self.finished(name):
@@ -243,8 +241,7 @@ class Trainer:
             return 0, 0
         self.model.load_state_dict(self.tensors["model"])
         load_optimizer_tensors(optimizer, self.model, self.tensors["optimizer"])
-        if search:
-            search.load_tensors(self.tensors["search"])
+        pruner.load_state_dict(self.tensors.get("search", {}))
         if self.average:
             self.average.module.load_state_dict(self.tensors["average"])
         done = self.resumed.get("done", 0)

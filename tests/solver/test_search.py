@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import uvc
 from uvc.config import SolverConfig
+from uvc.constraints import limits
 from uvc.costs import cost
 from uvc.solver import Search
 
@@ -37,7 +38,7 @@ CONFIG = SolverConfig(every=1, anneal=(0.05, 0.3), prox_rate=0.3, snap=1e-2)
 def test_a_search_ends_at_most_at_the_budget_and_within_one_unit(budget, metric):
     model = small_vit()
     dense = getattr(cost(model), metric)
-    search = Search(model, budget, metric, steps=120, config=CONFIG)
+    search = Search(model, limits(model, budget, metric), steps=120, config=CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, search, optimizer, 120)
     hard = search.metrics()["hard_cost"]
@@ -52,7 +53,7 @@ def test_a_search_ends_at_most_at_the_budget_and_within_one_unit(budget, metric)
 def test_two_budgets_are_both_met_and_the_tighter_one_within_one_unit(budget):
     model = small_vit()
     dense = cost(model)
-    search = Search(model, budget, "macs", steps=120, config=CONFIG)
+    search = Search(model, limits(model, budget), steps=120, config=CONFIG)
     train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
     search.harden()
     final = cost(model)
@@ -63,7 +64,7 @@ def test_two_budgets_are_both_met_and_the_tighter_one_within_one_unit(budget):
 
 def test_of_two_budgets_the_slack_one_ends_without_a_price():
     model = small_vit()
-    search = Search(model, {"macs": 0.95, "params": 0.4}, "macs", steps=120, config=CONFIG)
+    search = Search(model, limits(model, {"macs": 0.95, "params": 0.4}), steps=120, config=CONFIG)
     train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
     slack, tight = search.state.z.tolist()
     assert slack < 0.05 < tight
@@ -71,7 +72,7 @@ def test_of_two_budgets_the_slack_one_ends_without_a_price():
 
 def test_dead_groups_are_skipped_and_stay_at_exact_zero_during_the_search():
     model = small_vit()
-    search = Search(model, 0.4, "macs", steps=100, config=CONFIG)
+    search = Search(model, limits(model, 0.4), steps=100, config=CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, search, optimizer, 80)
     dead = search.state.families["neuron"].dead
@@ -84,7 +85,7 @@ def test_dead_groups_are_skipped_and_stay_at_exact_zero_during_the_search():
 
 def test_sampled_skips_do_not_run_their_branch_and_gate_steps_run_all():
     model = small_vit()
-    search = Search(model, 0.9, "macs", steps=1000, config=SolverConfig(gate_init=0.0, gate_every=5))
+    search = Search(model, limits(model, 0.9), steps=1000, config=SolverConfig(gate_init=0.0, gate_every=5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     runs = []
     for block in model.blocks:
@@ -101,7 +102,7 @@ def test_sampled_skips_do_not_run_their_branch_and_gate_steps_run_all():
 
 def test_between_steps_nothing_sampled_is_left_on_the_model():
     model = small_vit()
-    search = Search(model, 0.9, "macs", steps=1000, config=SolverConfig(gate_init=-2.0, gate_every=3))
+    search = Search(model, limits(model, 0.9), steps=1000, config=SolverConfig(gate_init=-2.0, gate_every=3))
     plain = copy.deepcopy(model).eval()
     for i in range(6):
         train(model, search, torch.optim.SGD(model.parameters(), lr=0.0), 1, first=i)
@@ -111,14 +112,14 @@ def test_between_steps_nothing_sampled_is_left_on_the_model():
 
 def test_a_half_with_nothing_left_is_skipped_once_gates_are_hard_and_never_below_the_budget():
     model = small_vit()
-    search = Search(model, 0.5, "macs", steps=1000, config=SolverConfig())
+    search = Search(model, limits(model, 0.5), steps=1000, config=SolverConfig())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     search.state.families["neuron"].dead[1] = True
     search.bury(optimizer)
     assert not model.blocks[1].skip_mlp
     search.freeze_gates(optimizer)
     assert [block.skip_mlp for block in model.blocks] == [False, True, False]
-    kept = Search(small_vit(), 0.5, "macs", steps=1000, config=SolverConfig(skip="none"))
+    kept = Search(small_vit(), search.limits, steps=1000, config=SolverConfig(skip="none"))
     kept.state.families["neuron"].dead[1] = True
     kept.bury(optimizer)
     assert not any(block.skip_mlp for block in kept.model.blocks)
@@ -129,7 +130,7 @@ def test_a_useless_half_is_skipped_and_the_useful_ones_are_kept():
     config = SolverConfig(
         gate_init=1.0, gate_every=1, gate_weight=0.6, anneal=(0.0, 0.1), gate_rate=0.2, prox_rate=0.0
     )
-    search = Search(model, 0.6, "macs", steps=100, config=config)
+    search = Search(model, limits(model, 0.6), steps=100, config=config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for i in range(59):
         search.before()
@@ -151,7 +152,7 @@ def test_a_useless_half_is_skipped_and_the_useful_ones_are_kept():
 
 def test_gates_never_skip_below_the_budget():
     model = small_vit()
-    search = Search(model, 0.9, "macs", steps=10, config=SolverConfig())
+    search = Search(model, limits(model, 0.9), steps=10, config=SolverConfig())
     search.state.theta.fill_(-3.0)
     search.freeze_gates(torch.optim.SGD(model.parameters(), lr=0.0))
     assert search.metrics()["hard_cost"] >= 0.9
@@ -160,7 +161,10 @@ def test_gates_never_skip_below_the_budget():
 def test_skip_blocks_governs_both_halves_with_one_gate():
     model = small_vit()
     search = Search(
-        model, 0.9, "macs", steps=1000, config=SolverConfig(gate_init=0.0, skip="blocks", gate_every=1000)
+        model,
+        limits(model, 0.9),
+        steps=1000,
+        config=SolverConfig(gate_init=0.0, skip="blocks", gate_every=1000),
     )
     search.count = 1
     for _ in range(20):
@@ -170,7 +174,7 @@ def test_skip_blocks_governs_both_halves_with_one_gate():
 
 def test_skip_none_never_skips():
     model = small_vit()
-    search = Search(model, 0.5, "macs", steps=100, config=SolverConfig(skip="none"))
+    search = Search(model, limits(model, 0.5), steps=100, config=SolverConfig(skip="none"))
     for _ in range(20):
         search.before()
         assert not any(block.skip_attn or block.skip_mlp for block in model.blocks)
@@ -179,18 +183,18 @@ def test_skip_none_never_skips():
 def test_a_search_resumed_from_its_tensors_goes_on_to_the_bit():
     torch.manual_seed(0)
     model = small_vit()
-    search = Search(model, 0.5, "macs", steps=60, config=CONFIG)
+    search = Search(model, limits(model, 0.5), steps=60, config=CONFIG)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, search, optimizer, 40)
     weights = copy.deepcopy(model.state_dict())
-    tensors = {name: tensor.clone() for name, tensor in search.tensors().items()}
+    tensors = {name: tensor.clone() for name, tensor in search.state_dict().items()}
     moments = copy.deepcopy(optimizer.state_dict())
     train(model, search, optimizer, 20, first=40)
 
     again = small_vit()
-    resumed = Search(again, 0.5, "macs", steps=60, config=CONFIG)
+    resumed = Search(again, limits(again, 0.5), steps=60, config=CONFIG)
     again.load_state_dict(weights)
-    resumed.load_tensors(tensors)
+    resumed.load_state_dict(tensors)
     optimizer = torch.optim.AdamW(again.parameters(), lr=1e-3)
     optimizer.load_state_dict(moments)
     train(again, resumed, optimizer, 20, first=40)
