@@ -90,7 +90,7 @@ def hold(name, budget, seed):
     model = searched(name, budget, seed)
     cost, limit = uvc.cost(model).macs, budget * uvc.cost(dense(name)).macs
     assert cost == macs_counted(model)
-    unit = cheapest_removed(model)
+    unit = cheapest_removed(model, "macs")
     assert cost <= limit
     assert unit is None or limit - cost < unit
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.quality import pruning, rivals
-from bench.quality.context import Context, build, narrow_width
+from bench.quality.context import HEADS, WIDTH, Context, build, narrow_width
 from uvc.config import DistillConfig
 from uvc.training.compress import compress
 
@@ -103,8 +103,9 @@ ARMS: dict[str, Arm] = {
     "uvc_no_tokens": Arm(lambda c: uvc(c, tokens=0), search=True),
     "uvc_no_balance": Arm(lambda c: uvc(c, balance=False), search=True),
     "uvc_no_skip": Arm(lambda c: uvc(c, skip="none"), search=True),
-    "uvc_whole_heads": Arm(only("head", "qk", "v", "neuron"), search=True),
-    "uvc_no_dims": Arm(only("head", "neuron"), search=True),
+    "uvc_heads_whole": Arm(
+        lambda c: uvc(c, families=("v", "neuron"), grain=(WIDTH // HEADS, 1)), search=True
+    ),
     "uvc_no_heads": Arm(only("neuron"), search=True),
     "uvc_no_neurons": Arm(only("qk", "v"), search=True),
     "uvc_no_distill": Arm(uvc, search=True, distill=False),

@@ -15,18 +15,12 @@ from torch import Tensor, nn
 from bench.quality.context import Context
 from uvc.config import SolverConfig
 from uvc.constraints import Limit, limits
-from uvc.solver import Pruner, method
+from uvc.solver import Groups, Pruner, State, method, round_to_budget
 from uvc.solver.head_basis import balance_heads
-from uvc.solver.param_groups import Groups
-from uvc.solver.rounding import project_to_budget
-from uvc.solver.state import State
 from uvc.structure import Structure, apply_structure
 from uvc.training.losses import Classification
 
 RESCORES = 10
-# A head goes with its last v dim. Whole heads as candidates of their own made this rival weaker by 2 points
-# or more, as they did UVC, so it does without them, too.
-GROUPS = ("qk", "v", "neuron")
 
 
 class Greedy(Pruner):
@@ -44,7 +38,7 @@ class Greedy(Pruner):
     ) -> None:
         super().__init__(model, limits, steps, config, seed)
         self.groups = Groups(model)
-        self.state = State.new(self.groups.geometry, 6.0)
+        self.state = State.new(self.groups.geometry)
         self.state.hard = True
 
     def observe(self, scale: float = 1.0) -> None:
@@ -58,12 +52,10 @@ class Greedy(Pruner):
 
     def prune(self, limits: Sequence[Limit]) -> None:
         """Removes the least important per MAC of what is left, and begins a new collection."""
-        masks = project_to_budget(self.state, limits, GROUPS)
+        masks = round_to_budget(self.state, limits)
         self.groups.apply(masks)
-        qk, v, neuron, _ = masks
-        for name, mask in (("qk", qk), ("v", v), ("neuron", neuron), ("head", v.any(-1))):
-            family = self.state.families[name]
-            family.dead.copy_(~mask.reshape(family.dead.shape))
+        self.state.keep(masks)
+        for family in self.state.families.values():
             family.importance.zero_()
 
 
@@ -118,6 +110,7 @@ def random_structure(context: Context) -> nn.Module:
     model = context.student()
     greedy = Greedy(model, limits(model, context.budget))
     generator = torch.Generator().manual_seed(context.seed)
+    torch.rand(greedy.state.heads().shape, generator=generator)  # drawn for heads when rows were measured
     for family in greedy.state.families.values():
         family.importance.copy_(torch.rand(family.importance.shape, generator=generator))
     greedy.harden()

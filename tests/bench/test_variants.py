@@ -121,14 +121,14 @@ def test_the_solver_works_beside_a_step_and_keeps_the_structure(small):
 def test_the_solver_alone_does_its_whole_step_and_keeps_the_structure(small, monkeypatch, way, parts):
     model = uvc.apply_structure(small.float(), uvc.Structure.random(small, 0.5))
     structure, done = uvc.structure_of(model), []
-    for name in ("observe", "step", "bury"):
+    for name in ("observe", "step", "remove_dead"):
         run = getattr(Search, name)
         monkeypatch.setattr(Search, name, lambda *args, run=run, name=name: (done.append(name), run(*args)))
     step = BESIDE[way](model, *steps.images_and_labels(model, 4, CPU), torch.float32)
     done.clear()
     for i in range(20):
         step(i)
-    assert done == ["observe", "step", "bury"][:parts] * 20 and uvc.structure_of(model) == structure
+    assert done == ["observe", "step", "remove_dead"][:parts] * 20 and uvc.structure_of(model) == structure
 
 
 @pytest.mark.parametrize(

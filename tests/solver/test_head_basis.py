@@ -1,5 +1,6 @@
 """The balanced basis of heads: the function stays, and the first dims are worth most."""
 
+import pytest
 import timm
 import torch
 
@@ -81,10 +82,14 @@ def test_a_search_balances_unless_told_not_to_and_the_published_one_never_does()
         assert torch.equal(model.blocks[0].attn.qkv.weight, weight) != moves
 
 
-def test_what_is_pruned_already_is_left_alone():
+@pytest.mark.parametrize("frozen", [False, True], ids=["pruned", "frozen"])
+def test_what_is_pruned_already_or_frozen_is_left_alone(frozen):
     model = small()
-    structure = uvc.Structure.random(model, keep=0.5, seed=1)
-    uvc.apply_structure(model, structure)
+    if frozen:
+        for block in model.blocks:
+            block.attn.proj.weight.requires_grad_(False)
+    else:
+        uvc.apply_structure(model, uvc.Structure.random(model, keep=0.5, seed=1))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     balance_heads(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import uvc
 from uvc.solver.param_groups import Groups
-from uvc.solver.state import Factors
+from uvc.solver.state import Factors, Masks
 
 
 def small_vit(**options):
@@ -38,7 +38,6 @@ def test_norms_are_the_joint_squared_norms_of_everything_a_group_owns():
         norms["qk"][3:], (q + k + bq + bk).float().to(norms["qk"].dtype), check_dtype=False
     )
     torch.testing.assert_close(norms["v"][3:], v + bv + proj, check_dtype=False)
-    torch.testing.assert_close(norms["head"][1], (v + bv + proj).sum(1), check_dtype=False)
     neuron = mlp.fc1.weight.square().sum(1) + mlp.fc1.bias.square() + mlp.fc2.weight.square().sum(0)
     torch.testing.assert_close(norms["neuron"][1], neuron, check_dtype=False)
 
@@ -62,7 +61,6 @@ def test_first_order_importance_is_the_gradient_of_a_gate_on_the_group():
     for name, pair in gates.items():
         expected = torch.stack([gate.grad for gate in pair]).view_as(first_order[name])
         torch.testing.assert_close(first_order[name], expected, check_dtype=False, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(first_order["head"], first_order["v"].view(2, 3, 4).sum(2))
 
 
 def test_first_order_importance_is_zero_where_no_gradient_arrived():
@@ -91,7 +89,7 @@ def test_dead_groups_change_nothing_when_skipped_and_a_warm_optimiser_does_not_r
     dead = random_masks()
     groups.clear(dead, optimizer)
     before = loss(model)
-    groups.apply((~dead.qk, ~dead.v, ~dead.neuron, torch.ones(2, 2, dtype=torch.bool)))
+    groups.apply(Masks(~dead.qk, ~dead.v, ~dead.neuron, torch.ones(2, 2, dtype=torch.bool)))
     torch.testing.assert_close(loss(model), before, rtol=1e-12, atol=1e-12)
     for _ in range(5):
         loss(model).backward()
@@ -102,6 +100,33 @@ def test_dead_groups_change_nothing_when_skipped_and_a_warm_optimiser_does_not_r
     assert (norms["neuron"][dead.neuron] == 0).all()
     gone = dead.qk | ~(~dead.v).any(-1, keepdim=True)
     assert (norms["qk"].view(2, 3, 4)[dead.qk & gone] == 0).all()
+
+
+def test_moments_are_cleared_beside_parameters_that_have_none():
+    model = small_vit()
+    groups = Groups(model)
+    model.blocks[0].mlp.fc1.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loss(model).backward()
+    optimizer.step()
+    dead = random_masks()
+    groups.clear(dead, optimizer)
+    moment = optimizer.state[model.blocks[1].mlp.fc2.weight]["exp_avg"]
+    assert not moment[:, dead.neuron[1]].any() and moment[:, ~dead.neuron[1]].any()
+
+
+def test_a_segment_is_trainable_with_all_its_parameters_and_reached_with_the_gradient_of_its_gates():
+    model = small_vit()
+    groups = Groups(model)
+    model.blocks[0].attn.proj.weight.requires_grad_(False)
+    model.blocks[1].mlp.fc1.bias.requires_grad_(False)
+    trainable = {name: flags.tolist() for name, flags in groups.trainable().items()}
+    assert trainable == {"qk": [True] * 6, "v": [False] * 3 + [True] * 3, "neuron": [True, False]}
+    assert not any(flags.any() for flags in groups.reached().values())
+    model.blocks[1].set_skip(True, False)
+    loss(model).backward()
+    reached = {name: flags.tolist() for name, flags in groups.reached().items()}
+    assert reached == {"qk": [True] * 3 + [False] * 3, "v": [False] * 6, "neuron": [True, True]}
 
 
 def test_without_clearing_its_moments_a_warm_optimiser_does_revive_a_group():

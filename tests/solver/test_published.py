@@ -37,10 +37,10 @@ def train(model, search, steps, rate=1e-3):
 
 def test_a_step_moves_counts_and_duals_as_loops_over_plain_numbers_do():
     model, search = search_of(budget=0.7)
-    neurons = search.state.families["neuron"]
+    neurons = search.families["neuron"]
     neurons.s.copy_(torch.tensor([0.0, 1.5, 3.0]))
     neurons.y.copy_(torch.tensor([0.0, 2.0, 5.0]))
-    search.state.z.fill_(0.4)
+    search.z.fill_(0.4)
     before = [block.mlp.fc2.weight.detach().square().sum(0).sort().values.tolist() for block in model.blocks]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     search._sample, s, y = None, neurons.s.tolist(), neurons.y.tolist()
@@ -57,7 +57,7 @@ def test_a_step_moves_counts_and_duals_as_loops_over_plain_numbers_do():
 
 def test_the_prox_divides_the_chosen_by_one_plus_twice_rate_times_multiplier():
     model, search = search_of()
-    neurons = search.state.families["neuron"]
+    neurons = search.families["neuron"]
     neurons.s.fill_(1e-9)  # the ceil of a trifle is one whole group
     neurons.y.fill_(2.0)
     weights = [block.mlp.fc2.weight.detach().clone() for block in model.blocks]
@@ -81,7 +81,7 @@ def test_multipliers_never_unwind_and_the_budgets_winds_up():
     seen = []
     for i in range(4):
         train(model, search, 5)
-        seen.append((float(search.state.z), float(search.state.families["v"].y.sum())))
+        seen.append((float(search.z), float(search.families["v"].y.sum())))
         assert seen[i] >= seen[max(i - 1, 0)]
     assert seen[-1][0] > 5
 
@@ -122,3 +122,10 @@ def test_an_unknown_method_is_refused_by_name():
     config = Config(solver=SolverConfig(method="umec"))
     with pytest.raises(ValueError, match=r"solver method: 'umec'; known are .*'published', .*'uvc'"):
         compress(small_vit(), [batch(0)], [batch(1)], config=config)
+
+
+def test_a_frozen_block_is_refused_by_name():
+    model = small_vit()
+    model.blocks[1].mlp.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.fc1\.weight: it is frozen"):
+        PublishedSearch.check(model, limits(model, 0.5), SolverConfig())

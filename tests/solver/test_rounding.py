@@ -1,4 +1,4 @@
-"""The final projection: at most the budget, and no remaining unit fits."""
+"""The final rounding: at most the budget, and no remaining unit fits."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from oracle import small_vit
 from uvc.constraints import Limit, check_multiples
 from uvc.costs import Prices
 from uvc.solver.objective import hard_cost, masks_cost
-from uvc.solver.rounding import project_to_budget
+from uvc.solver.rounding import round_to_budget
 from uvc.solver.state import Geometry, State
 
 
@@ -29,7 +29,7 @@ def up_to(most):
 
 def state_of(geometry, seed, **options):
     torch.manual_seed(seed)
-    state = State.new(geometry, gate_init=6.0, **options)
+    state = State.new(geometry, **options)
     state.hard = True
     for family in state.families.values():
         family.importance.exponential_()
@@ -46,8 +46,8 @@ def test_cost_is_at_most_the_budget_and_no_unit_fits_any_more(budget, seed, laye
     limit = Limit("macs", prices, hard_cost(state, prices), budget)
     if limit.most < prices.fixed:
         return
-    qk, v, neuron, running = project_to_budget(state, [limit])
-    cost = masks_cost(qk, v, neuron, running, prices)
+    masks = qk, v, neuron, running = round_to_budget(state, [limit])
+    cost = masks_cost(masks, prices)
     assert cost <= limit.most
     living = v.any(-1, keepdim=True) & running[:, :1, None]
     room = limit.most - cost
@@ -59,16 +59,16 @@ def test_cost_is_at_most_the_budget_and_no_unit_fits_any_more(budget, seed, laye
 
 @settings(max_examples=30, deadline=None)
 @given(budget=st.floats(0.35, 1.0), seed=st.integers(0, 1000), dead=st.floats(0, 0.6))
-def test_with_a_grain_only_multiples_are_kept_and_no_further_multiple_fits(budget, seed, dead):
+def test_only_multiples_are_kept_and_no_further_multiple_fits(budget, seed, dead):
     geometry, prices = Geometry(3, 2, 8, 24), prices_of(3)
-    state = state_of(geometry, seed, grain=(4, 8))
+    state = state_of(geometry, seed, multiples=(4, 8))
     limit = Limit("macs", prices, hard_cost(state, prices), budget)
     for name in ("qk", "v", "neuron"):
         family = state.families[name]
         family.dead.copy_(torch.rand_like(family.importance) < dead)
-    qk, v, neuron, running = project_to_budget(state, [limit])
+    masks = qk, v, neuron, running = round_to_budget(state, [limit])
     assert not (qk.sum(-1) % 4).any() and not (v.sum(-1) % 4).any() and not (neuron.sum(-1) % 8).any()
-    room = limit.most - masks_cost(qk, v, neuron, running, prices)
+    room = limit.most - masks_cost(masks, prices)
     assert room >= 0
     living = v.any(-1, keepdim=True) & running[:, :1, None]
     for layer in range(3):
@@ -98,8 +98,8 @@ def test_two_limits_are_both_met_and_no_unit_fits_both(first, second, seed):
     other = Prices(10.0, attn=(1, 0, 2), mlp=(0, 1, 0), qk=(1.5, 2, 1), v=(0.5, 1, 1), neuron=(3, 2, 4.5))
     state = state_of(geometry, seed, limits=2)
     limits = [Limit("macs", p, hard_cost(state, p), b) for p, b in ((prices, first), (other, second))]
-    masks = qk, v, neuron, running = project_to_budget(state, limits)
-    room = [limit.most - masks_cost(*masks, limit.costs) for limit in limits]
+    masks = qk, v, neuron, running = round_to_budget(state, limits)
+    room = [limit.most - masks_cost(masks, limit.costs) for limit in limits]
     assert min(room) >= 0
 
     def fits(name, layer):
@@ -116,12 +116,11 @@ def test_two_limits_are_both_met_and_no_unit_fits_both(first, second, seed):
 
 def test_the_least_important_units_per_cost_go_first():
     state = state_of(Geometry(2, 2, 6, 20), seed=1)
-    state.families["head"].importance.fill_(1e9)
     for name in ("qk", "v"):
         state.families[name].importance.fill_(1e9)
     same = PRICES._replace(neuron=(7, 7))
     dense = hard_cost(state, same)
-    _, _, neuron, _ = project_to_budget(state, [Limit("macs", same, dense, (dense - 70) / dense)])
+    _, _, neuron, _ = round_to_budget(state, [Limit("macs", same, dense, (dense - 70) / dense)])
     importance = state.families["neuron"].importance
     assert int((~neuron).sum()) == 10
     assert importance[~neuron].max() < importance[neuron].min()
@@ -129,12 +128,24 @@ def test_the_least_important_units_per_cost_go_first():
 
 def test_everything_goes_when_only_the_fixed_part_fits():
     state = state_of(Geometry(2, 2, 3, 4), seed=2)
-    qk, v, neuron, running = project_to_budget(state, [up_to(PRICES.fixed)])
-    assert masks_cost(qk, v, neuron, running, PRICES) == PRICES.fixed
-    assert not running.any()
+    masks = round_to_budget(state, [up_to(PRICES.fixed)])
+    assert masks_cost(masks, PRICES) == PRICES.fixed
+    assert not masks.running.any()
 
 
 def test_less_than_the_fixed_part_is_refused():
     state = state_of(Geometry(2, 2, 3, 4), seed=2)
     with pytest.raises(ValueError, match="budget: 399 macs cannot be met"):
-        project_to_budget(state, [up_to(PRICES.fixed - 1)])
+        round_to_budget(state, [up_to(PRICES.fixed - 1)])
+
+
+def test_what_is_held_stays_and_what_cannot_be_met_then_is_said():
+    state = state_of(Geometry(2, 2, 3, 4), seed=2)
+    state.families["neuron"].open[1] = False
+    state.families["neuron"].importance[1] = 0.0
+    held = PRICES.fixed + 4 * PRICES.neuron[1] + PRICES.mlp[1]
+    masks = round_to_budget(state, [up_to(held)])
+    assert masks.running.tolist() == [[False, False], [False, True]] and masks.neuron[1].all()
+    assert masks_cost(masks, PRICES) == held
+    with pytest.raises(ValueError, match="but for what no gradient reached, costs"):
+        round_to_budget(state, [up_to(held - 1)])

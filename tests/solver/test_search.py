@@ -1,6 +1,7 @@
 """The search beside a training loop on a small ViT: skips that really skip, gates, the budget, resuming."""
 
 import copy
+import dataclasses
 from functools import partial
 
 import loops
@@ -13,6 +14,7 @@ from uvc.config import SolverConfig
 from uvc.constraints import limits
 from uvc.costs import cost
 from uvc.solver import Search
+from uvc.training.compress import compress
 
 
 def small_vit():
@@ -115,13 +117,13 @@ def test_a_half_with_nothing_left_is_skipped_once_gates_are_hard_and_never_below
     search = Search(model, limits(model, 0.5), steps=1000, config=SolverConfig())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     search.state.families["neuron"].dead[1] = True
-    search.bury(optimizer)
+    search.remove_dead(optimizer)
     assert not model.blocks[1].skip_mlp
     search.freeze_gates(optimizer)
     assert [block.skip_mlp for block in model.blocks] == [False, True, False]
     kept = Search(small_vit(), search.limits, steps=1000, config=SolverConfig(skip="none"))
     kept.state.families["neuron"].dead[1] = True
-    kept.bury(optimizer)
+    kept.remove_dead(optimizer)
     assert not any(block.skip_mlp for block in kept.model.blocks)
 
 
@@ -132,6 +134,8 @@ def test_a_useless_half_is_skipped_and_the_useful_ones_are_kept():
     )
     search = Search(model, limits(model, 0.6), steps=100, config=config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for family in search.state.families.values():
+        family.open.fill_(True)
     for i in range(59):
         search.before()
         model(batch(i)[0])
@@ -203,3 +207,85 @@ def test_a_search_resumed_from_its_tensors_goes_on_to_the_bit():
         for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert uvc.structure_of(model) == uvc.structure_of(again)
+
+
+def frozen_model(*frozen):
+    model = uvc.convert(small_vit())
+    for layer in frozen:
+        model.blocks[layer].requires_grad_(False)
+    return model
+
+
+def test_frozen_blocks_are_left_alone():
+    model = frozen_model(0)
+    before = copy.deepcopy(model.blocks[0].state_dict())
+    bounds = limits(model, 0.6)
+    Search.check(model, bounds, CONFIG), Search.prepare(model, CONFIG)
+    search = Search(model, bounds, steps=120, config=CONFIG)
+    train(model, search, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), 120)
+    search.harden()
+    assert uvc.structure_of(model).blocks[0] == uvc.Structure.dense(model).blocks[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.blocks[0].state_dict().items())
+    unit = max(map(max, bounds[0].costs[3:]))
+    assert bounds[0].most - unit < cost(model).macs <= bounds[0].most
+
+
+def test_a_budget_that_frozen_blocks_leave_no_room_for_is_refused_before_training():
+    model = frozen_model(0, 2)
+    least = 1.0 - cost(model).blocks[1].macs / cost(model).macs
+    with pytest.raises(ValueError, match=rf"below {least:.4f}, .* leaves frozen blocks alone \(0, 2 have"):
+        Search.check(model, limits(model, least - 1e-3), CONFIG)
+    Search.check(model, limits(model, least + 1e-3), CONFIG)
+    with pytest.raises(ValueError, match=r"budget: .* smallest macs budget that leaves frozen blocks alone"):
+        compress(model, [batch(0)], [batch(1)], least - 1e-3)
+
+
+def test_the_first_matrix_of_a_frozen_half_alone_holds_all_its_groups():
+    model = frozen_model()
+    model.blocks[1].mlp.fc1.requires_grad_(False)
+    search = Search(model, limits(model, 0.3), steps=60, config=CONFIG)
+    train(model, search, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3), 60)
+    search.harden()
+    assert len(uvc.structure_of(model).blocks[1].neurons) == 24
+
+
+def test_a_block_that_no_gradient_reaches_is_left_alone():
+    model = frozen_model()
+    model.blocks[1].register_forward_hook(lambda block, args, out: args[0])  # the loss does not see it
+    search = Search(model, limits(model, 0.6), steps=120, config=CONFIG)
+    train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
+    search.harden()
+    assert uvc.structure_of(model).blocks[1] == uvc.Structure.dense(model).blocks[1]
+    assert cost(model).macs <= search.limits[0].most
+
+
+def test_gradients_that_are_not_finite_stop_the_search_at_the_block():
+    model = frozen_model()
+    search = Search(model, limits(model, 0.6), steps=10, config=CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train(model, search, optimizer, 2)
+    search.before()
+    model(batch(2)[0]).sum().backward()
+    model.blocks[2].mlp.fc2.weight.grad[0, 3] = torch.nan
+    search.observe()
+    with pytest.raises(RuntimeError, match="block 2: the importance of its neurons is not finite"):
+        search.step(optimizer)
+
+
+def test_a_family_that_is_none_is_refused_with_what_to_do_instead():
+    config = SolverConfig(families=("head", "neuron"))
+    with pytest.raises(
+        ValueError, match=r"solver families: head; use qk, v, neuron .* multiples of the head dim"
+    ):
+        Search.check(frozen_model(), (), config)
+
+
+def test_heads_are_removed_whole_where_dims_are_kept_in_multiples_of_the_head_dim():
+    model = frozen_model()
+    config = dataclasses.replace(CONFIG, families=("v", "neuron"), grain=(4, 1))
+    search = Search(model, limits(model, 0.4), steps=120, config=config)
+    train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
+    search.harden()
+    blocks = uvc.structure_of(model).blocks
+    assert {len(dims) for block in blocks for dims in (*block.v_dims, *block.qk_dims)} == {4}
+    assert any(len(block.heads) < 3 for block in blocks if block.attn)

@@ -104,10 +104,10 @@ def test_a_buckets_importance_is_the_squared_gradient_of_a_gate_on_what_the_halv
     torch.testing.assert_close(tokens.state.importance.double(), expected, rtol=1e-4, atol=1e-12)
 
 
-def test_buckets_that_are_gone_keep_their_importance_and_hooks_do_not_stay():
+def test_buckets_that_are_dropped_keep_their_importance_and_hooks_do_not_stay():
     model = small_vit()
     tokens = Tokens(model, 3)
-    tokens.state.gone = [2, 5, 5]
+    tokens.state.dropped = [2, 5, 5]
     tokens.state.importance.fill_(7.0)
     tokens.apply()
     images, labels = batch(0)
@@ -205,7 +205,7 @@ def test_a_resumed_search_goes_on_with_the_same_tokens():
     model = small_vit()
     search = Search(model, limits(model, 0.3), steps=60, config=CONFIG)
     train(model, search, sgd(model), 30)
-    assert any(search.state.tokens.gone) and not search.state.settled
+    assert any(search.state.tokens.dropped) and not search.state.settled
     other = small_vit()
     other.load_state_dict(model.state_dict())
     resumed = Search(other, limits(other, 0.3), steps=60, config=CONFIG)

@@ -79,7 +79,7 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
 
 
 def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, burying: bool = False) -> Step:
-    """A step of the solver alone: it reads gradients, prox, primal, dual, project.
+    """A step of the solver alone: it reads gradients, prox, primal, dual, snap.
 
     `burying`: as when groups die in it: weights and optimiser are cleared and the structure is set anew.
     """
@@ -95,7 +95,7 @@ def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, burying:
         search.observe()
         search.step(optimizer)
         if burying:
-            search.bury(optimizer)
+            search.remove_dead(optimizer)
 
     return step
 
@@ -110,28 +110,12 @@ def _search(model: nn.Module, config: SolverConfig) -> tuple[Search, torch.optim
     structure = uvc.structure_of(model)
     search = Search(model, limits(model, 0.5), steps=10**6, config=replace(config, skip="none"))
     search.count = round(0.06 * search.steps)  # past the start of the annealing: every part is at work
-    adopt(search, structure)
     optimizer = _optimizer(model)
-    search.bury(optimizer)
+    search.remove_dead(optimizer)
     if uvc.structure_of(model) != structure:
         raise RuntimeError("the solver did not keep the structure that it was given")
     model.train()
     return search, optimizer
-
-
-def adopt(search: Search, structure: uvc.Structure) -> None:
-    """Makes everything that `structure` removes dead in the solver's state."""
-    families, geometry = search.state.families, search.state.geometry
-    dead = {name: torch.ones_like(family.dead, device="cpu") for name, family in families.items()}
-    for layer, block in enumerate(structure.blocks):
-        dead["neuron"][layer, list(block.neurons)] = False
-        for head, qk, v in zip(block.heads, block.qk_dims, block.v_dims, strict=True):
-            dead["head"][layer, head] = False
-            dead["qk"][layer * geometry.heads + head, list(qk)] = False
-            dead["v"][layer * geometry.heads + head, list(v)] = False
-    for name, family in families.items():
-        family.dead.copy_(dead[name])
-        family.s.copy_(family.dead.float().mean(1))
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

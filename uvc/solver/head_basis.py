@@ -1,5 +1,5 @@
-"""The basis in which head dims compete: dims are taken away one by one, and a head is free to choose what
-"one dim" is.
+"""The basis in which head dims compete: dims are removed one by one, and a head is free to choose what "one
+dim" is.
 
 q' = A q and k' = A^-T k leave every score q k^T as it is, v' = B v and W' = W B^-1 the output. A is chosen so
 that the Gram matrices of the two sides become one diagonal matrix, which holds the singular values of Wq^T
@@ -19,10 +19,11 @@ FLOOR = 1e-6  # of the mean eigenvalue of a Gram matrix, added to each, so that 
 def balance_heads(model: nn.Module) -> None:
     """Gives every head of a converted model its balanced basis, in place; the function stays, to rounding.
 
-    Attention from which something is removed already is left as it is. Computed in float64.
+    Attention that is frozen, or from which something is removed already, is left as it is. Computed in
+    float64.
     """
     for block in model.blocks:
-        if block.attn.is_dense:
+        if block.attn.is_dense and all(p.requires_grad for p in block.attn.parameters()):
             _balance(block.attn)
 
 

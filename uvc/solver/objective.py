@@ -1,4 +1,4 @@
-"""What the solver weighs: the score q of every group on one scale, and the cost R(s, r, g) of a structure."""
+"""What the solver weighs: the cost R(s, r, g) of a structure, and what one more unit costs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,18 @@ from torch import Tensor
 
 from uvc.constraints import Limit
 from uvc.costs import Costs, Counts, Prices, total
-from uvc.solver.state import State, ranks
-
-
-def survival(state: State) -> Tensor:
-    """[L, H] in [0, 1]: how much of each head is left when s * H of them, the least important first, are
-    removed.
-    """
-    heads = state.families["head"]
-    rank = ranks(heads.importance.masked_fill(heads.dead, -1.0))
-    return (rank + 1 - heads.s[:, None] * state.geometry.heads).clamp(0.0, 1.0)
+from uvc.solver.state import FAMILIES, Masks, State
 
 
 def soft_counts(state: State) -> Counts:
-    """What s, r and g keep, tensors [L]: fractions as they are, gates by their probability, dims of surviving
-    heads only.
+    """What s, r and g keep, tensors [L]: fractions as they are, gates by their probability, dims of heads
+    that have a v dim left.
     """
-    geo = state.geometry
-    left = {name: 1.0 - state.families[name].s for name in ("qk", "v", "neuron")}
-    survive = survival(state)
-    attn, mlp = state.gates().unbind(1)
-    n_qk = (survive * left["qk"].view(geo.layers, geo.heads)).sum(1) * geo.head_dim
-    n_v = (survive * left["v"].view(geo.layers, geo.heads)).sum(1) * geo.head_dim
-    return Counts(attn, mlp, n_qk, n_v, left["neuron"] * geo.hidden, survive.sum(1))
+    geo, (attn, mlp) = state.geometry, state.gates().unbind(1)
+    left = {name: 1.0 - state.families[name].s for name in FAMILIES}
+    heads = state.heads().to(state.theta.dtype)
+    qk, v = ((heads * left[name].view(geo.layers, geo.heads)).sum(1) * geo.head_dim for name in ("qk", "v"))
+    return Counts(attn, mlp, qk, v, left["neuron"] * geo.hidden, heads.sum(1))
 
 
 def soft_cost(state: State, costs: Costs) -> Tensor:
@@ -39,29 +28,28 @@ def soft_cost(state: State, costs: Costs) -> Tensor:
 
 
 def hard_cost(state: State, costs: Costs) -> float:
-    """Cost of what is alive: dead groups and frozen skips are gone, everything else counts in full."""
-    return masks_cost(*state.alive(), costs)
+    """Cost of what is alive: dead groups and skips of hard gates cost nothing, everything else in full."""
+    return masks_cost(state.alive(), costs)
 
 
-def masks_cost(qk: Tensor, v: Tensor, neurons: Tensor, running: Tensor, costs: Costs) -> float:
-    """Cost of bool masks: q/k and v dims [L, H, K], neurons [L, F], running halves [L, 2]. A head without v
-    dims costs nothing.
-    """
-    return total(costs, masks_counts(qk, v, neurons, running))
+def masks_cost(masks: Masks, costs: Costs) -> float:
+    """Cost of what ``masks`` keep. A head without v dims costs nothing."""
+    return total(costs, masks_counts(masks))
 
 
-def masks_counts(qk: Tensor, v: Tensor, neurons: Tensor, running: Tensor) -> Counts:
-    """What bool masks keep, L ints each."""
+def masks_counts(masks: Masks) -> Counts:
+    """What ``masks`` keep, L ints each."""
+    qk, v, neuron, running = masks
     heads = v.any(-1)
-    kept = (*running.unbind(1), (qk & heads[..., None]).sum((1, 2)), v.sum((1, 2)), neurons.sum(1))
+    kept = (*running.unbind(1), (qk & heads[..., None]).sum((1, 2)), v.sum((1, 2)), neuron.sum(1))
     return Counts(*(tuple(n.int().tolist()) for n in (*kept, heads.sum(1))))
 
 
-def used(state: State, limits: Sequence[Limit]) -> float:
-    """What is alive over what may be spent, for the limit that is furthest from being met; at most 1 when all
+def used(masks: Masks, limits: Sequence[Limit]) -> float:
+    """Cost of ``masks`` over what may be spent, for the limit furthest from being met; at most 1 when all
     are met.
     """
-    counts = masks_counts(*state.alive())
+    counts = masks_counts(masks)
     return max(total(limit.costs, counts) / limit.most for limit in limits)
 
 
@@ -75,20 +63,13 @@ def marginal(state: State, limits: Sequence[Limit]) -> Prices:
     """What a unit costs where the state is: the sum over limits of z_m price_m / dense_m, over the sum of z,
     in the unit of the first limit.
     """
-    soft = soft_counts(state)
-    scaled = [
-        (limit.costs.at(soft), share * limits[0].dense / limit.dense)
-        for limit, share in zip(limits, weights(state.z.tolist()), strict=True)
-    ]
-    fixed = sum(prices.fixed * scale for prices, scale in scaled)
-    columns = zip(*(prices[1:] for prices, _ in scaled), strict=True)
-    scales = [scale for _, scale in scaled]
-    return Prices(
-        fixed,
-        *(
-            tuple(
-                sum(p * s for p, s in zip(block, scales, strict=True)) for block in zip(*parts, strict=True)
-            )
-            for parts in columns
-        ),
-    )
+    soft, shares = soft_counts(state), weights(state.z.tolist())
+    scales = [share * limits[0].dense / limit.dense for limit, share in zip(limits, shares, strict=True)]
+    prices = [limit.costs.at(soft) for limit in limits]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(value * scale for value, scale in zip(values, scales, strict=True))
+
+    fixed = mean([price.fixed for price in prices])
+    columns = zip(*(price[1:] for price in prices), strict=True)
+    return Prices(fixed, *(tuple(map(mean, zip(*parts, strict=True))) for parts in columns))

@@ -1,19 +1,22 @@
 """Ties groups to weights. A = H * K; all layers go through one ``group_scores`` or ``prox_shrink`` call.
 
 What a group is, so that skipping it at exact zero is lossless: neuron = fc1 row and bias (of value and gate),
-fc2 column; v dim = v row and bias, projection column; q/k dim = q row, k row and both biases; head = all its
-v dims.
+fc2 column; v dim = v row and bias, projection column; q/k dim = q row, k row and both biases. A head is
+removed with its last v dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from uvc_kernels import group_scores, prox_shrink
 
-from uvc.solver.state import Factors, Geometry
+from uvc.solver.state import FAMILIES, Factors, Geometry, Masks
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class _Part(NamedTuple):
@@ -63,9 +66,18 @@ class Groups:
         weights = [part.of(part.parameter.detach()) for part in parts]
         return self._families(parts, weights, [part.of(part.parameter.grad) for part in parts])
 
+    def trainable(self) -> dict[str, Tensor]:
+        """bool [S] per family: no parameter of the segment's groups is frozen."""
+        frozen = {(part.family, part.layer) for part in self.parts if not part.parameter.requires_grad}
+        return self._segments_outside(frozen)
+
+    def reached(self) -> dict[str, Tensor]:
+        """bool [S] per family: the segment's gates have a gradient."""
+        return self._segments_outside({(p.family, p.layer) for p in self.gated if p.parameter.grad is None})
+
     def shrink(self, factors: Factors) -> None:
         """Multiplies every group's weights by its factor, in place."""
-        self._scale([part.of(part.parameter.detach()) for part in self.parts], factors)
+        self._scale(self.parts, [part.parameter for part in self.parts], factors)
 
     def clear(self, dead: Factors, optimizer: torch.optim.Optimizer) -> None:
         """Sets dead groups (True) to zero in the weights and in every moment the optimiser keeps for them.
@@ -74,35 +86,48 @@ class Groups:
         """
         keep = Factors(*((~mask).float() for mask in dead))
         self.shrink(keep)
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            moments = [optimizer.state.get(part.parameter, {}).get(name) for part in self.parts]
-            if all(moment is not None for moment in moments):
-                self._scale([part.of(moment) for part, moment in zip(self.parts, moments, strict=True)], keep)
+        for name in MOMENTS:
+            pairs = [(part, optimizer.state.get(part.parameter, {}).get(name)) for part in self.parts]
+            pairs = [pair for pair in pairs if pair[1] is not None]  # none of a frozen parameter
+            if pairs:
+                self._scale(*zip(*pairs, strict=True), keep)
 
-    def apply(self, alive: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        """Skips on the fly what is not alive (masks as from ``State.alive``)."""
-        for block, qk, v, neuron, _ in zip(self.blocks, *alive, strict=True):
+    def apply(self, masks: Masks) -> None:
+        """Skips on the fly what ``masks`` leave out, groups and halves."""
+        for block, qk, v, neuron, _ in zip(self.blocks, *masks, strict=True):
             dense = bool(qk.all() and v.all())
             block.attn.set_kept(None if dense else qk, None if dense else v)
             block.mlp.set_kept(None if neuron.all() else neuron)
+        self.skip(masks.running)
+
+    def skip(self, running: Tensor) -> None:
+        """Skips the halves that do not run, bool [L, 2], and removes all gates."""
+        for block, (attn, mlp) in zip(self.blocks, running.tolist(), strict=True):
+            block.set_gates(None, None)
+            block.set_skip(not attn, not mlp)
+
+    def _segments_outside(self, places: set[tuple[str, int]]) -> dict[str, Tensor]:
+        """bool [S] per family: False for the segments of these families and layers."""
+        found = {}
+        for name in FAMILIES:
+            rows = [(name, layer) not in places for layer in range(self.geometry.layers)]
+            times = self.geometry.segments(name)[0] // self.geometry.layers
+            found[name] = torch.tensor(rows, device=self.parts[0].parameter.device).repeat_interleave(times)
+        return found
 
     def _families(self, parts: list[_Part], a: list[Tensor], b: list[Tensor]) -> dict[str, Tensor]:
-        geo = self.geometry
         scores = group_scores(a, b, [part.dim for part in parts])
-        attn_dims = geo.heads * geo.head_dim
-        sums = {
-            name: scores.new_zeros(geo.layers, size)
-            for name, size in (("qk", attn_dims), ("v", attn_dims), ("neuron", geo.hidden))
-        }
+        sums = {name: scores.new_zeros(self.geometry.segments(name)) for name in FAMILIES}
+        rows = {name: values.view(self.geometry.layers, -1) for name, values in sums.items()}
         for part, values in zip(parts, scores.split([part.size for part in parts]), strict=True):
-            sums[part.family][part.layer] += values
-        out = {name: values.view(geo.segments(name)) for name, values in sums.items()}
-        return {**out, "head": out["v"].sum(1).view(geo.layers, geo.heads)}
+            rows[part.family][part.layer] += values
+        return sums
 
-    def _scale(self, tensors: list[Tensor], factors: Factors) -> None:
+    def _scale(self, parts: Sequence[_Part], tensors: Sequence[Tensor], factors: Factors) -> None:
         rows = {name: factor.flatten(1) for name, factor in factors._asdict().items()}
-        flat = torch.cat([rows[part.family][part.layer] for part in self.parts])
-        prox_shrink(tensors, flat, [part.dim for part in self.parts])
+        flat = torch.cat([rows[part.family][part.layer] for part in parts])
+        slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
+        prox_shrink(slices, flat, [part.dim for part in parts])
 
 
 def _parts(layer: int, block: nn.Module) -> list[_Part]:

@@ -9,8 +9,8 @@ chosen. The gradient of the cost vanishes while R is further than ``CLIP`` from 
 clipped by value does.
 
 Two departures, both so that its result can be compared: a gate multiplies both branches of a block rather
-than their sum, and where the search ends above the budget, as it usually does, the greedy projection ends
-it, by its own norms. Symbols as in ``uvc.solver``, with s, r in counts.
+than their sum, and where the search ends above the budget, as it usually does, greedy rounding ends it, by
+its own norms. Symbols as in ``uvc.solver``, with s, r in counts, and with heads as a family of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from uvc.costs import Counts, total
 from uvc.layers import convert
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner, method
-from uvc.solver.rounding import project_to_budget
-from uvc.solver.state import Factors, State, smallest
+from uvc.solver.rounding import round_to_budget
+from uvc.solver.state import Factors, Family, State, smallest
 
 TEMPERATURE, COUNT_RATE, DUAL_RATE, BUDGET_RATE = 0.5, 0.02, 1e-4, 1.0
 GATE_RATE, GATE_MOMENTUM, GATE_COST, GATE_EVERY = 0.1, 0.9, 5e-4, 50
 CLIP = 0.5
 CHOSEN = ("head", "v", "neuron")
+KEPT = ("z", "gate", "gate_mean", "velocity")  # in a checkpoint
 
 
 @method("published")
@@ -50,26 +51,30 @@ class PublishedSearch(Pruner):
         super().__init__(convert(model), limits, steps, config, seed)
         self.groups = Groups(model)
         _, self.prices, self.dense_cost, self.budget = self.limits[0]
-        device = next(model.parameters()).device
-        self.state = State.new(self.groups.geometry, 6.0, device)
-        self.state.hard = True
-        for family in self.state.families.values():
+        geo, device = self.groups.geometry, next(model.parameters()).device
+        sizes = {"head": (geo.layers, geo.heads)} | {name: geo.segments(name) for name in CHOSEN[1:]}
+        self.families = {name: Family.new(*size, device) for name, size in sizes.items()}
+        for family in self.families.values():
             family.y.zero_()  # here s holds counts, and y starts at 0
-        layers = self.groups.geometry.layers
-        self.gate = torch.tensor([0.0, 3.0], device=device).repeat(
-            layers, 1
-        )  # logits of skipping and running
+        self.z = torch.zeros((), device=device)
+        # Logits of skipping and running.
+        self.gate = torch.tensor([0.0, 3.0], device=device).repeat(geo.layers, 1)
         self.gate_mean, self.velocity = torch.zeros_like(self.gate), torch.zeros_like(self.gate)
         self.generator = torch.Generator().manual_seed(seed)
-        self._sample: Tensor | None = None
 
     @staticmethod
     def check(model: nn.Module, limits: Sequence[Limit], config: SolverConfig) -> None:
-        """It knows one budget, linear in the counts."""
+        """It knows one budget, linear in the counts, and no layer that stays as it is."""
         metrics = [limit.metric for limit in limits]
         if metrics not in (["macs"], ["params"]):
             raise ValueError(
                 f"budget: it is in {' and '.join(metrics)}; the published method takes one, in macs or params"
+            )
+        frozen = [name for name, p in model.blocks.named_parameters() if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"blocks.{frozen[0]}: it is frozen (requires_grad False); the published method prunes every "
+                'block alike; use method "uvc"'
             )
 
     def before(self) -> None:
@@ -86,7 +91,7 @@ class PublishedSearch(Pruner):
         gradient = self._logits.grad / scale
         logits = self.gate.detach().clone().requires_grad_(True)
         cost = self._cost(logits.softmax(-1)[:, 1])
-        gradient = gradient + float(self.state.z) * GATE_COST * torch.autograd.grad(cost, logits)[0]
+        gradient = gradient + float(self.z) * GATE_COST * torch.autograd.grad(cost, logits)[0]
         self.gate_mean += gradient / GATE_EVERY
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -94,7 +99,7 @@ class PublishedSearch(Pruner):
         self.count += 1
         for block in self.groups.blocks:
             block.set_gates(None, None)
-        families, rate = self.state.families, optimizer.param_groups[0]["lr"]
+        families, rate = self.families, optimizer.param_groups[0]["lr"]
         norms = self._norms()
         self.groups.shrink(self._factors(norms, rate))
         cost_gradients = self._count_gradients()
@@ -102,7 +107,7 @@ class PublishedSearch(Pruner):
             family = families[name]
             order = norms[name].sort(dim=1).values
             following = order.gather(1, family.s.ceil().long()[:, None].clamp(max=order.shape[1] - 1))[:, 0]
-            gradient = family.y * following + self.state.z * cost_gradients[name]
+            gradient = family.y * following + self.z * cost_gradients[name]
             gradient = gradient / gradient.abs().max().clamp_min(1.0)
             family.s.sub_(COUNT_RATE * gradient).clamp_(0, order.shape[1] - 1)
         if self.count % GATE_EVERY == 0:
@@ -114,49 +119,48 @@ class PublishedSearch(Pruner):
             family = families[name]
             family.y += DUAL_RATE * (norms[name] * smallest(norms[name], family.s.ceil())).sum(1)
         ratio = float(self._cost(self.gate.softmax(-1)[:, 1])) / self.dense_cost
-        self.state.z.add_(BUDGET_RATE * (ratio - self.budget)).clamp_(min=0.0)
+        self.z.add_(BUDGET_RATE * (ratio - self.budget)).clamp_(min=0.0)
 
     def harden(self) -> None:
-        """Hard gates and masks; then the projection, where they cost more than the budget."""
-        norms, state = self._norms(), self.state
-        for name in CHOSEN:
-            family = state.families[name]
-            family.importance.copy_(norms[name])
-            family.dead.copy_(smallest(norms[name], family.s.ceil()))
-        state.families["qk"].importance.fill_(torch.inf)  # never chosen by its score
-        heads = state.families["head"].dead.view(-1, 1)
-        for name in ("v", "qk"):
-            state.families[name].dead |= heads
+        """Hard gates and masks; then rounding, where they cost more than the budget."""
+        norms, geo = self._norms(), self.groups.geometry
+        state = State.new(geo, device=self.gate.device)
+        state.hard = True
+        heads = smallest(norms["head"], self.families["head"].s.ceil()).view(-1, 1)
+        for name in CHOSEN[1:]:
+            state.families[name].importance.copy_(norms[name])
+            state.families[name].dead.copy_(smallest(norms[name], self.families[name].s.ceil()))
+        state.families["v"].dead |= heads
+        state.families["qk"].dead |= heads
         state.theta.copy_(torch.where(self.gate[:, 1] > self.gate[:, 0], 6.0, -6.0)[:, None].expand(-1, 2))
-        masks = project_to_budget(state, self.limits, CHOSEN)
-        self.groups.apply(masks)
-        for block, running in zip(self.groups.blocks, masks[3].tolist(), strict=True):
-            block.set_skip(*(not r for r in running))
+        self.groups.apply(round_to_budget(state, self.limits, CHOSEN[1:]))
 
     def metrics(self) -> dict[str, float]:
         """Scalars for the log."""
-        out = {"z": float(self.state.z), "gates": float(self.gate.softmax(-1)[:, 1].mean())}
+        out = {"z": float(self.z), "gates": float(self.gate.softmax(-1)[:, 1].mean())}
         out["soft_cost"] = float(self._cost(self.gate.softmax(-1)[:, 1])) / self.dense_cost
         for name in CHOSEN:
-            family = self.state.families[name]
+            family = self.families[name]
             out[f"removed_{name}"] = float(family.s.mean()) / family.dead.shape[1]
             out[f"y_{name}"] = float(family.y.mean())
         return out
 
     def state_dict(self) -> dict[str, Tensor]:
         """State for a checkpoint."""
-        own = {"gate": self.gate, "gate_mean": self.gate_mean, "velocity": self.velocity}
+        counts = {f"{name}.{key}": getattr(self.families[name], key) for name in CHOSEN for key in "sy"}
         return {
-            **self.state.tensors(),
-            **own,
+            **counts,
+            **{name: getattr(self, name) for name in KEPT},
             "count": torch.tensor(self.count),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, flat: dict[str, Tensor]) -> None:
         """Inverse of ``state_dict``."""
-        self.state.load_tensors(flat)
-        for name in ("gate", "gate_mean", "velocity"):
+        for name in CHOSEN:
+            self.families[name].s.copy_(flat[f"{name}.s"])
+            self.families[name].y.copy_(flat[f"{name}.y"])
+        for name in KEPT:
             getattr(self, name).copy_(flat[name])
         self.count = int(flat["count"])
         self.generator.set_state(flat["generator"])
@@ -173,7 +177,7 @@ class PublishedSearch(Pruner):
         """Prox factors of the chosen groups; a head shrinks through its v dims, one after the other."""
         geo, factor = self.groups.geometry, {}
         for name in CHOSEN:
-            family = self.state.families[name]
+            family = self.families[name]
             shrink = 1.0 / (1.0 + 2.0 * rate * family.y)
             factor[name] = torch.where(smallest(norms[name], family.s.ceil()), shrink[:, None], 1.0)
         shape = (geo.layers, geo.heads, geo.head_dim)
@@ -183,7 +187,7 @@ class PublishedSearch(Pruner):
     def _cost(self, gates: Tensor, s: dict[str, Tensor] | None = None) -> Tensor:
         """R in the unit of the prices, with counts as they are; a removed head takes its q/k dims along."""
         geo = self.groups.geometry
-        s = s or {name: self.state.families[name].s for name in CHOSEN}
+        s = s or {name: self.families[name].s for name in CHOSEN}
         heads = geo.heads - s["head"]
         dims = (geo.head_dim - s["v"]).view(geo.layers, geo.heads).mean(1)
         counts = Counts(gates, gates, heads * geo.head_dim, heads * dims, geo.hidden - s["neuron"], heads)
@@ -191,7 +195,7 @@ class PublishedSearch(Pruner):
 
     def _count_gradients(self) -> dict[str, Tensor]:
         """dR/ds, R a fraction of the dense cost; zero while the constraint is clipped."""
-        s = {name: self.state.families[name].s.clone().requires_grad_(True) for name in CHOSEN}
+        s = {name: self.families[name].s.clone().requires_grad_(True) for name in CHOSEN}
         ratio = self._cost(self.gate.softmax(-1)[:, 1], s) / self.dense_cost
         constraint = (ratio - self.budget).clamp(-CLIP, CLIP)
         return dict(zip(CHOSEN, torch.autograd.grad(constraint, list(s.values())), strict=True))

@@ -4,13 +4,14 @@ Tests step both together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
 from uvc.costs import BlockCounts, Costs, Counts, Prices
-from uvc.solver.state import FAMILIES, State, TokenState
+from uvc.solver.state import FAMILIES, State
 
 Rows = list[list[float]]
 
@@ -27,9 +28,12 @@ class SlowState:
     s: dict[str, list[float]]
     y: dict[str, list[float]]
     dead: dict[str, list[list[bool]]]
+    open: dict[str, list[bool]]
     scale: dict[str, float]
-    grain: dict[str, int]
+    multiple: dict[str, int]
     gate: Rows
+    running: list[list[bool]]
+    settled: bool
     z: list[float]
     token_importance: Rows
     token_s: list[float]
@@ -38,21 +42,24 @@ class SlowState:
 
     @classmethod
     def of(cls, state: State) -> SlowState:
-        geo, families = state.geometry, state.families
+        geo, families, tokens = state.geometry, state.families, state.tokens
+        lists = ("importance", "s", "y", "dead", "open")
         return cls(
             geo.layers,
             geo.heads,
             geo.head_dim,
             geo.hidden,
-            {n: families[n].importance.tolist() for n in FAMILIES},
-            {n: families[n].s.tolist() for n in FAMILIES},
-            {n: families[n].y.tolist() for n in FAMILIES},
-            {n: families[n].dead.tolist() for n in FAMILIES},
+            *({n: getattr(families[n], field).tolist() for n in FAMILIES} for field in lists),
             {n: families[n].scale for n in FAMILIES},
-            {n: families[n].grain for n in FAMILIES},
+            {n: families[n].multiple for n in FAMILIES},
             state.gates().tolist(),
+            state.running().tolist(),
+            state.settled,
             state.z.tolist(),
-            *([], [], [], []) if state.tokens is None else tokens_of(state.tokens),
+            tokens.importance.tolist(),
+            tokens.s.tolist(),
+            tokens.price.tolist(),
+            tokens.shares,
         )
 
     def order(self, family: str, segment: int) -> list[int]:
@@ -61,13 +68,19 @@ class SlowState:
         return sorted(range(len(dead)), key=lambda g: -1.0 if dead[g] else importance[g])
 
     def removed(self, family: str, segment: int) -> set[int]:
-        order = self.order(family, segment)
-        grain = self.grain[family]
-        return set(order[: round(self.s[family][segment] * len(order) - 1e-4) // grain * grain])
+        order, multiple = self.order(family, segment), self.multiple[family]
+        return set(order[: round(self.s[family][segment] * len(order) - 1e-4) // multiple * multiple])
+
+    def layer(self, family: str, segment: int) -> int:
+        return segment if family == "neuron" else segment // self.heads
+
+    def headless(self, segment: int) -> bool:
+        """Whether no v dim of a head is left."""
+        return all(self.dead["v"][segment])
 
 
 def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
-    """Factor of every group, per family; a v dim takes the smaller of its own and its head's."""
+    """Factor of every group, per family."""
     factor = {}
     for family in FAMILIES:
         factor[family] = []
@@ -75,71 +88,46 @@ def prox(state: SlowState, config: SolverConfig) -> dict[str, Rows]:
             shrink = 1.0 / (1.0 + 2.0 * config.prox_rate * state.y[family][segment])
             removed = state.removed(family, segment)
             factor[family].append([shrink if g in removed and not dead[g] else 1.0 for g in range(len(dead))])
-    for layer in range(state.layers):
-        for head in range(state.heads):
-            row = factor["v"][layer * state.heads + head]
-            for k in range(state.head_dim):
-                row[k] = min(row[k], factor["head"][layer][head])
     return factor
 
 
 def quantiles(state: SlowState, prices: Prices) -> dict[str, Rows]:
     """Share of the prunable cost with lower importance per cost, per group."""
-    units = []
-    for family in ("qk", "v", "neuron"):
+    units, score = [], {n: [[math.inf] * len(dead) for dead in state.dead[n]] for n in FAMILIES}
+    for family in FAMILIES:
         for segment, dead in enumerate(state.dead[family]):
-            price = getattr(prices, family)[segment if family == "neuron" else segment // state.heads]
+            price = getattr(prices, family)[state.layer(family, segment)]
             for g in range(len(dead)):
                 ratio = -1.0 if dead[g] else state.importance[family][segment][g] / price
-                units.append((ratio, price, family, segment, g))
+                if dead[g] or state.open[family][segment]:
+                    units.append((ratio, price, family, segment, g))
     for site, row in enumerate(state.token_importance):
         for b in range(len(row)):
             units.append((token_ratio(state, site, b), state.token_price[site], "token", site, b))
     units.sort(key=lambda unit: unit[0])
     whole = sum(unit[1] for unit in units)
-    score = {n: [[0.0] * len(dead) for dead in state.dead[n]] for n in FAMILIES}
     score["token"] = [[0.0] * len(row) for row in state.token_importance]
     below = 0.0
     for _, price, family, segment, g in units:
         score[family][segment][g] = below / whole
         below += price
-    for layer in range(state.layers):
-        for head in range(state.heads):
-            segment, worth, cost = layer * state.heads + head, 0.0, 0.0
-            least = min(prices.qk[layer], prices.v[layer])
-            for family in ("qk", "v"):
-                kept = set(range(state.head_dim)) - state.removed(family, segment)
-                worth += sum(state.importance[family][segment][g] for g in kept)
-                cost += getattr(prices, family)[layer] * len(kept)
-            ratio = (1.0 - 1e-6) * max(worth, state.importance["head"][layer][head]) / max(cost, least)
-            ratio = -1.0 if state.dead["head"][layer][head] else ratio
-            score["head"][layer][head] = sum(unit[1] for unit in units if unit[0] < ratio) / whole
     return score
 
 
 def primal(state: SlowState, prices: Prices, config: SolverConfig) -> None:
     """One step of every s and r towards the minimiser along its segment."""
     scores = quantiles(state, prices)
-    removed_heads = [state.removed("head", layer) for layer in range(state.layers)]
     for family in config.families:
         for segment, row in enumerate(scores[family]):
-            if family in ("qk", "v") and segment % state.heads in removed_heads[segment // state.heads]:
-                move = 0.0
-            else:
-                best = sum(q < sum(state.z) for q in row) / len(row)
-                move = best - state.s[family][segment]
+            best = sum(q < sum(state.z) for q in row) / len(row)
             dead = sum(state.dead[family][segment]) / len(row)
-            state.s[family][segment] = max(state.s[family][segment] + config.primal_rate * move, dead)
+            s = state.s[family][segment]
+            state.s[family][segment] = max(s + config.primal_rate * (best - s), dead)
     for site in reversed(range(len(state.token_s))):
         row, s = scores["token"][site], state.token_s[site]
         best = sum(q < sum(state.z) for q in row) / len(row)
         most = min([1.0 - 1.0 / len(row), *state.token_s[site + 1 : site + 2]])
         state.token_s[site] = min(s + config.primal_rate * (best - s), most)
-
-
-def tokens_of(tokens: TokenState) -> tuple[Rows, list[float], list[float], list[float]]:
-    """Importance, s, price and shares, as lists."""
-    return tokens.importance.tolist(), tokens.s.tolist(), tokens.price.tolist(), tokens.shares
 
 
 def token_ratio(state: SlowState, site: int, bucket: int) -> float:
@@ -171,20 +159,44 @@ def soft_counts(state: SlowState) -> Counts:
     rows = []
     for layer in range(state.layers):
         n_qk = n_v = heads = 0.0
-        for place, head in enumerate(state.order("head", layer)):
-            survive = min(max(place + 1 - state.s["head"][layer] * state.heads, 0.0), 1.0)
-            segment = layer * state.heads + head
-            heads += survive
-            n_qk += survive * (1.0 - state.s["qk"][segment]) * state.head_dim
-            n_v += survive * (1.0 - state.s["v"][segment]) * state.head_dim
+        for segment in range(layer * state.heads, (layer + 1) * state.heads):
+            if not state.headless(segment):
+                heads += 1.0
+                n_qk += (1.0 - state.s["qk"][segment]) * state.head_dim
+                n_v += (1.0 - state.s["v"][segment]) * state.head_dim
         rows.append((*state.gate[layer], n_qk, n_v, (1.0 - state.s["neuron"][layer]) * state.hidden, heads))
     return Counts(*zip(*rows, strict=True))
 
 
 def soft_cost(state: SlowState, costs: Costs) -> float:
     """R(s, r, g), not yet divided by the dense cost."""
-    blocks = enumerate(zip(*soft_counts(state), strict=True))
+    return cost_of(soft_counts(state), costs)
+
+
+def cost_of(counts: Counts, costs: Costs) -> float:
+    """What these counts cost."""
+    blocks = enumerate(zip(*counts, strict=True))
     return costs.fixed + sum(costs.block(layer, BlockCounts(*kept)) for layer, kept in blocks)
+
+
+def hard_counts(state: SlowState, held_only: bool = False) -> Counts:
+    """What is alive in every layer, or only what has to stay: alive in segments that are not open."""
+    rows = []
+    for layer in range(state.layers):
+        kept = dict.fromkeys((*FAMILIES, "heads"), 0)
+        for family in FAMILIES:
+            for segment, dead in enumerate(state.dead[family]):
+                stays = not (held_only and state.open[family][segment])
+                if state.layer(family, segment) == layer and stays:
+                    alive = sum(not d for d in dead)
+                    headless = family == "qk" and (
+                        state.headless(segment) or (held_only and state.open["v"][segment])
+                    )
+                    kept[family] += 0 if headless else alive
+                    kept["heads"] += family == "v" and alive > 0
+        runs = (kept["v"] > 0, kept["neuron"] > 0) if held_only else state.running[layer]
+        rows.append((*runs, kept["qk"], kept["v"], kept["neuron"], kept["heads"]))
+    return Counts(*zip(*rows, strict=True))
 
 
 def dual(
@@ -204,9 +216,56 @@ def dual(
     whole = sum(state.z)
     shares = [z / whole if whole > 0.0 else 1.0 / len(limits) for z in state.z]
     for m, limit in enumerate(limits):
-        prunable = (
-            1.0 - limit.costs.fixed / limit.dense + (state.token_shares[m] if state.token_shares else 0.0)
-        )
+        least = cost_of(hard_counts(state, held_only=True), limit.costs)
+        prunable = 1.0 - least / limit.dense + state.token_shares[m]
         error = soft_cost(state, limit.costs) / limit.dense - targets[m]
-        z = state.z[m] + config.budget_rate * error + shares[m] * tightened[m] / prunable
+        z = state.z[m] + config.budget_rate * error + shares[m] * tightened[m] / max(prunable, 1e-9)
         state.z[m] = min(max(z, 0.0), 2.0)
+
+
+def snap(state: SlowState, norms: dict[str, Rows], limits: Sequence[Limit], config: SolverConfig) -> bool:
+    """Removed groups of small norm die one by one, the smallest first, while a limit stays reached."""
+    changed = False
+    for family in FAMILIES:
+        ready = []
+        for segment, row in enumerate(norms[family]):
+            for g in state.removed(family, segment):
+                if row[g] < config.snap * state.scale[family] and not state.dead[family][segment][g]:
+                    ready.append((row[g], segment, g))
+        for _, segment, g in sorted(ready):
+            before = [list(row) for row in state.dead["qk"]]
+            state.dead[family][segment][g] = True
+            for head in range(state.layers * state.heads):
+                if state.headless(head):
+                    state.dead["qk"][head] = [True] * state.head_dim
+            if not reached(state, limits):
+                state.dead["qk"] = before
+                state.dead[family][segment][g] = False
+                break
+            changed = True
+    state.settled = settled(state, limits, config)
+    for family in FAMILIES:
+        for segment, row in enumerate(state.dead[family]):
+            dead = sum(row) / len(row)
+            s = state.s[family]
+            s[segment] = dead if state.settled else max(s[segment], dead)
+    return changed
+
+
+def reached(state: SlowState, limits: Sequence[Limit]) -> bool:
+    """Whether what is alive costs at least all that some limit allows."""
+    return any(cost_of(hard_counts(state), limit.costs) / limit.most >= 1.0 for limit in limits)
+
+
+def settled(state: SlowState, limits: Sequence[Limit], config: SolverConfig) -> bool:
+    """Whether the removal of any one group more would bring the cost below every limit."""
+    counts = hard_counts(state)
+    for limit in limits:
+        prices, units = limit.costs.at(counts), []
+        for family in config.families:
+            for segment, dead in enumerate(state.dead[family]):
+                if state.open[family][segment] and not all(dead):
+                    units.append(getattr(prices, family)[state.layer(family, segment)])
+        if cost_of(counts, limit.costs) - min(units, default=0) >= limit.most:
+            return False
+    return True

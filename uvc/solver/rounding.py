@@ -1,8 +1,8 @@
 """The last step of a search: from what is alive to a structure that meets every budget exactly.
 
 A greedy walk in both directions by first-order importance per cost, over bundles: the groups of a segment in
-the order of their importance, as many at a time as the family's grain, and whole heads. Afterwards no budget
-is exceeded and no removed bundle of a living half and head fits any more.
+the order of their importance, as many at a time as the family's multiple. A head is removed with its last v
+dims. Afterwards no budget is exceeded and no removed bundle of a kept half and head fits any more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from uvc.constraints import Limit
 from uvc.costs import BlockCounts
-from uvc.solver.importance import group_prices, head_ratio
+from uvc.solver.importance import group_prices
 from uvc.solver.objective import marginal, masks_counts
 from uvc.solver.state import FAMILIES, Masks, State
 
@@ -22,16 +22,15 @@ from uvc.solver.state import FAMILIES, Masks, State
 Bundle = tuple[float, str, int, int]
 
 
-def project_to_budget(
+def round_to_budget(
     state: State,
     limits: Sequence[Limit],
     families: Sequence[str] = FAMILIES,
 ) -> Masks:
-    """Masks of the kept groups, which cost at most what the limits allow; groups of other families than the
-    given ones stay.
+    """Masks of what is kept, which costs at most what the limits allow; groups of other families than the
+    given ones stay, and so do those that are held.
 
-    Groups are kept in multiples of their family's grain. ValueError when even a model without any block costs
-    more.
+    Groups are kept in multiples, as their family has it. ValueError when what must stay costs more.
     """
     walk = _Walk(state, limits)
     walk.down(families)
@@ -45,21 +44,18 @@ class _Walk:
 
     def __init__(self, state: State, limits: Sequence[Limit]) -> None:
         self.state, self.limits, self.heads = state, limits, state.geometry.heads
-        self.size = {name: family.grain for name, family in state.families.items()}
-        self.prices = marginal(state, limits)
-        self.order, self.ratio, self.kept = {}, {}, {}
-        for (name, price), alive in zip(
-            group_prices(state, self.prices).items(), state.alive()[:3], strict=True
-        ):
+        self.size = {name: family.multiple for name, family in state.families.items()}
+        self.order, self.ratio, self.kept, all_alive = {}, {}, {}, state.alive()
+        for name, price in group_prices(state, marginal(state, limits)).items():
             family, shape = state.families[name], (-1, self.size[name])
-            alive = alive.reshape(family.dead.shape)
+            alive = getattr(all_alive, name).reshape(family.dead.shape)
             # Dead groups come first; a bundle with a living group is kept whole.
             order = family.importance.masked_fill(~alive, -1.0).argsort(dim=1, stable=True)
             self.order[name] = order
             self.ratio[name] = (family.importance / price).gather(1, order).unflatten(1, shape).mean(2)
             self.kept[name] = alive.gather(1, order).unflatten(1, shape).any(2).tolist()
-        self.running = state.alive()[3].tolist()
-        self.blocks = [BlockCounts(*kept) for kept in zip(*masks_counts(*self.masks()), strict=True)]
+        self.running = all_alive.running.tolist()
+        self.blocks = [BlockCounts(*kept) for kept in zip(*masks_counts(self.masks()), strict=True)]
         self.costs = [[limit.costs.block(*block) for block in enumerate(self.blocks)] for limit in limits]
 
     def masks(self) -> Masks:
@@ -72,7 +68,7 @@ class _Walk:
         shape = (geo.layers, geo.heads, geo.head_dim)
         v = found["v"].view(shape)
         qk = found["qk"].view(shape) & v.any(-1, keepdim=True)
-        return qk, v, found["neuron"], torch.tensor(self.running, device=v.device)
+        return Masks(qk, v, found["neuron"], torch.tensor(self.running, device=v.device))
 
     def used(self, layer: int = 0, block: BlockCounts | None = None) -> float:
         """Cost over what may be spent, of the limit furthest from being met, if ``layer`` kept ``block``."""
@@ -86,47 +82,43 @@ class _Walk:
 
     def down(self, families: Sequence[str]) -> None:
         """Removes bundles, least importance per cost first, then halves, until every limit holds."""
-        heads = enumerate(head_ratio(self.state, self.prices).flatten().tolist())
-        candidates = self._bundles(True) + [(ratio, "head", head, 0) for head, ratio in heads]
-        for _, name, segment, place in sorted(c for c in candidates if c[1] in families):
+        for _, name, segment, place in sorted(c for c in self._bundles(True) if c[1] in families):
             if self.used() <= 1.0:
                 return
             layer = self._layer(name, segment)
-            if not self.running[layer][name == "neuron"] or not self._living(name, segment):
+            if not self._runs(name, segment):
                 continue
-            if name == "head" or (name == "v" and sum(self.kept["v"][segment]) == 1):
+            if name == "v" and sum(self.kept["v"][segment]) == 1:
                 block = self._without_head(layer, segment)
-                if name == "head" and self.used(layer, block) < 1.0:
-                    continue
                 for part in ("qk", "v"):
                     self.kept[part][segment] = [False] * len(self.kept[part][segment])
             else:
                 block = self._changed(layer, name, -self.size[name])
                 self.kept[name][segment][place] = False
             self._keep(layer, block)
+        held = self.state.held()
         for half in self.state.theta.flatten().argsort(stable=True).tolist():
+            layer, which = divmod(half, 2)
             if self.used() <= 1.0:
                 return
-            layer, which = divmod(half, 2)
-            self.running[layer][which] = False
-            self._keep(layer, self.blocks[layer]._replace(**{("attn", "mlp")[which]: 0}))
+            if not held[layer, which]:
+                self.running[layer][which] = False
+                self._keep(layer, self.blocks[layer]._replace(**{("attn", "mlp")[which]: 0}))
         for limit, costs in zip(self.limits, self.costs, strict=True):
             if (cost := limit.costs.fixed + sum(costs)) > limit.most:
                 raise ValueError(
                     f"budget: {limit.most:.8g} {limit.metric} cannot be met; a model with every block "
-                    f"skipped costs {cost:.8g}"
+                    f"skipped{', but for what no gradient reached,' if held.any() else ''} costs {cost:.8g}"
                 )
 
     def up(self) -> bool:
-        """Puts back the most important removed bundles that fit, in living halves and heads; whether any
+        """Puts back the most important removed bundles that fit, in kept halves and heads; whether any
         did.
         """
         full, added = set(), False
         for _, name, segment, place in sorted(self._bundles(False), reverse=True):
             layer = self._layer(name, segment)
-            if (name, layer) in full or not self.running[layer][name == "neuron"]:
-                continue
-            if not self._living(name, segment):
+            if (name, layer) in full or not self._runs(name, segment):
                 continue
             block = self._changed(layer, name, self.size[name])
             if self.used(layer, block) > 1.0:
@@ -140,13 +132,17 @@ class _Walk:
         found: list[Bundle] = []
         for name, ratio in self.ratio.items():
             mask = torch.tensor(self.kept[name], device=ratio.device) == kept
+            mask &= self.state.families[name].open[:, None]
             found += zip(ratio[mask].tolist(), repeat(name), *mask.nonzero().T.tolist(), strict=False)
         return found
 
     def _layer(self, name: str, segment: int) -> int:
         return segment if name == "neuron" else segment // self.heads
 
-    def _living(self, name: str, segment: int) -> bool:
+    def _runs(self, name: str, segment: int) -> bool:
+        """Whether a kept group there is computed: its half runs, its head has v dims."""
+        if not self.running[self._layer(name, segment)][name == "neuron"]:
+            return False
         return name == "neuron" or any(self.kept["v"][segment])
 
     def _changed(self, layer: int, name: str, by: int) -> BlockCounts:

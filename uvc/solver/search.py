@@ -1,5 +1,4 @@
-"""The search: the solver beside a training loop. Call ``before`` the forward pass, ``observe`` after
-backward, ``step`` after the optimiser.
+"""The primal-dual search: the solver beside a training loop.
 
 The budget goes from 1 to its value over part of the search (``SolverConfig.anneal``); before that only
 importance is collected.
@@ -14,21 +13,25 @@ from torch import Tensor, nn
 
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
+from uvc.costs import Counts, total
 from uvc.layers import convert
 from uvc.solver import skip_gates
 from uvc.solver.head_basis import balance_heads
-from uvc.solver.objective import hard_cost, marginal, soft_cost, used
+from uvc.solver.objective import hard_cost, marginal, soft_cost
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner, method
-from uvc.solver.rounding import project_to_budget
-from uvc.solver.state import Factors, Masks, State
-from uvc.solver.step import dual, primal, project, prox
-from uvc.solver.token_groups import Tokens, check_tokens, dearest
+from uvc.solver.rounding import round_to_budget
+from uvc.solver.state import FAMILIES, Factors, Masks, State
+from uvc.solver.step import dual, primal, prox, snap
+from uvc.solver.token_groups import check_tokens, tokens_of
 
 
 @method("uvc")
 class Search(Pruner):
-    """Finds a structure of a model while it trains; ``seed`` is that of the skip samples."""
+    """Finds a structure of a model while it trains; ``seed`` is that of the skip samples.
+
+    What is frozen, and what no gradient reaches, is left as it is.
+    """
 
     def __init__(
         self,
@@ -39,51 +42,58 @@ class Search(Pruner):
         seed: int = 0,
     ) -> None:
         super().__init__(convert(model), limits, steps, config, seed)
-        config = self.config
-        self.groups = Groups(model)
-        device = next(model.parameters()).device
-        self.state = State.new(
-            self.groups.geometry, config.gate_init, device, len(self.limits), config.round_to
-        )
+        config, many = self.config, len(self.limits)
+        self.groups, device = Groups(model), next(model.parameters()).device
+        self.state = State.new(self.groups.geometry, config.gate_init, device, many, config.round_to)
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True
         self._continue()
-        self.tokens = Tokens(self.model, config.tokens) if config.tokens else None
-        if self.tokens is not None:
-            self.state.tokens = self.tokens.state
+        self.tokens = tokens_of(self.model, config.tokens, many)
+        self.state.tokens = self.tokens.state
         self.generator = torch.Generator().manual_seed(seed)
         for name, norms in self.groups.norms().items():
             self.state.families[name].scale = max(float(norms.mean()), 1e-30)
-        self._last_targets = [1.0] * len(self.limits)
+        self._last_targets = [1.0] * many
         self._gates: tuple[Tensor, Tensor] | None = None
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
 
     @staticmethod
     def check(model: nn.Module, limits: Sequence[Limit], config: SolverConfig) -> None:
-        """Tokens that are to go must be able to."""
+        """ValueError for families that do not exist, tokens that cannot be dropped, and a budget out of reach
+        because of frozen blocks.
+        """
+        if unknown := set(config.families) - set(FAMILIES):
+            raise ValueError(
+                f"solver families: {', '.join(sorted(unknown))}; use {', '.join(FAMILIES)} (a head goes with "
+                "its last v dim; to remove heads whole, keep dims in multiples of the head dim)"
+            )
         check_tokens(model, config.tokens, [limit.metric for limit in limits])
+        check_frozen(model, limits)
 
     @staticmethod
     def prepare(model: nn.Module, config: SolverConfig) -> None:
-        """What a converted model needs before its first optimiser: head dims that can compete."""
+        """Gives heads a basis in which their dims can compete."""
         if config.balance:
             balance_heads(model)
 
     def _continue(self) -> None:
-        """What the model leaves out already stays out: a search can follow another one."""
-        state, blocks = self.state, self.groups.blocks
-        v = torch.stack([block.attn.kept_v for block in blocks]).to(state.theta.device)
-        qk = torch.stack([block.attn.kept_qk for block in blocks]).to(v.device)
-        state.families["v"].dead.copy_(~v.flatten(0, 1))
-        state.families["qk"].dead.copy_(~(qk & v.any(-1, keepdim=True)).flatten(0, 1))
-        state.families["head"].dead.copy_(~v.any(-1))
-        for layer, block in enumerate(blocks):
-            state.families["neuron"].dead[layer] = ~block.mlp.kept_neurons.to(v.device)
-        skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device=state.theta.device)
-        state.theta[skipped] = -6.0
-        skip_gates.empty(state, skipped)
+        """What the model leaves out already stays out: a search can follow another one. Nothing is open
+        before its first gradient.
+        """
+        state, blocks, device = self.state, self.groups.blocks, self.state.theta.device
+        v = torch.stack([block.attn.kept_v for block in blocks])
+        qk = torch.stack([block.attn.kept_qk for block in blocks]) & v.any(-1, keepdim=True)
+        neuron = torch.stack([block.mlp.kept_neurons for block in blocks])
+        skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device=device)
+        state.keep(Masks(qk.to(device), v.to(device), neuron.to(device), ~skipped))
+        skip_gates.remove_halves(state, skipped)
+        self._trainable, self._waiting = self.groups.trainable(), True
+        for name, family in state.families.items():
+            family.open.copy_(self._trainable[name])
+        state.theta.masked_fill_(state.held(), torch.inf).masked_fill_(skipped, -6.0)
         for family in state.families.values():
+            family.open.zero_()
             family.s.copy_(family.dead.to(family.s.dtype).mean(1))
 
     @property
@@ -101,22 +111,17 @@ class Search(Pruner):
         """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where
         branches get gates. What halves read of tokens is watched where all run.
         """
-        all_run = self.state.hard or self.count % self.config.gate_every == 0
-        if self.tokens is not None and all_run and self.count % self.config.every == 0:
+        update = self.count % self.config.gate_every == 0
+        if (self.state.hard or update) and self.count % self.config.every == 0:
             self.tokens.watch()
         if self.state.hard:
             return
         run = self._run = skip_gates.sample(self.state, self.config.skip, self.generator)
-        update = self.count % self.config.gate_every == 0
-        self._gates = tuple(run.float().unbind(1)) if update else None
-        if update:
-            for gate in self._gates:
-                gate.requires_grad_(True)
-        for i, block in enumerate(self.groups.blocks):
-            if update:
-                block.set_gates(self._gates[0][i], self._gates[1][i])
-            else:
-                block.set_skip(*(not bool(r) for r in run[i]))
+        self._gates = tuple(gate.requires_grad_() for gate in run.float().unbind(1)) if update else None
+        if not update:
+            return self.groups.skip(run)
+        for block, *gates in zip(self.groups.blocks, *self._gates, strict=True):
+            block.set_gates(*gates)
 
     def _run_all(self) -> None:
         """Between steps no sampled skip or gate stays on the model: an evaluation sees all of it."""
@@ -126,11 +131,10 @@ class Search(Pruner):
                 block.set_skip(False, False)
 
     def observe(self, scale: float = 1.0) -> None:
-        """Reads gradients: first-order importance of every group, and of the gates.
-
-        ``scale`` divides them (a loss scaler's factor).
-        """
+        """Reads gradients: first-order importance of every group, and of the gates."""
         config, state = self.config, self.state
+        if self._waiting:
+            self._open()
         if self._gates is not None:
             grads = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates]
             skip_gates.update(state, torch.stack(grads, 1) / scale, config)
@@ -140,11 +144,17 @@ class Search(Pruner):
                 family = state.families[name]
                 ran = rate[:, 1 if name == "neuron" else 0].repeat_interleave(len(family.s) // len(rate))
                 family.importance.lerp_((value / scale).square(), ran[:, None])
-        if self.tokens is not None:
-            self.tokens.observe(scale, config.importance_decay)
+        self.tokens.observe(scale, config.importance_decay)
+
+    def _open(self) -> None:
+        """Segments that a gradient has reached may lose groups from here on: no gradient is no evidence."""
+        reached = self.groups.reached()
+        for name, family in self.state.families.items():
+            family.open |= reached[name] & self._trainable[name]
+        self._waiting = any((self._trainable[n] & ~f.open).any() for n, f in self.state.families.items())
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """One solver step on every ``config.every``-th training step: prox, primal, dual, project."""
+        """One solver step on every ``config.every``-th training step: prox, primal, dual, snap."""
         config, state = self.config, self.state
         self.count += 1
         self._run_all()
@@ -152,75 +162,47 @@ class Search(Pruner):
             self.freeze_gates(optimizer)
         if state.settled or (self.count - 1) % config.every or self.progress < config.anneal[0]:
             return
+        state.check_finite()
         self.groups.shrink(prox(state, config))
-        if self.tokens is not None:
-            self.tokens.reprice(state, self.limits)
+        self.tokens.reprice(state, self.limits)
         primal(state, marginal(state, self.limits), config)
-        norms = self.groups.norms()
-        targets = self.targets()
+        norms, targets = self.groups.norms(), self.targets()
         tightened = [last - now for last, now in zip(self._last_targets, targets, strict=True)]
         dual(state, norms, self.limits, targets, tightened, config)
         self._last_targets = targets
-        if project(state, norms, self.limits, config):
-            self.bury(optimizer)
-        if self.tokens is not None and not state.settled and self.tokens.move(self._spends):
-            self._drop(state.tokens.gone)
-
-    def _spends(self, gone: list[int]) -> bool:
-        """Whether what is alive still uses up a limit with so many buckets of tokens gone at each site."""
-        return used(self.state, self.tokens.limits(self.limits, gone)) >= 1.0
-
-    def _drop(self, gone: list[int], ended: bool = False) -> None:
-        """The model drops these buckets of tokens, and its costs are those without them."""
-        self.state.tokens.gone = gone
-        self.limits = self.tokens.limits(self.limits, gone)
-        self.tokens.apply(ended)
+        if snap(state, norms, self.limits, config):
+            self.remove_dead(optimizer)
+        if not state.settled:
+            self.limits = self.tokens.step(state, self.limits)
 
     def freeze_gates(self, optimizer: torch.optim.Optimizer) -> None:
         """From here on a half runs always or never."""
         skip_gates.freeze(self.state, self.limits)
         self._gates = None
-        self.bury(optimizer)
+        self.remove_dead(optimizer)
 
-    def bury(self, optimizer: torch.optim.Optimizer) -> None:
+    def remove_dead(self, optimizer: torch.optim.Optimizer) -> None:
         """Dead groups: zero in weights and optimiser, and skipped from the next step on; empty halves too."""
         if self.state.hard and self.config.skip != "none":
-            skip_gates.close_empty(self.state, self.limits)
-        qk, v, neuron, _ = self.state.alive()
-        self.groups.clear(Factors(~qk, ~v, ~neuron), optimizer)
-        self._apply(self.state.alive())
+            skip_gates.skip_empty(self.state, self.limits)
+        alive = self.state.alive()
+        self.groups.clear(Factors(~alive.qk, ~alive.v, ~alive.neuron), optimizer)
+        self._apply(alive)
 
     def harden(self) -> None:
-        """Ends the search: gates hard, then the greedy projection; the model gets the final structure, at
-        most the budget.
+        """Ends the search: gates hard, then greedy rounding; the model gets the final structure, at most the
+        budget.
         """
+        self.state.check_finite()
         if not self.state.hard:
             skip_gates.freeze(self.state, self.limits)
-        if self.tokens is not None:
-            self._finish_tokens()
-        self._apply(self._projected())
+        self.limits = self.tokens.finish(self.state, self.limits, self.config.families)
+        self._apply(round_to_budget(self.state, self.limits, self.config.families))
 
-    def _projected(self) -> Masks:
-        return project_to_budget(self.state, self.limits, self.config.families)
-
-    def _finish_tokens(self) -> None:
-        """Buckets go while they are worth less per cost than the dearest group that would go instead."""
-        self.tokens.reprice(self.state, self.limits)
-        while True:
-            gone = self.tokens.next_below(dearest(self.state, self.limits, self._projected()))
-            if gone is None or not self._spends(gone):
-                break
-            self._drop(gone)
-        self._drop(self.state.tokens.gone, ended=True)
-
-    def _apply(self, alive: Masks) -> None:
-        """Gives the model its structure; the skips too, once gates are hard."""
-        self.groups.apply(alive)
-        if self.state.hard:
-            self._run = alive[3]
-            for block, running in zip(self.groups.blocks, alive[3].tolist(), strict=True):
-                block.set_gates(None, None)
-                block.set_skip(*(not r for r in running))
+    def _apply(self, masks: Masks) -> None:
+        """Gives the model its structure."""
+        self.groups.apply(masks)
+        self._run = masks.running
 
     def metrics(self) -> dict[str, float]:
         """Scalars for the log: costs as fractions of dense, duals, and mean removed fractions.
@@ -235,9 +217,7 @@ class Search(Pruner):
             out[f"hard_cost{end}"] = hard_cost(state, limit.costs) / limit.dense
             out[f"z{end}"] = float(state.z[m])
         out["gates"] = float(state.gates().mean())
-        if self.tokens is not None:
-            out["removed_token"] = float(state.tokens.s.mean())
-            out["kept_tokens"] = self.tokens.left[state.tokens.gone[-1]] / self.tokens.left[0]
+        out |= self.tokens.metrics()
         for name, family in state.families.items():
             out[f"removed_{name}"] = float(family.s.mean())
             out[f"dead_{name}"] = float(family.dead.float().mean())
@@ -259,6 +239,26 @@ class Search(Pruner):
         self.count = int(flat["count"])
         self._last_targets = flat["last_targets"].tolist()
         self.generator.set_state(flat["generator"])
-        if self.tokens is not None:
-            self._drop(self.state.tokens.gone)
+        self.limits = self.tokens.restore(self.limits)
         self._apply(self.state.alive())
+
+
+def check_frozen(model: nn.Module, limits: Sequence[Limit]) -> None:
+    """ValueError if the limits cannot be met while frozen blocks of a timm or converted model stay."""
+    rows = []
+    for block in model.blocks:
+        attn, mlp = block.attn, block.mlp
+        frozen = {name for name, p in attn.named_parameters() if not p.requires_grad} - {"proj.bias"}
+        kept = attn.num_heads * attn.head_dim
+        stays = bool({n for n, p in mlp.named_parameters() if not p.requires_grad} - {"fc2.bias"})
+        qk = kept * bool(frozen - {"proj.weight"})
+        neurons = mlp.fc2.in_features * stays
+        rows.append((bool(frozen), stays, qk, kept * bool(frozen), neurons, attn.num_heads * bool(frozen)))
+    least = Counts(*zip(*rows, strict=True))
+    for limit in limits:
+        if (cost := total(limit.costs, least)) > limit.most:
+            names = [str(i) for i, row in enumerate(rows) if row[0] or row[1]]
+            raise ValueError(
+                f"budget: {limit.budget} is below {cost / limit.dense:.4f}, the smallest {limit.metric} "
+                f"budget that leaves frozen blocks alone ({', '.join(names)} have requires_grad False)"
+            )

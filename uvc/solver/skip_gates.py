@@ -30,7 +30,7 @@ def sample(state: State, skip: str, generator: torch.Generator) -> Tensor:
 
 
 def update(state: State, gate_grad: Tensor, config: SolverConfig) -> None:
-    """theta follows usefulness per cost minus the price of the budget.
+    """theta follows usefulness per cost minus the price of the budget, where gradients reach the half.
 
     gate_grad [L, 2]: dloss/dg. usefulness = -mean(dloss/dg), the loss saved by running the half, in units of
     its rms over all halves.
@@ -40,40 +40,44 @@ def update(state: State, gate_grad: Tensor, config: SolverConfig) -> None:
     state.gate_usefulness.mul_(config.gate_momentum).sub_(gate_grad, alpha=1.0 - config.gate_momentum)
     rms = state.gate_usefulness.square().mean().sqrt().clamp_min(1e-12)
     drift = state.gate_usefulness / rms - config.gate_weight * state.z.sum()
-    state.theta.add_(config.gate_rate * drift.clamp(-1.0, 1.0)).clamp_(-6.0, 6.0)
+    moved = (state.theta + config.gate_rate * drift.clamp(-1.0, 1.0)).clamp(-6.0, 6.0)
+    state.theta.copy_(torch.where(state.held(), state.theta, moved))
 
 
 def freeze(state: State, limits: Sequence[Limit]) -> None:
     """Makes gates hard: the least probable first, a half with probability below 1/2 is skipped while the cost
     stays above the budget (of several: above one of them).
     """
-    wanted = [i for i in state.theta.flatten().argsort(stable=True).tolist() if state.theta.view(-1)[i] < 0]
+    wanted = ((state.theta < 0) & ~state.held()).flatten()
+    order = [half for half in state.theta.flatten().argsort(stable=True).tolist() if wanted[half]]
     state.theta.abs_().clamp_min_(1e-3)
     state.hard = True
-    for i in wanted:
-        state.theta.view(-1)[i] *= -1.0
-        if used(state, limits) < 1.0:
-            state.theta.view(-1)[i] *= -1.0
-    empty(state, state.theta < 0)
+    for half in order:
+        _skip(state, half, limits)
+    remove_halves(state, state.theta < 0)
 
 
-def empty(state: State, skipped: Tensor) -> None:
+def _skip(state: State, half: int, limits: Sequence[Limit]) -> None:
+    """Skips a half that runs, unless that leaves no limit reached."""
+    theta = state.theta.view(-1)
+    theta[half] *= -1.0
+    if used(state.alive(), limits) < 1.0:
+        theta[half] *= -1.0
+
+
+def remove_halves(state: State, skipped: Tensor) -> None:
     """Marks all groups of the ``skipped`` halves, bool [L, 2], dead."""
     attn, mlp = skipped.unbind(1)
-    heads = state.geometry.heads
     state.families["neuron"].dead |= mlp[:, None]
-    state.families["head"].dead |= attn[:, None]
     for name in ("qk", "v"):
-        state.families[name].dead |= attn.repeat_interleave(heads)[:, None]
+        state.families[name].dead |= attn.repeat_interleave(state.geometry.heads)[:, None]
 
 
-def close_empty(state: State, limits: Sequence[Limit]) -> None:
-    """Skips halves that have nothing left but their output bias, which goes too, while the cost stays at or
-    above the budget. For hard gates.
+def skip_empty(state: State, limits: Sequence[Limit]) -> None:
+    """Skips halves that have nothing left but their output bias, which is lost too, while a limit stays
+    reached. For hard gates.
     """
-    _, v, neuron, running = state.alive()
-    empty = torch.stack([~v.any(-1).any(-1), ~neuron.any(-1)], 1) & running
-    for layer, half in empty.nonzero().tolist():
-        state.theta[layer, half].neg_()
-        if used(state, limits) < 1.0:
-            state.theta[layer, half].neg_()
+    alive = state.alive()
+    empty = torch.stack([~alive.v.any(-1).any(-1), ~alive.neuron.any(-1)], 1) & alive.running
+    for half in empty.flatten().nonzero().flatten().tolist():
+        _skip(state, half, limits)

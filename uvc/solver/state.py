@@ -4,6 +4,7 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,17 +22,13 @@ class Geometry:
     hidden: int
 
     def segments(self, family: str) -> tuple[int, int]:
-        """(S, G) of a family."""
-        per_head = (self.layers * self.heads, self.head_dim)
-        return {
-            "head": (self.layers, self.heads),
-            "qk": per_head,
-            "v": per_head,
-            "neuron": (self.layers, self.hidden),
-        }[family]
+        """(S, G) of a family: the dims of each head, the neurons of each layer."""
+        neurons = (self.layers, self.hidden)
+        return neurons if family == "neuron" else (self.layers * self.heads, self.head_dim)
 
 
-FAMILIES = ("head", "qk", "v", "neuron")
+FAMILIES = ("qk", "v", "neuron")
+NAMES = {"qk": "q/k dims", "v": "v dims", "neuron": "neurons"}
 
 
 @dataclass
@@ -40,77 +37,80 @@ class Family:
 
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
     s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
-    G]: at exact zero.
-    scale: mean squared norm of a group at the start, over all layers. grain: groups go in multiples of this.
+    G]: at exact zero, for good. open [S]: whether groups may be removed: none of their parameters is frozen,
+    and gradients have reached them.
+    scale: mean squared norm of a group at the start, over all layers. multiple: of which groups are kept.
     """
 
     importance: Tensor
     s: Tensor
     y: Tensor
     dead: Tensor
+    open: Tensor
     scale: float = 1.0
-    grain: int = 1
+    multiple: int = 1
 
     @classmethod
-    def new(cls, segments: int, groups: int, device: torch.device, grain: int = 1) -> Family:
+    def new(cls, segments: int, groups: int, device: torch.device, multiple: int = 1) -> Family:
         zeros = torch.zeros(segments, device=device)
         return cls(
             importance=torch.zeros(segments, groups, device=device),
             s=zeros.clone(),
             y=zeros + 1.0,
             dead=torch.zeros(segments, groups, dtype=torch.bool, device=device),
-            grain=grain,
+            open=torch.ones(segments, dtype=torch.bool, device=device),
+            multiple=multiple,
         )
 
     def removed(self) -> Tensor:
-        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them, or as
-        many whole grains.
+        """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them; of
+        multiples, rounded down.
 
         Halves round down, by more than the last bit of s, which differs between machines.
         """
-        count = (self.s * self.dead.shape[1] - 1e-4).round().div(self.grain, rounding_mode="floor")
-        count = count * self.grain
-        return smallest(self.importance.masked_fill(self.dead, -1.0), count)
+        count = (self.s * self.dead.shape[1] - 1e-4).round().div(self.multiple, rounding_mode="floor")
+        return smallest(self.importance.masked_fill(self.dead, -1.0), count * self.multiple)
+
+    def held(self) -> Tensor:
+        """bool [S, G]: what stays as it is: groups of segments that are not open, but for dead ones."""
+        return ~(self.open[:, None] | self.dead)
 
 
 def smallest(importance: Tensor, count: Tensor) -> Tensor:
-    """bool [S, G]: the ``count[s]`` smallest entries of every row. The one top-k walk behind prox, cost and
-    skipping.
+    """bool [S, G]: the ``count[s]`` smallest entries of every row, ties by index. The one top-k walk behind
+    prox, cost and skipping.
     """
-    return ranks(importance) < count[:, None]
-
-
-def ranks(importance: Tensor) -> Tensor:
-    """int64 [S, G]: position of every entry in its row, ascending, ties by index."""
     order = importance.argsort(dim=1, stable=True)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+    return torch.empty_like(order).scatter_(1, order, places) < count[:, None]
 
 
 @dataclass
 class TokenState:
-    """Which patch tokens go: S sites of G buckets of tokens, the worst ranked first (see ``tokens``).
+    """Which patch tokens are dropped: S sites of G buckets of tokens, the worst ranked first (see
+    ``token_groups``). Without a site no token is.
 
     importance [S, G]: as of a ``Family``. s [S]: removed fraction. price [S]: what a bucket costs, in the
     unit of the first limit. shares: for every limit, what all buckets cost at that price, as a fraction of
-    the dense cost. gone: buckets that the model drops at each site.
+    the dense cost. dropped: buckets that the model drops at each site.
     """
 
     importance: Tensor
     s: Tensor
     price: Tensor
     shares: list[float]
-    gone: list[int]
+    dropped: list[int]
 
     @classmethod
-    def new(cls, sites: int, buckets: int, device: torch.device | str = "cpu") -> TokenState:
+    def new(cls, sites: int, buckets: int, device: torch.device | str = "cpu", limits: int = 1) -> TokenState:
         zeros = torch.zeros(sites, buckets, device=device)
-        return cls(zeros, zeros[:, 0].clone(), zeros[:, 0] + 1.0, [0.0], [0] * sites)
+        row = torch.zeros(sites, device=device)
+        return cls(zeros, row, row + 1.0, [0.0] * limits, [0] * sites)
 
     def ratio(self) -> Tensor:
         """[S, G]: importance per cost, of a better bucket and of an earlier site at least that of the others.
 
-        As tokens go by their rank, and for good, this is the order in which they can go.
+        As tokens are dropped by their rank, and for good, this is the order in which they can be.
         """
         ratio = (self.importance / self.price[:, None]).cummax(1).values
         return ratio.flip(0).cummax(0).values.flip(0)
@@ -125,12 +125,29 @@ class TokenState:
         return (self.s * self.importance.shape[1] - 1e-4).round().int().tolist()
 
 
+class Factors(NamedTuple):
+    """One entry per group, for all weights of it: q/k dims and v dims [L, H, K], neurons [L, F]."""
+
+    qk: Tensor
+    v: Tensor
+    neuron: Tensor
+
+
+class Masks(NamedTuple):
+    """What is kept: q/k and v dims [L, H, K], neurons [L, F], halves that run [L, 2] (attention, MLP)."""
+
+    qk: Tensor
+    v: Tensor
+    neuron: Tensor
+    running: Tensor
+
+
 @dataclass
 class State:
     """All variables of the solver.
 
-    theta [L, 2]: gate logits. z [M]: multiplier of each of M limits. hard: gates are frozen to 0 or 1.
-    settled: the budget is reached, nothing is removed any more.
+    theta [L, 2]: gate logits; infinite where a half is frozen and always runs. z [M]: multiplier of each of M
+    limits. hard: gates are frozen to 0 or 1. settled: the budget is reached, nothing is removed any more.
     """
 
     geometry: Geometry
@@ -138,51 +155,86 @@ class State:
     theta: Tensor
     gate_usefulness: Tensor
     z: Tensor
+    tokens: TokenState
     hard: bool = False
     settled: bool = False
-    tokens: TokenState | None = None
 
     @classmethod
     def new(
         cls,
         geometry: Geometry,
-        gate_init: float,
+        gate_init: float = 6.0,
         device: torch.device | str = "cpu",
         limits: int = 1,
-        grain: tuple[int, int] = (1, 1),
+        multiples: Sequence[int] = (1, 1),
     ) -> State:
         device = torch.device(device)
         theta = torch.full((geometry.layers, 2), float(gate_init), device=device)
-        grains = {"head": 1, "qk": grain[0], "v": grain[0], "neuron": grain[1]}
-        families = {n: Family.new(*geometry.segments(n), device, grains[n]) for n in FAMILIES}
-        return cls(geometry, families, theta, torch.zeros_like(theta), torch.zeros(limits, device=device))
+        dims, neurons = multiples
+        families = {
+            name: Family.new(*geometry.segments(name), device, multiple)
+            for name, multiple in zip(FAMILIES, (dims, dims, neurons), strict=True)
+        }
+        z, tokens = torch.zeros(limits, device=device), TokenState.new(0, 1, device, limits)
+        return cls(geometry, families, theta, torch.zeros_like(theta), z, tokens)
 
     def gates(self) -> Tensor:
         """[L, 2]: probability that a half runs; exactly 0 or 1 once hard."""
         return (self.theta > 0).to(self.theta.dtype) if self.hard else torch.sigmoid(self.theta)
 
-    def alive(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Masks of what is not at exact zero: q/k dims and v dims [L, H, K], neurons [L, F], running halves
-        [L, 2].
-        """
-        g = self.geometry
-        shape = (g.layers, g.heads, g.head_dim)
-        v = ~self.families["v"].dead.view(shape)
-        qk = ~self.families["qk"].dead.view(shape) & v.any(-1, keepdim=True)
-        running = self.theta > 0 if self.hard else torch.ones_like(self.theta, dtype=torch.bool)
-        return qk, v, ~self.families["neuron"].dead, running
+    def heads(self) -> Tensor:
+        """bool [L, H]: heads with a v dim left; one without adds nothing to the output."""
+        return ~self.families["v"].dead.all(1).view(self.geometry.layers, self.geometry.heads)
+
+    def held(self) -> Tensor:
+        """bool [L, 2]: halves that stay, as some of their groups do."""
+        held = [self.families[name].held().view(self.geometry.layers, -1) for name in ("v", "neuron")]
+        return torch.stack([mask.any(1) for mask in held], 1)
+
+    def alive(self) -> Masks:
+        """What is not at exact zero."""
+        return self._masks({name: ~family.dead for name, family in self.families.items()}, self.running())
+
+    def least(self) -> Masks:
+        """What is left when all that may be removed is."""
+        return self._masks({name: family.held() for name, family in self.families.items()}, self.held())
+
+    def running(self) -> Tensor:
+        """bool [L, 2]: halves that no hard gate skips."""
+        return self.theta > 0 if self.hard else torch.ones_like(self.theta, dtype=torch.bool)
+
+    def _masks(self, kept: dict[str, Tensor], running: Tensor) -> Masks:
+        shape = (self.geometry.layers, self.geometry.heads, self.geometry.head_dim)
+        v = kept["v"].view(shape)
+        return Masks(kept["qk"].view(shape) & v.any(-1, keepdim=True), v, kept["neuron"], running)
+
+    def keep(self, masks: Masks) -> None:
+        """Marks every group dead that ``masks`` leaves out."""
+        for name, family in self.families.items():
+            family.dead.copy_(~getattr(masks, name).reshape(family.dead.shape))
+
+    def check_finite(self) -> None:
+        """RuntimeError that names the first block whose groups have an importance that is not finite."""
+        layers, families = self.geometry.layers, self.families.values()
+        bad = torch.stack([~family.importance.isfinite().view(layers, -1).all(1) for family in families], 1)
+        if bad.any():
+            layer, family = bad.nonzero()[0].tolist()
+            raise RuntimeError(
+                f"block {layer}: the importance of its {NAMES[FAMILIES[family]]} is not finite, as its "
+                "gradients were not; lower the learning rate or look for such values in the data"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat name -> tensor, for checkpoints."""
         flat = {"theta": self.theta, "gate_usefulness": self.gate_usefulness, "z": self.z}
         flat |= {"hard": torch.tensor(self.hard), "settled": torch.tensor(self.settled)}
         for name, family in self.families.items():
-            for key in ("importance", "s", "y", "dead"):
+            for key in ("importance", "s", "y", "dead", "open"):
                 flat[f"{name}.{key}"] = getattr(family, key)
             flat[f"{name}.scale"] = torch.tensor(family.scale, dtype=torch.float64)
-        if self.tokens is not None:
+        if self.tokens.dropped:
             flat |= {"token.importance": self.tokens.importance, "token.s": self.tokens.s}
-            flat["token.gone"] = torch.tensor(self.tokens.gone)
+            flat["token.dropped"] = torch.tensor(self.tokens.dropped)
         return flat
 
     def load_tensors(self, flat: dict[str, Tensor]) -> None:
@@ -192,22 +244,10 @@ class State:
         self.z.copy_(flat["z"])
         self.hard, self.settled = bool(flat["hard"]), bool(flat["settled"])
         for name, family in self.families.items():
-            for key in ("importance", "s", "y", "dead"):
+            for key in ("importance", "s", "y", "dead", "open"):
                 getattr(family, key).copy_(flat[f"{name}.{key}"])
             family.scale = float(flat[f"{name}.scale"])
-        if self.tokens is not None:
+        if self.tokens.dropped:
             self.tokens.importance.copy_(flat["token.importance"])
             self.tokens.s.copy_(flat["token.s"])
-            self.tokens.gone = flat["token.gone"].tolist()
-
-
-class Factors(NamedTuple):
-    """What the prox multiplies weights with: q/k dims and v dims [L, H, K], neurons [L, F]."""
-
-    qk: Tensor
-    v: Tensor
-    neuron: Tensor
-
-
-# q/k dims and v dims [L, H, K], neurons [L, F], running halves [L, 2]
-Masks = tuple[Tensor, Tensor, Tensor, Tensor]
+            self.tokens.dropped = flat["token.dropped"].tolist()

@@ -241,7 +241,12 @@ class Trainer:
             return 0, 0
         self.model.load_state_dict(self.tensors["model"])
         load_optimizer_tensors(optimizer, self.model, self.tensors["optimizer"])
-        pruner.load_state_dict(self.tensors.get("search", {}))
+        try:
+            pruner.load_state_dict(self.tensors.get("search", {}))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.file}: its search is of another version or method ({error}); start afresh"
+            ) from None
         if self.average:
             self.average.module.load_state_dict(self.tensors["average"])
         done = self.resumed.get("done", 0)
