@@ -65,6 +65,7 @@ def test_an_unknown_setting_is_named_by_its_path():
 def test_the_former_name_of_a_setting_still_works():
     config = SolverConfig(grain=(2, 4))
     assert config == SolverConfig(round_to=(2, 4)) and config.grain == (2, 4)
+    assert replace(SolverConfig(round_to=(1, 8)), grain=(2, 4)) == config
     assert replace(config, tokens=1).round_to == (2, 4) and "grain" not in asdict(config)
     assert from_dict(SolverConfig, {"grain": [2, 4]}) == config
 

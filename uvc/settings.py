@@ -121,7 +121,9 @@ def renamed(**names: str) -> Callable[[type[C]], type[C]]:
 
         @functools.wraps(make)
         def __init__(self, *args: Any, **values: Any) -> None:
-            make(self, *args, **{names.get(name, name): value for name, value in values.items()})
+            # `dataclasses.replace` gives the present value under the new name too: the old is the change.
+            former = {names[name]: values.pop(name) for name in names if name in values}
+            make(self, *args, **values | former)
 
         cls.__init__, cls.OLD_NAMES = __init__, names
         for old, new in names.items():

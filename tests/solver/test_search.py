@@ -282,7 +282,7 @@ def test_a_family_that_is_none_is_refused_with_what_to_do_instead():
 
 def test_heads_are_removed_whole_where_dims_are_kept_in_multiples_of_the_head_dim():
     model = frozen_model()
-    config = dataclasses.replace(CONFIG, families=("v", "neuron"), grain=(4, 1))
+    config = dataclasses.replace(CONFIG, families=("v", "neuron"), round_to=(4, 1))
     search = Search(model, limits(model, 0.4), steps=120, config=config)
     train(model, search, torch.optim.AdamW(model.parameters(), lr=1e-3), 120)
     search.harden()
