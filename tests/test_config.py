@@ -37,7 +37,7 @@ from uvc.settings import BadSetting, from_dict, to_toml
         ),
         (lambda: RunConfig(model_args={"f": print}), "model_args: <built-in function print>"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_value_out_of_range_is_refused_as_the_config_is_made(make, says):
     with pytest.raises(BadSetting) as caught:
