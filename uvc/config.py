@@ -74,7 +74,8 @@ class SolverConfig:
     `grain` is the former name of `round_to`.
     """
 
-    # "uvc", or "published": what the paper's code does, as an ablation; it ignores all other settings here
+    # "uvc"; "published": what the paper's code does, as an ablation, without the other settings here; or a
+    # method of one's own (`uvc.solver.Pruner`).
     method: str = "uvc"
     every: Size = 2  # training steps per solver step
     primal_rate: Weight = 0.5  # of s and r
@@ -88,10 +89,9 @@ class SolverConfig:
     importance_decay: Share = 0.9  # of the moving average of first-order importance
     # The budget goes from 1 to its value, by equal factors, between these fractions of the search.
     anneal: tuple[Share, Share] = (0.05, 0.7)
-    # What may be removed beside skips, of "head", "qk", "v" and "neuron". A head goes with its last v dim;
-    # to remove heads whole, too, cost 2 to 15 points at small budgets, since the best dims went with the
-    # rest.
-    families: tuple[Literal["head", "qk", "v", "neuron"], ...] = ("qk", "v", "neuron")
+    # What may be removed beside skips. A head is removed with its last v dim; to remove heads whole, round v
+    # dims to the head dim.
+    families: tuple[Literal["qk", "v", "neuron"], ...] = ("qk", "v", "neuron")
     # Heads are first given the basis in which their first dims are worth most; their function stays.
     balance: bool = True
     tokens: UpToThree = 0  # blocks at which the search may drop patch tokens; 0 keeps all

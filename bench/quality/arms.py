@@ -104,7 +104,7 @@ ARMS: dict[str, Arm] = {
     "uvc_no_balance": Arm(lambda c: uvc(c, balance=False), search=True),
     "uvc_no_skip": Arm(lambda c: uvc(c, skip="none"), search=True),
     "uvc_heads_whole": Arm(
-        lambda c: uvc(c, families=("v", "neuron"), grain=(WIDTH // HEADS, 1)), search=True
+        lambda c: uvc(c, families=("v", "neuron"), round_to=(WIDTH // HEADS, 1)), search=True
     ),
     "uvc_no_heads": Arm(only("neuron"), search=True),
     "uvc_no_neurons": Arm(only("qk", "v"), search=True),

@@ -272,14 +272,6 @@ def test_gradients_that_are_not_finite_stop_the_search_at_the_block():
         search.step(optimizer)
 
 
-def test_a_family_that_is_none_is_refused_with_what_to_do_instead():
-    config = SolverConfig(families=("head", "neuron"))
-    with pytest.raises(
-        ValueError, match=r"solver families: head; use qk, v, neuron .* multiples of the head dim"
-    ):
-        Search.check(frozen_model(), (), config)
-
-
 def test_heads_are_removed_whole_where_dims_are_kept_in_multiples_of_the_head_dim():
     model = frozen_model()
     config = dataclasses.replace(CONFIG, families=("v", "neuron"), round_to=(4, 1))

@@ -21,7 +21,7 @@ from uvc.solver.objective import hard_cost, marginal, soft_cost
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner, method
 from uvc.solver.rounding import round_to_budget
-from uvc.solver.state import FAMILIES, Factors, Masks, State
+from uvc.solver.state import ALWAYS, Factors, Masks, State
 from uvc.solver.step import dual, primal, prox, snap
 from uvc.solver.token_groups import check_tokens, tokens_of
 
@@ -60,14 +60,7 @@ class Search(Pruner):
 
     @staticmethod
     def check(model: nn.Module, limits: Sequence[Limit], config: SolverConfig) -> None:
-        """ValueError for families that do not exist, tokens that cannot be dropped, and a budget out of reach
-        because of frozen blocks.
-        """
-        if unknown := set(config.families) - set(FAMILIES):
-            raise ValueError(
-                f"solver families: {', '.join(sorted(unknown))}; use {', '.join(FAMILIES)} (a head goes with "
-                "its last v dim; to remove heads whole, keep dims in multiples of the head dim)"
-            )
+        """ValueError for tokens that cannot be dropped and a budget that frozen blocks put out of reach."""
         check_tokens(model, config.tokens, [limit.metric for limit in limits])
         check_frozen(model, limits)
 
@@ -91,7 +84,7 @@ class Search(Pruner):
         self._trainable, self._waiting = self.groups.trainable(), True
         for name, family in state.families.items():
             family.open.copy_(self._trainable[name])
-        state.theta.masked_fill_(state.held(), torch.inf).masked_fill_(skipped, -6.0)
+        state.theta.masked_fill_(state.held(), ALWAYS).masked_fill_(skipped, -6.0)
         for family in state.families.values():
             family.open.zero_()
             family.s.copy_(family.dead.to(family.s.dtype).mean(1))

@@ -28,6 +28,7 @@ class Geometry:
 
 
 FAMILIES = ("qk", "v", "neuron")
+ALWAYS = 100.0  # logit of a probability that is 1 in floating point
 NAMES = {"qk": "q/k dims", "v": "v dims", "neuron": "neurons"}
 
 
@@ -146,7 +147,7 @@ class Masks(NamedTuple):
 class State:
     """All variables of the solver.
 
-    theta [L, 2]: gate logits; infinite where a half is frozen and always runs. z [M]: multiplier of each of M
+    theta [L, 2]: gate logits; ALWAYS where a half is frozen. z [M]: multiplier of each of M
     limits. hard: gates are frozen to 0 or 1. settled: the budget is reached, nothing is removed any more.
     """
 

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     val_loader: DataLoader
     budget: float | Mapping[str, float]
     metric: str
-    limits: tuple[Limit, ...]
+    limits: tuple[Limit, ...]  # what the budget comes to
     config: Config
     latency: LatencyTable | None  # of a budget in latency
     out: Path | None
