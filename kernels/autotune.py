@@ -43,7 +43,7 @@ EVICTED = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 TOKENS = {"cpu": 4096, "cuda": 65536}
 LARGEST_FILE = 4 * 1024 * 1024
 
-_known: dict[Path, dict[str, dict]] = {}
+_known: dict[Path | None, dict[str, dict]] = {}
 _variants: dict[tuple[str, str], Callable] = {}
 # What has run in this process, by device and case, and so can be captured in a CUDA graph.
 _ran: dict[tuple, set[str]] = {}
@@ -197,10 +197,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def cache_file(device: torch.device) -> Path:
-    """Where the choices for this device are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("UVC_CACHE_DIR") or Path(base, "uvc"))
+def cache_file(device: torch.device) -> Path | None:
+    """Where the choices for this device are kept; None for a user who has no home and names no folder."""
+    folder, base = os.environ.get("UVC_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(folder) if folder else Path(base or Path.home() / ".cache", "uvc")
+    except RuntimeError:
+        return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}"
     return folder / f"fastest-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
@@ -230,8 +233,10 @@ def _build() -> dict[str, str]:
     }
 
 
-def _read(path: Path) -> dict[str, dict]:
+def _read(path: Path | None) -> dict[str, dict]:
     """The choices in the file that still hold; none where it is missing, of another build, or not ours."""
+    if path is None:
+        return {}
     try:
         if path.stat().st_size > LARGEST_FILE:
             return {}
@@ -246,14 +251,17 @@ def _read(path: Path) -> dict[str, dict]:
         return {}
 
 
-def _write(path: Path) -> None:
+def _write(path: Path | None) -> None:
     # Another process may have measured other cases meanwhile.
     choices = {**_read(path), **_known[path]}
     try:
+        if path is None:
+            raise FileNotFoundError(None, "the user has no home folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump({"build": _build(), "choices": choices}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
-        message = f"uvc_kernels: what was measured cannot be kept in {path.parent} ({error.strerror}); "
+        where = "" if path is None else f" in {path.parent}"
+        message = f"uvc_kernels: what was measured cannot be kept{where} ({error.strerror}); "
         _dispatch.warn_once(("cache", path), message + "set UVC_CACHE_DIR to a writable folder")

@@ -441,6 +441,22 @@ def test_a_model_argument_reaches_the_model_and_its_images(tmp_path):
     assert cli.run(["eval", str(tmp_path)]) == 0
 
 
+def test_a_run_whose_disk_is_full_is_one_line_and_resumes(finished, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("uvc.io.files.save_file", full)
+        assert cli.run(["compress", "--out", str(out), "--seed", "3", *SHORT]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "checkpoint.safetensors cannot be written: No space left" in shown
+    assert shown.endswith(f"continue with: uvc compress --resume --out {out}\n")
+    assert cli.run(["compress", "--out", str(out), "--resume", "--quiet"]) == 0
+    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
 def test_resume_from_a_truncated_checkpoint_is_one_line(finished, tmp_path, capsys):
     shutil.copy(finished / "run.json", tmp_path)
     shutil.copytree(finished / "teacher", tmp_path / "teacher")

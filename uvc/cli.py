@@ -171,10 +171,15 @@ def compress(config: Path | None, show_config: bool, quiet: bool, **options: Any
         click.echo(f"{stopped}; continue with: uvc compress --resume --out {run.out}", err=True)
         return
     except KeyboardInterrupt:
-        begun = (Path(run.out) / "run.json").is_file()
-        hint = f"; continue with: uvc compress --resume --out {run.out}" if begun else ""
-        raise Interrupted(f"interrupted{hint}") from None
+        raise Interrupted(f"interrupted{_how_to_continue(run.out)}") from None
+    except OSError as error:
+        raise click.UsageError(f"{error}{_how_to_continue(run.out)}") from None
     _print_report(Path(run.out), summary)
+
+
+def _how_to_continue(out: str | None) -> str:
+    begun = out is not None and (Path(out) / "run.json").is_file()
+    return f"; continue with: uvc compress --resume --out {out}" if begun else ""
 
 
 @cli.command("eval")

@@ -141,7 +141,7 @@ def test_what_cannot_be_rebuilt_is_refused_before_anything_is_written(make, says
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write a model to .*file"):
+    with pytest.raises(ValueError, match=r"cannot write a model: .*file"):
         uvc.save(small_vit(), tmp_path / "file")
 
 

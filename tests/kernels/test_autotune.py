@@ -196,6 +196,22 @@ def test_a_folder_that_cannot_be_written_is_said_once(monkeypatch, tmp_path):
         call(10)
 
 
+def test_a_user_without_a_home_is_told_once_that_nothing_is_kept(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("UVC_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    asked = times(monkeypatch, cpu=1.0, dense=2.0)
+    with pytest.warns(RuntimeWarning, match="cannot be kept .the user has no home.*; set UVC_CACHE_DIR"):
+        call()
+    count = len(asked)
+    call()
+    assert count and len(asked) == count  # the choice holds in this process
+
+
 @pytest.mark.parametrize("how", ["switched off", "forced", "deterministic", "traced"])
 def test_nothing_is_measured_when(how, monkeypatch):
     asked = times(monkeypatch, cpu=1.0, dense=0.1)

@@ -177,10 +177,10 @@ def test_a_broken_file_is_one_line_and_a_full_disk_a_warning(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"cannot read .*epoch-00002\.safetensors: .*; delete it"):
         cache.get(2, torch.tensor([0]))
 
-    def full(path, write):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("uvc.training.teacher_cache.write_whole", full)
+    monkeypatch.setattr("uvc.io.files.save_file", full)
     cache = TeacherCache(tmp_path, {}, images=4, classes=3)
     cache.put(0, torch.tensor([0]), torch.tensor([[0.2, 0.3, 0.5]]))
     with pytest.warns(UserWarning, match=r"epoch-00000\.safetensors cannot be written: No space left"):

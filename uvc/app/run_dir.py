@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from uvc.config import RunConfig
-from uvc.io.files import make_folder, write_json
+from uvc.io.files import make_folder, write_json, write_tensors
 from uvc.io.finite import refuse_not_finite
 
 OPTIONS = "run.json"
@@ -61,13 +61,8 @@ def open_out(out: Path, run: RunConfig) -> None:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """The state_dict as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
-
     refuse_not_finite(model.state_dict(), f"cannot save to {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
-    os.replace(part, path)
+    write_tensors(path, model.state_dict())
 
 
 def load_weights(model: nn.Module, path: Path, option: str = "--teacher") -> None:

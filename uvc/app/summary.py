@@ -1,9 +1,10 @@
 """What a run tells its user: log, progress, picture of the structure, latency, final table."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from uvc.io.files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,6 +51,4 @@ def draw_structure(structure: "Structure", dense: "Structure", path: Path, title
     from uvc.app.plots import structure_figure
 
     figure = structure_figure(structure, dense, title)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=150)
-    os.replace(part, path)
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=150))

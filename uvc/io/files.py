@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import contextlib
 import json
 import math
 import os
@@ -8,17 +9,35 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in place in one step, or not at all."""
+    """Let `write` make a file beside `path`, then put it in place in one step, or not at all.
+
+    A reader, and whoever comes after a crash, finds the old file or the new one. OSError, in one line that
+    names the file, when the disk is full or the folder cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; on the CPU, whatever the device of the tensors."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda part: save_file(held, part, metadata))
 
 
 def one_line(error: Exception) -> str:
@@ -41,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: a reader sees the old file or the new one."""
+    """Write a text file whole or not at all."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 

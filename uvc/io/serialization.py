@@ -14,14 +14,14 @@ from typing import Any
 import timm.layers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import create_model, is_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from uvc.compaction import compacted
-from uvc.io.files import one_line, write_whole
+from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.preprocessing import cfg_of, check_preprocessing, preprocessing_of, take_preprocessing
 from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, hollow, is_compacted
@@ -98,16 +98,14 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     refuse_not_finite(model.state_dict(), f"cannot save to {folder}")
     text = json.dumps(describe(model))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     # The weights carry the digest of their config, so that files of two saves are never taken for one model.
     metadata = {"config": hashlib.sha256(text.encode()).hexdigest()}
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata))
-        write_whole(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write a model to {folder}: {one_line(error)}") from None
+        write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
+        write_text(folder / CONFIG, text)
+    except OSError as error:
+        raise ValueError(f"cannot write a model: {one_line(error)}") from None
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:

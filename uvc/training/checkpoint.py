@@ -5,7 +5,6 @@ Nothing is pickled.
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from uvc.io.files import write_tensors
 
 HELD = "held"  # the group of tensors that stand in the facts
 
@@ -28,10 +28,7 @@ def save_run(path: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str,
         for group, part in {**tensors, HELD: held}.items()
         for name, t in part.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    save_file(flat, str(temporary), metadata={"facts": json.dumps(facts)})
-    os.replace(temporary, path)
+    write_tensors(path, flat, {"facts": json.dumps(facts)})
 
 
 def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

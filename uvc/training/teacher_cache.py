@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from uvc.config import DistillConfig
-from uvc.io.files import one_line, write_json, write_whole
+from uvc.io.files import one_line, write_json, write_tensors
 from uvc.training.loaders import Loader
 from uvc.training.losses import Distillation
 
@@ -83,10 +83,10 @@ class TeacherCache:
             rows[add] = theirs[name][add]
         path = self._path(self._epoch)
         try:
-            write_whole(path, lambda part: save_file(mine, part))
-        except (OSError, SafetensorError) as error:
+            write_tensors(path, mine)
+        except OSError as error:
             # The run has its answers; only later runs will have to ask again.
-            warnings.warn(f"teacher_cache: {path} cannot be written: {one_line(error)}", stacklevel=2)
+            warnings.warn(f"teacher_cache: {one_line(error)}", stacklevel=2)
         self._new = False
 
     def _turn_to(self, epoch: int) -> None:
