@@ -96,6 +96,24 @@ def _model_args(
     return found or None
 
 
+def _image_options(command: Callable) -> Callable:
+    """How photographs become images, as timm's training script spells it."""
+    for option in (
+        click.option(
+            "--scale", type=float, nargs=2, help="Share of an image that a training crop shows; 0.08 1."
+        ),
+        click.option("--color-jitter", type=float, help="Of training images; 0.4."),
+        click.option("--reprob", type=float, help="Probability of erasing a part of a training image; 0."),
+        click.option("--aa", help="timm's name of an augmentation policy, such as rand-m9-mstd0.5."),
+        click.option("--interpolation", help="Of resized images, such as bicubic."),
+        click.option("--std", type=float, nargs=3, help="Deviations of the channels."),
+        click.option("--mean", type=float, nargs=3, help="Means of the channels, pixels in [0, 1]."),
+        click.option("--crop-pct", type=float, help="Share of the side that evaluation sees."),
+    ):
+        command = option(command)
+    return command
+
+
 def _data_options(command: Callable) -> Callable:
     for option in (
         click.option("--workers", type=int, help="Processes that read images; 0: this one."),
@@ -122,6 +140,7 @@ def _data_options(command: Callable) -> Callable:
     help="An argument of timm.create_model, as in img_size=112; may be repeated.",
 )
 @_data_options
+@_image_options
 @click.option(
     "--budget", callback=_budget, help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6."
 )
@@ -143,7 +162,8 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--warmup-epochs", type=int, help="Epochs before the search.")
 @click.option("--search-epochs", type=int, help="Epochs of the joint search.")
 @click.option("--post-epochs", type=int, help="Epochs after the structure is fixed.")
-@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--lr", type=float, help="Peak learning rate of the teacher and of post-training.")
+@click.option("--search-lr", type=float, help="Peak learning rate of warm-up and search.")
 @click.option("--precision", metavar="float32|bfloat16", help="Of the products in training; float32.")
 @click.option("--skip", metavar="none|blocks|halves", help="What may be skipped.")
 @click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")

@@ -65,6 +65,9 @@ class DataConfig:
     color_jitter: float = 0.4  # of training images; without effect under most policies of `aa`
     scale: tuple[float, float] = (0.08, 1.0)  # least and largest share of a training image that a crop shows
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @renamed(grain="round_to")
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class RunConfig:
     data: str = "digits"
     data_root: str | None = None  # where a data set that timm names is stored
     workers: Count = 0  # processes that read images; 0: this one
+    images: DataConfig = field(default_factory=DataConfig)
     model: str = "uvc_vit_digits"
     model_args: Arguments = field(default_factory=dict)  # of timm.create_model
     teacher: str | None = None  # trained weights of the model

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
+from PIL import Image
 
 from uvc import cli
+from uvc.app.pipeline import _data
 from uvc.app.resolve import resolve, stored_run
 from uvc.app.run_dir import open_out
-from uvc.config import RunConfig
+from uvc.config import Config, DataConfig, RunConfig
 from uvc.recipes import RECIPES
 
 # What `uvc compress --data digits --budget 0.5 --seed 0 --threads 1` wrote to run.json before there was a
@@ -46,6 +49,31 @@ def test_the_command_line_goes_over_the_file_and_the_file_over_the_recipe(tmp_pa
     assert (run.budget, run.seed, run.training.learning_rate, run.training.solver.tokens) == (0.4, 7, 0.01, 2)
     assert run.model_args == {"depth": 3, "drop_path_rate": 0.1}
     assert (run.training.search_epochs, run.training.post_epochs) == (3, RECIPES["digits"]().post_epochs)
+
+
+def test_how_images_are_prepared_is_said_as_timms_script_says_it(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text("reprob = 0.25\n[images]\ncolor_jitter = 0.1\n")
+    options = "--show-config --scale 0.6 1 --mean 0.1 0.2 0.3 --crop-pct 0.9 --search-lr 0.02".split()
+    assert cli.run(["compress", "--config", str(file), *options]) == 0
+    file.write_text(capsys.readouterr().out)
+    run = resolve({}, file)
+    assert run.images == DataConfig(
+        reprob=0.25, color_jitter=0.1, scale=(0.6, 1.0), mean=(0.1, 0.2, 0.3), crop_pct=0.9
+    )
+    assert run.training.search_learning_rate == 0.02
+
+
+def test_images_are_prepared_as_a_run_says(tmp_path):
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), "white").save(tmp_path / part / name / "0.png")
+    views = DataConfig(mean=(0.5,), std=(0.25,), color_jitter=0.0)
+    run = RunConfig(data=str(tmp_path), images=views, training=Config(batch_size=2))
+    for part in _data(run, {"input_size": (3, 8, 8)})[:2]:
+        ((images, _),) = part
+        assert torch.allclose(images, torch.tensor(2.0))
 
 
 @pytest.mark.parametrize("source", ["command line", "file"])

@@ -200,6 +200,7 @@ def _data(run: RunConfig, model_input: Mapping[str, Any]) -> Data:
         seed=run.seed,
         workers=run.workers,
         root=run.data_root,
+        views=run.images,
     )
 
 

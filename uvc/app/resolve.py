@@ -11,7 +11,7 @@ import timm
 
 import uvc.models  # noqa: F401  registers the models that timm does not have
 from uvc.app.run_dir import OPTIONS, check_out, read_json
-from uvc.config import Config, RunConfig
+from uvc.config import Config, DataConfig, RunConfig
 from uvc.io.files import one_line
 from uvc.recipes import AIMS, RECIPES
 from uvc.settings import BadSetting, from_dict, hints
@@ -19,8 +19,10 @@ from uvc.training.data import DEFAULT_MODELS, DIGITS, check_name
 
 # Where an option's setting stands. A file may use these names at its top, too.
 PATHS = {
+    **{name: f"images.{name}" for name in hints(DataConfig)},
     **{name: f"training.{name}" for name in hints(Config)},
     "lr": "training.learning_rate",
+    "search_lr": "training.search_learning_rate",
     "distill": "training.distill.kind",
     "distill_features": "training.distill.features",
     "model_arg": "model_args",
@@ -28,7 +30,7 @@ PATHS = {
     "grain": "training.solver.round_to",
 }
 # Settings that hold settings.
-TABLES = ("model_args", "training", "training.distill", "training.solver")
+TABLES = ("images", "model_args", "training", "training.distill", "training.solver")
 # Settings that change where a run computes, not what; a resumed run may be given others.
 PLACES = ("device", "workers", "data_root", "training.threads")
 
