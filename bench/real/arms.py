@@ -131,17 +131,20 @@ def command(setup: Setup, seed: int, budget: float, weights: Path) -> list[str]:
         "data": setup.data,
         "teacher": weights,
         "teacher-epochs": 0,  # the teacher is given; the order of pictures begins with that of epoch 0
+        "scale": setup.views.scale,
         "budget": budget,
         "warmup-epochs": config.warmup_epochs,
         "search-epochs": config.search_epochs,
         "post-epochs": config.post_epochs,
         "batch-size": config.batch_size,
         "lr": config.learning_rate,
+        "search-lr": config.search_learning_rate,
         "precision": config.precision,
         "threads": config.threads,
         "seed": seed,
     }
-    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    words = {name: value if isinstance(value, tuple) else (value,) for name, value in options.items()}
+    return [text for name, values in words.items() for text in (f"--{name}", *map(str, values))]
 
 
 @contextmanager

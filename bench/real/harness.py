@@ -20,9 +20,9 @@ from uvc.training.signals import Stopped, stop_on_signals
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (
-    "part seed budget arm learning_rate search_epochs post_epochs macs_ratio params_ratio probe_top1 "
+    "part seed budget arm learning_rate search_learning_rate search_epochs post_epochs macs_ratio params_ratio probe_top1 "
     "teacher_top1 before_top1 after_top1 seconds cpu_seconds train_images val_images teacher_learning_rate "
-    "teacher_epochs batch_size precision threads device versions commit date version"
+    "teacher_epochs batch_size precision crop_scale threads device versions commit date version"
 ).split()
 # Changed when a row would come out different. Reports and resuming look at the latest rows only.
 VERSION = 1
@@ -74,6 +74,8 @@ def run_job(setup: Setup, job: Job) -> dict[str, object]:
         "teacher_epochs": setup.config.teacher_epochs,
         "batch_size": setup.config.batch_size,
         "precision": setup.config.precision,
+        "search_learning_rate": setup.config.search_learning_rate,
+        "crop_scale": setup.views.scale[0],
         "threads": setup.config.threads,
         "device": processor(),
         "versions": versions_line(),

@@ -108,14 +108,16 @@ def setting(rows: list[Row]) -> str:
     (one,) = {tuple(row[name] for name in SETTING) for row in rows}
     found = dict(zip(SETTING, one, strict=True))
     return (
-        "{train_images} pictures to train, {val_images} held out; batches of {batch_size}, AdamW, peak "
-        "learning rate {learning_rate} (teacher {teacher_learning_rate}, {teacher_epochs} epochs), "
+        "{train_images} pictures to train, in random crops of {crop_scale} to 1 of their area, {val_images} "
+        "held out; batches of {batch_size}, AdamW, peak learning rate {search_learning_rate} in the search, "
+        "{learning_rate} after it (teacher {teacher_learning_rate}, {teacher_epochs} epochs), "
         "{precision}, {threads} thread."
     ).format(**found)
 
 
 SETTING = (
-    "train_images val_images batch_size learning_rate teacher_learning_rate teacher_epochs precision threads"
+    "train_images val_images batch_size learning_rate search_learning_rate teacher_learning_rate "
+    "teacher_epochs crop_scale precision threads"
 ).split()
 
 

@@ -29,7 +29,7 @@ def teacher(setup: Setup, seed: int) -> tuple[Path, dict[str, float]]:
     A training that was stopped goes on after its last whole epoch.
     """
     config = replace(setup.seeded(seed), learning_rate=setup.teacher_rate)
-    name = f"{setup.part}-{seed}-{config.teacher_epochs}-{config.learning_rate:g}"
+    name = f"{setup.part}-{seed}-{config.teacher_epochs}-{config.learning_rate:g}-{setup.views.scale[0]:g}"
     file = setup.folder / "teachers" / f"{name}.safetensors"
     facts = file.with_suffix(".json")
     if not facts.is_file():
