@@ -20,9 +20,10 @@ from uvc.training.signals import Stopped, stop_on_signals
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (
-    "part seed budget arm learning_rate search_learning_rate search_epochs post_epochs macs_ratio params_ratio probe_top1 "
-    "teacher_top1 before_top1 after_top1 seconds cpu_seconds train_images val_images teacher_learning_rate "
-    "teacher_epochs batch_size precision crop_scale threads device versions commit date version"
+    "part seed budget arm learning_rate search_learning_rate search_epochs post_epochs macs_ratio "
+    "params_ratio probe_top1 teacher_top1 before_top1 after_top1 seconds cpu_seconds train_images "
+    "val_images teacher_learning_rate teacher_epochs batch_size precision crop_scale threads device "
+    "versions commit date version"
 ).split()
 # Changed when a row would come out different. Reports and resuming look at the latest rows only.
 VERSION = 1
