@@ -25,7 +25,7 @@ from uvc.settings import BadSetting, from_dict, to_toml
         (lambda: DistillConfig("none", features=1.0), "distill features: 1.0 has no teacher"),
         (lambda: SolverConfig(tokens=4), "solver tokens: 4; it must be 0 to 3"),
         (lambda: SolverConfig(anneal=(0.1,)), "solver anneal: (0.1,); it must be a list of 2 values"),
-        (lambda: SolverConfig(families=("qk", "tail")), "solver families: 'tail'; known are 'head', 'qk'"),
+        (lambda: SolverConfig(families=("tail",)), "solver families: 'tail'; known are 'qk', 'v', 'neuron'"),
         (lambda: SolverConfig(round_to=(0, 1)), "solver round_to: 0; it must be 1 or more"),
         (lambda: RunConfig(budget=1.5), "budget: 1.5 is not a fraction in (0, 1]"),
         (lambda: RunConfig(budget="half"), "budget: 'half'; it must be a number"),

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import uvc
-from uvc.config import SolverConfig
+from uvc.config import Config, SolverConfig
 from uvc.constraints import limits
 from uvc.costs import cost
 from uvc.solver import Search
@@ -228,6 +228,19 @@ def test_frozen_blocks_are_left_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.blocks[0].state_dict().items())
     unit = max(map(max, bounds[0].costs[3:]))
     assert bounds[0].most - unit < cost(model).macs <= bounds[0].most
+
+
+def test_a_run_with_frozen_blocks_keeps_checkpoints_and_leaves_them_alone(tmp_path):
+    model = frozen_model(1)
+    before = copy.deepcopy(model.blocks[1].state_dict())
+    config = Config(warmup_epochs=0, search_epochs=10, post_epochs=1, solver=CONFIG)
+    result = compress(
+        model, [batch(i) for i in range(4)], [batch(9)], budget=0.6, config=config, out=tmp_path
+    )
+    assert result.structure.blocks[1] == uvc.Structure.dense(model).blocks[1]
+    assert result.cost.macs <= 0.6 * result.dense_cost.macs
+    after = model.blocks[1].state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
 def test_a_budget_that_frozen_blocks_leave_no_room_for_is_refused_before_training():
