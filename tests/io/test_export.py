@@ -1,6 +1,9 @@
 """uvc export: every format is read back, equal, and free in its batch size; bad input is one line."""
 
+import copy
 import importlib.util
+import json
+import sys
 
 import pytest
 import timm
@@ -9,9 +12,17 @@ from oracle import TOLERANCE, stored
 from oracle import error as error_of
 
 import uvc
+import uvc.models
 from uvc.cli import run
 from uvc.io.export import export
 from uvc.io.serialization import load
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="the onnx packages are not installed",
+)
+# Relative to the largest output, against the model in float32.
+HALF = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +58,7 @@ def test_safetensors_go_to_a_folder_that_uvc_loads(folder, images, tmp_path):
     assert error_of(second(images), first(images)) < TOLERANCE[images.dtype]
 
 
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="the onnx packages are not installed",
-)
+@needs_onnx
 def test_an_onnx_program_takes_any_batch_and_computes_the_same(folder, images, tmp_path):
     import onnxruntime
 
@@ -68,7 +76,7 @@ def test_the_command_names_the_file_it_wrote(folder, capsys):
 
 
 def test_a_program_that_differs_is_not_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("uvc.io.export.TOLERANCE", -1.0)
+    monkeypatch.setitem(sys.modules["uvc.io.export"].TOLERANCE, torch.float32, -1.0)
     with pytest.raises(RuntimeError, match="nothing was kept"):
         export(folder, "torch-export", tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
@@ -92,3 +100,141 @@ def test_a_missing_package_is_named_with_its_remedy(folder, tmp_path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     with pytest.raises(ValueError, match="needs the package 'onnx'; pip install onnx"):
         export(folder, "onnx", tmp_path / "model.onnx")
+
+
+def small(state: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_classes=10)
+    torch.nn.init.normal_(model.head.weight)
+    model.pretrained_cfg["label_names"] = tuple("abcdefghij")
+    if state != "dense":
+        uvc.apply_structure(model, uvc.Structure.random(model, keep=0.5, seed=0))
+    return (uvc.compact(model) if state == "compacted" else model).to(dtype).eval()
+
+
+def answer(target, images: torch.Tensor) -> torch.Tensor:
+    """What a delivered program computes, each in a runtime of its own."""
+    if target.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    with torch.no_grad():
+        return (uvc.load(target) if target.is_dir() else torch.export.load(target).module())(images)
+
+
+@needs_onnx
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("state", ["dense", "pruned", "compacted"])
+@pytest.mark.parametrize("format", ["onnx", "torch-export", "safetensors"])
+def test_whatever_was_saved_is_exported_with_the_same_outputs(format, state, batch, tmp_path):
+    model, images = small(state), torch.randn(batch, 3, 32, 32)
+    uvc.save(model, tmp_path)
+    target, difference = export(tmp_path, format)
+    found = answer(target, images)
+    torch.testing.assert_close(found, model(images).detach(), rtol=1e-3, atol=1e-4)
+    assert difference < 1e-5
+
+
+@needs_onnx
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("format", ["onnx", "torch-export", "safetensors"])
+def test_a_half_model_is_exported_in_its_dtype_or_refused_in_one_line(format, dtype, tmp_path, capsys):
+    model, images = small("compacted"), torch.randn(4, 3, 32, 32)
+    expected = model(images).detach()
+    uvc.save(model.to(dtype), tmp_path)
+    code = run(["export", str(tmp_path), "--format", format])
+    if format == "onnx" and dtype == torch.bfloat16:
+        error = capsys.readouterr().err
+        assert code == 2 and "save the model in float32" in error and error.count("\n") == 1
+        assert not any((tmp_path / "export").iterdir())
+        return
+    assert code == 0
+    found = answer(export(tmp_path, format)[0], images.to(dtype))
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < HALF[dtype] * expected.abs().max()
+
+
+@needs_onnx
+def test_weights_in_a_file_of_their_own_are_delivered_and_move_along(tmp_path, monkeypatch, images):
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    model = small("compacted")
+    uvc.save(model, tmp_path / "run")
+    target, _ = export(tmp_path / "run", "onnx", tmp_path / "out" / "net.onnx")
+    assert sorted(file.name for file in target.parent.iterdir()) == ["net.onnx", "net.onnx.data"]
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "net.onnx"
+    torch.testing.assert_close(answer(moved, images), model(images).detach(), rtol=1e-3, atol=1e-4)
+    # A later export that needs no second file leaves none behind.
+    monkeypatch.undo()
+    export(tmp_path / "run", "onnx", moved)
+    assert [file.name for file in moved.parent.iterdir()] == ["net.onnx"]
+
+
+@needs_onnx
+def test_what_is_broken_where_it_is_delivered_is_not_kept(tmp_path, monkeypatch):
+    from uvc.io import export as module
+
+    def put_a_part(written, target):
+        (written.parent / (written.name + ".data")).unlink()
+        return put(written, target)
+
+    put = module._put
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    monkeypatch.setattr(module, "_put", put_a_part)
+    uvc.save(small("compacted"), tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot be run here"):
+        export(tmp_path / "run", "onnx", tmp_path / "out" / "net.onnx")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@needs_onnx
+def test_programs_say_how_images_are_prepared_and_what_classes_are_called(tmp_path):
+    import onnx
+
+    uvc.save(small("compacted"), tmp_path)
+    program = onnx.load(export(tmp_path, "onnx")[0])
+    said = {entry.key: json.loads(entry.value) for entry in program.metadata_props}
+    files = {"preprocessing.json": ""}
+    torch.export.load(export(tmp_path, "torch-export")[0], extra_files=files)
+    assert said == json.loads(files["preprocessing.json"])
+    assert said["label_names"] == list("abcdefghij") and said["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_a_model_whose_outputs_are_all_zero_is_exported(tmp_path):
+    model = small("compacted")
+    torch.nn.init.zeros_(model.head.weight)
+    uvc.save(model, tmp_path)
+    assert export(tmp_path, "torch-export")[1] == 0.0
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_dtypes_that_torch_does_not_mix_are_refused_in_one_line(command, tmp_path, capsys):
+    model = timm.create_model("uvc_vit_digits", depth=1)
+    model.head.half()
+    uvc.save(uvc.compact(model), tmp_path)
+    assert run([command, str(tmp_path), *(["--format", "torch-export"] if command == "export" else [])]) == 2
+    error = capsys.readouterr().err
+    assert "mixes float32 (cls_token) and float16 (head.weight)" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("compacted", [False, True], ids=["full size", "compacted"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_model_of_another_dtype_is_evaluated(dtype, compacted, tmp_path, capsys):
+    model = uvc.apply_structure(
+        m := timm.create_model("uvc_vit_digits", depth=1), uvc.Structure.random(m, 0.5)
+    )
+    uvc.save((uvc.compact(model) if compacted else model).to(dtype), tmp_path)
+    assert run(["eval", str(tmp_path)]) == 0
+    assert "of 500 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("who", ["model", "teacher"])
+def test_compress_refuses_half_weights_in_one_line(who):
+    model = timm.create_model("uvc_vit_digits", depth=1)
+    loader = [(torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))]
+    halved = copy.deepcopy(model).half()
+    with pytest.raises(ValueError, match=f"^{who}: its weights are float16") as caught:
+        uvc.compress(*((halved,) if who == "model" else (model,)), loader, loader, teacher=halved)
+    assert "\n" not in str(caught.value)

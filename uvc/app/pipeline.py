@@ -20,6 +20,7 @@ from uvc.config import Config, RunConfig
 from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
+from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
 from uvc.io.preprocessing import cfg_of, check_classes, note_data
 from uvc.io.serialization import load
@@ -144,6 +145,7 @@ def evaluate_run(
             f"--data: {run.data!r} has {opened.num_classes} classes, the model has {model.num_classes}"
         )
     check_classes(model, opened.classes)
+    check_runs(model)
     figures = cost(model)
     right, images = count_right(model.to(place), opened.val, place)
     return {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +17,7 @@ from uvc.compaction import compact
 from uvc.config import Config, DistillConfig, named_budgets
 from uvc.constraints import Limit, check_multiples, limits
 from uvc.costs import Cost, cost
+from uvc.io.dtypes import input_dtype
 from uvc.io.files import make_folder, write_text
 from uvc.io.serialization import describe, save
 from uvc.latency_table import LatencyTable, measure
@@ -110,10 +112,12 @@ def prepare(
         raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
     check(model)
     check_children(model)  # what the final compaction would refuse
+    check_dtype(model, "model")
     check_multiples(model, solver.round_to)
     check_loader(train_loader)
     if teacher is not None:
         check_teacher(model, teacher, config.distill)
+        check_dtype(teacher, "teacher")
     if out is not None:
         describe(model)  # what could not be saved is refused now, not after the training
     if "latency" in named:
@@ -252,6 +256,15 @@ def check_teacher(model: nn.Module, teacher: nn.Module, config: DistillConfig) -
         raise ValueError(
             f"distill features: the model's are {mine} wide, the teacher's {its}; take a teacher as wide as "
             "the model, or features 0"
+        )
+
+
+def check_dtype(model: nn.Module, name: str) -> None:
+    """ValueError unless a model takes float32 images, as loaders give them."""
+    if (dtype := input_dtype(model)) != torch.float32:
+        raise ValueError(
+            f"{name}: its weights are {str(dtype).removeprefix('torch.')}, training keeps float32; give "
+            f"{name}.float(), and half precision of products as Config.precision"
         )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uvc.io.dtypes import input_dtype
+
 
 def unpack(batch: Any, loader: str) -> tuple[Tensor, Tensor]:
     """Images, floating, and labels of a batch; ValueError, naming the loader, for any other batch."""
@@ -103,13 +105,6 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device | str | No
     """Top-1 accuracy in percent over ``loader``; see ``count_right``."""
     right, total = count_right(model, loader, device)
     return 100.0 * right / total
-
-
-def input_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that the model's first layer wants its images in."""
-    stem = getattr(model, "patch_embed", model)
-    floats = [p.dtype for p in (*stem.parameters(), *model.parameters()) if p.is_floating_point()]
-    return floats[0]
 
 
 def _kind(tensor: Tensor) -> str:
