@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+NOX ?= build/nox
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu')
 
@@ -10,7 +11,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test lint gate sanitize bench bench-gpu install clean
+.PHONY: demo test matrix lint gate sanitize bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
@@ -19,6 +20,12 @@ demo: install
 # One thread per test, so that as many run at a time as there are cores, at most four.
 test: install
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# The tests with the oldest and the newest supported versions, each set in an environment of its own that is
+# deleted after it; see noxfile.py. ARGS="-s oldest -- tests/kernels" runs one set and a part.
+matrix:
+	test -x $(NOX)/bin/nox || { $(PYTHON) -m venv $(NOX) && $(NOX)/bin/python -m pip install --quiet "nox>=2024.4"; }
+	$(NOX)/bin/nox --envdir $(NOX)/sessions $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
