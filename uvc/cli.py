@@ -20,6 +20,7 @@ import click
 from uvc.settings import BadSetting, to_toml
 
 FOLDER = click.Path(path_type=Path)
+SEVERAL = ("--input-size", "--mean", "--std", "--scale")  # options that take several numbers
 
 
 class Interrupted(click.ClickException):
@@ -75,6 +76,47 @@ def _multiples(_context: click.Context, _option: click.Parameter, value: str | N
     return [int(part) for part in parts]
 
 
+def _numbers(_context: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
+    """0.5, or several numbers, as in 0.485,0.456,0.406."""
+    if value is None:
+        return None
+    kind = int if option.name == "input_size" else float
+    try:
+        return [kind(part) for part in value.split(",")]
+    except ValueError:
+        said = f"{option.opts[0]}: {value!r}; give numbers, as in {option.metavar}"
+        raise click.UsageError(said) from None
+
+
+def _join_numbers(arguments: Sequence[str]) -> list[str]:
+    """`--mean 0.5 0.5 0.5`, as timm's script takes it, as `--mean 0.5,0.5,0.5`."""
+    joined: list[str] = []
+    for text in arguments:
+        if len(joined) > 1 and joined[-2] in SEVERAL and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text):
+            joined[-1] += f",{text}"
+        else:
+            joined.append(text)
+    return joined
+
+
+def _image_options(command: Callable) -> Callable:
+    for option in (
+        click.option("--color-jitter", type=float, help="Of training images; 0.4."),
+        click.option("--reprob", type=float, help="Probability of erasing a part of a training image; 0."),
+        click.option("--aa", help="timm's name of an augmentation policy, such as rand-m9-mstd0.5."),
+        click.option("--scale", callback=_numbers, metavar="0.08,1", help="Share of an image in a crop."),
+        click.option("--interpolation", help="bilinear, bicubic, ...; the model's own."),
+        click.option("--std", callback=_numbers, metavar="0.229,0.224,0.225", help="The model's own."),
+        click.option("--mean", callback=_numbers, metavar="0.485,0.456,0.406", help="The model's own."),
+        click.option("--crop-pct", type=float, help="Share of an image that evaluation sees."),
+        click.option(
+            "--input-size", callback=_numbers, metavar="3,224,224", help="Of the images, and of the model."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def _model_args(
     _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, Any] | None:
@@ -94,24 +136,6 @@ def _model_args(
                 'global_pool="avg"'
             )
     return found or None
-
-
-def _image_options(command: Callable) -> Callable:
-    """How photographs become images, as timm's training script spells it."""
-    for option in (
-        click.option(
-            "--scale", type=float, nargs=2, help="Share of an image that a training crop shows; 0.08 1."
-        ),
-        click.option("--color-jitter", type=float, help="Of training images; 0.4."),
-        click.option("--reprob", type=float, help="Probability of erasing a part of a training image; 0."),
-        click.option("--aa", help="timm's name of an augmentation policy, such as rand-m9-mstd0.5."),
-        click.option("--interpolation", help="Of resized images, such as bicubic."),
-        click.option("--std", type=float, nargs=3, help="Deviations of the channels."),
-        click.option("--mean", type=float, nargs=3, help="Means of the channels, pixels in [0, 1]."),
-        click.option("--crop-pct", type=float, help="Share of the side that evaluation sees."),
-    ):
-        command = option(command)
-    return command
 
 
 def _data_options(command: Callable) -> Callable:
@@ -158,6 +182,7 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation.")
 @click.option("--recipe", help="Named settings: default, digits, deit_small_50; a wrong name lists them.")
 @click.option("--teacher", help="Trained weights of the model, a safetensors file or its folder.")
+@click.option("--teacher-cache", help="Folder that keeps the teacher's answers, for other budgets, too.")
 @click.option("--teacher-epochs", type=int, help="Epochs of the teacher, if no weights are given.")
 @click.option("--warmup-epochs", type=int, help="Epochs before the search.")
 @click.option("--search-epochs", type=int, help="Epochs of the joint search.")
@@ -169,6 +194,7 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")
 @click.option("--distill", metavar="none|soft|hard", help="How the teacher teaches.")
 @click.option("--distill-features", type=float, help="Weight of the distance of pooled features; 0.")
+@click.option("--checkpoint-every", type=int, help="Steps between checkpoints inside an epoch; 0: none.")
 @click.option(
     "--resume", is_flag=True, default=None, help="Continue the run in --out, with the options it began with."
 )
@@ -332,6 +358,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     warnings.formatwarning = lambda message, *_, **__: f"uvc: {' '.join(str(message).split())}\n"
     try:
+        arguments = _join_numbers(sys.argv[1:] if arguments is None else arguments)
         status = cli.main(args=arguments, prog_name="uvc", standalone_mode=False)
     except click.ClickException as error:
         return _fail(error.format_message(), 2 if error.exit_code == 1 else error.exit_code)

@@ -55,15 +55,16 @@ class DataConfig:
     was trained.
     """
 
-    input_size: tuple[int, int, int] | None = None  # channels, height, width
-    crop_pct: float | None = None  # of the image that evaluation sees
-    mean: tuple[float, ...] | None = None  # of pixels in [0, 1], one for all channels or one of each
-    std: tuple[float, ...] | None = None
+    input_size: tuple[Size, Size, Size] | None = None  # channels, height, width; of the model, too
+    crop_pct: Positive | None = None  # of the image that evaluation sees
+    mean: tuple[Number, ...] | None = None  # of pixels in [0, 1], one for all channels or one of each
+    std: tuple[Positive, ...] | None = None
     interpolation: str | None = None
     aa: str | None = None  # timm's name of a policy, such as rand-m9-mstd0.5
-    reprob: float = 0.0  # of erasing a random part of a training image
-    color_jitter: float = 0.4  # of training images; without effect under most policies of `aa`
-    scale: tuple[float, float] = (0.08, 1.0)  # least and largest share of a training image that a crop shows
+    reprob: Share = 0.0  # of erasing a random part of a training image
+    color_jitter: Weight = 0.4  # of training images; without effect under most policies of `aa`
+    # Least and largest share of a training image that a crop shows.
+    scale: tuple[Share, Share] = (0.08, 1.0)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -168,6 +169,7 @@ class RunConfig:
     model: str = "uvc_vit_digits"
     model_args: Arguments = field(default_factory=dict)  # of timm.create_model
     teacher: str | None = None  # trained weights of the model
+    teacher_cache: str | None = None  # folder that keeps the teacher's answers for other runs
     budget: Budget = 0.5
     metric: Literal["macs", "params", "latency"] = "macs"  # of a budget that is a single fraction
     latency_table: str | None = None  # None: that of the run, or one measured on `device`

@@ -1,7 +1,6 @@
 """With its answers on disk the teacher is asked once, and losses and results are as with the teacher."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -10,11 +9,11 @@ from PIL import Image
 from test_compress import CONFIG, digits_data, digits_model
 from torch.utils.data import DataLoader, TensorDataset
 
-from uvc.config import DataConfig, DistillConfig
+from uvc.config import Config, DataConfig, DistillConfig
 from uvc.training.compress import compress
 from uvc.training.data import load_data
 from uvc.training.losses import Distillation, Mixing
-from uvc.training.teacher_cache import TeacherCache, cached, fill
+from uvc.training.teacher_cache import CachedDistillation, TeacherCache, check_cache, fill
 
 SHORT = dataclasses.replace(CONFIG, warmup_epochs=1, search_epochs=1, post_epochs=1)
 
@@ -39,8 +38,10 @@ class Student(Counted):
         super().__init__(classes, 1.0)
 
 
-def task(folder, teacher, data, config, mixing=None, precision="float32"):
-    return cached(folder, data.train, mixing or {}, teacher, config, 0.0, precision)
+def task(folder, teacher, data, config, **training):
+    settings = Config(distill=config, **training)
+    check_cache(folder, data.train, settings, teacher)
+    return CachedDistillation(teacher, settings, folder, data.train)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
@@ -123,7 +124,7 @@ def digits(**changes):
         (dict(teacher=Counted(scale=2.0)), "another teacher"),
         (dict(config=DistillConfig("soft", 0.5, 3.0)), "another temperature"),
         (dict(config=DistillConfig("hard", 0.5, 2.0)), "another kind, temperature"),
-        (dict(mixing={"mixup": 0.8}), "another mixing"),
+        (dict(mixup=0.8), "another mixing"),
         (dict(precision="bfloat16"), "another precision"),
         (
             dict(data=load_data("digits", model_input=(1, 8, 8), batch_size=32, validation="val")),
@@ -149,6 +150,11 @@ def test_what_cannot_be_cached_is_refused(tmp_path):
     data, config = digits_data(), dataclasses.replace(SOFT, features=1.0)
     with pytest.raises(ValueError, match=r"distill features 1\.0 must be 0"):
         task(tmp_path / "a", Counted(), data, config)
+    with pytest.raises(ValueError, match="needs a teacher, but distill kind is 'none'"):
+        task(tmp_path / "a", Counted(), data, DistillConfig("none"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        task(tmp_path / "file", Counted(), data, SOFT)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="holds other files"):
@@ -218,4 +224,12 @@ def test_a_folder_of_images_may_move_and_workers_may_change(tmp_path):
     assert losses[0] == losses[1] and teacher.asked == 4
     with pytest.raises(ValueError, match="is of another data"):
         task(tmp_path / "cache", teacher, load("two", 0, reprob=0.5), SOFT)
-    assert json.loads((tmp_path / "cache" / "teacher.json").read_text())["top_k"] == 2
+
+
+def test_a_folder_of_other_answers_is_refused_before_any_training(tmp_path):
+    data, model = digits_data(), digits_model()
+    task(tmp_path, Counted(), data, SOFT)
+    before = model.head.weight.detach().clone()
+    with pytest.raises(ValueError, match="is of another data"):
+        compress(model, digits(seed=1).train, data.val, 0.6, config=SHORT, teacher_cache=tmp_path)
+    assert torch.equal(model.head.weight, before)

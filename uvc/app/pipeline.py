@@ -16,7 +16,7 @@ from uvc.app.resolve import known_model, stored_run
 from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, load_weights, open_out, read_json, save_weights
 from uvc.app.summary import draw_structure
 from uvc.compaction import compact
-from uvc.config import Config, RunConfig
+from uvc.config import Config, DataConfig, RunConfig
 from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
@@ -67,6 +67,7 @@ def compress_run(
         resume=run.resume,
         latency=LatencyTable.load(Path(run.latency_table)) if run.latency_table else None,
         latency_batch=run.latency_batch,
+        teacher_cache=Path(run.teacher_cache) if run.teacher_cache else None,
     )
     if run.teacher:
         load_weights(model, Path(run.teacher))
@@ -131,7 +132,8 @@ def evaluate_run(
         run = stored_run(folder)
         wants = _model_input(run)
     if data is not None and data != run.data:
-        run = replace(run, data=data, data_root=None, training=RECIPES.get(data, RECIPES["default"])())
+        training = RECIPES.get(data, RECIPES["default"])()
+        run = replace(run, data=data, data_root=None, images=DataConfig(), training=training)
     changes = {"data_root": data_root, "workers": workers}
     run = replace(run, **{name: value for name, value in changes.items() if value is not None})
     changes = {"batch_size": batch_size, "threads": threads}
@@ -175,15 +177,20 @@ def draw_run(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def _model(run: RunConfig, num_classes: int) -> nn.Module:
     """The timm model of a run; ValueError for arguments that it does not take."""
-    if not run.model_args:
-        return timm.create_model(run.model, num_classes=num_classes)
-    if "num_classes" in run.model_args:
+    arguments, size = dict(run.model_args), run.images.input_size
+    if "num_classes" in arguments:
         raise ValueError("--model-arg: num_classes comes from the data; leave it out")
+    if size is not None:
+        if _input_size(size, arguments) != size:
+            raise ValueError(f"--input-size: {size}, but --model-arg says otherwise; leave one of them out")
+        arguments |= {"in_chans": size[0], "img_size": size[1:]}
+    if not arguments:
+        return timm.create_model(run.model, num_classes=num_classes)
     try:
-        return timm.create_model(run.model, num_classes=num_classes, **run.model_args)
+        return timm.create_model(run.model, num_classes=num_classes, **arguments)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"--model-arg: {run.model} cannot be made with {run.model_args}: {one_line(error)}"
+            f"--model-arg: {run.model} cannot be made with {arguments}: {one_line(error)}"
         ) from None
 
 

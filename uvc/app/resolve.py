@@ -32,7 +32,7 @@ PATHS = {
 # Settings that hold settings.
 TABLES = ("images", "model_args", "training", "training.distill", "training.solver")
 # Settings that change where a run computes, not what; a resumed run may be given others.
-PLACES = ("device", "workers", "data_root", "training.threads")
+PLACES = ("device", "workers", "data_root", "teacher_cache", "training.threads", "training.checkpoint_every")
 
 
 class Given(NamedTuple):
@@ -152,7 +152,9 @@ def _text(setting: Given | None) -> str | None:
 
 def _is_place(path: str, value: Any) -> bool:
     """Whether a setting names a file or folder: a run may be continued from another folder."""
-    named = path in ("teacher", "data_root", "latency_table") and isinstance(value, str | Path)
+    named = path in ("teacher", "teacher_cache", "data_root", "latency_table") and isinstance(
+        value, str | Path
+    )
     return named or (path == "data" and value != DIGITS and isinstance(value, str) and Path(value).is_dir())
 
 

@@ -28,7 +28,7 @@ from uvc.training.checkpoint import set_seed
 from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
-from uvc.training.teacher_cache import cached
+from uvc.training.teacher_cache import CachedDistillation, check_cache
 from uvc.training.trainer import Trainer
 
 LATENCY = "latency.json"  # the table, in the folder of a run
@@ -82,6 +82,7 @@ class Plan(NamedTuple):
     latency: LatencyTable | None  # of a budget in latency
     out: Path | None
     resume: bool
+    teacher_cache: Path | None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -101,6 +102,7 @@ def prepare(
     resume: bool = False,
     latency: LatencyTable | None = None,
     latency_batch: int | None = None,
+    teacher_cache: Path | None = None,
 ) -> Plan:
     """The arguments of `compress`, checked; a latency table is measured where one is needed and none is at
     hand, for batches of `latency_batch` images. ValueError for whatever cannot be done.
@@ -118,6 +120,8 @@ def prepare(
     if teacher is not None:
         check_teacher(model, teacher, config.distill)
         check_dtype(teacher, "teacher")
+    if teacher_cache is not None:
+        check_cache(teacher_cache, train_loader, config, teacher)
     if out is not None:
         describe(model)  # what could not be saved is refused now, not after the training
     if "latency" in named:
@@ -127,7 +131,9 @@ def prepare(
         latency.check(model)
     bounds = limits(model, budget, metric, latency)
     method.check(model, bounds, solver)
-    return Plan(model, train_loader, val_loader, budget, metric, bounds, config, latency, out, resume)
+    return Plan(
+        model, train_loader, val_loader, budget, metric, bounds, config, latency, out, resume, teacher_cache
+    )
 
 
 def compress(
@@ -168,14 +174,24 @@ def compress(
             could not hold. All of it before any training.
     """
     out = None if out is None else make_folder(Path(out), "out")
-    plan = prepare(model, train_loader, val_loader, budget, metric, teacher, config, out, resume, latency)
+    plan = prepare(
+        model,
+        train_loader,
+        val_loader,
+        budget,
+        metric,
+        teacher,
+        config,
+        out,
+        resume,
+        latency,
+        teacher_cache=None if teacher_cache is None else Path(teacher_cache),
+    )
     with nullcontext(log) if log is not None else RunLog(out) as log:
-        return carry_out(plan, teacher, log, teacher_cache)
+        return carry_out(plan, teacher, log)
 
 
-def carry_out(
-    plan: Plan, teacher: nn.Module | None, log: RunLog, teacher_cache: str | Path | None = None
-) -> Result:
+def carry_out(plan: Plan, teacher: nn.Module | None, log: RunLog) -> Result:
     """`compress`, once its arguments have been checked."""
     model, config, out = plan.model, plan.config, plan.out
     if plan.latency is not None and out:
@@ -201,13 +217,9 @@ def carry_out(
         model.set_distilled_training(config.distill.kind != "none")
     task = Classification(config.label_smoothing, config.precision)
     if config.distill.kind != "none":
-        settings = (teacher, config.distill, config.label_smoothing, config.precision)
-        if teacher_cache is None:
-            task = Distillation(*settings)
-        else:
-            mixing = {"mixup": config.mixup, "cutmix": config.cutmix}
-            mixing |= {"seed": config.seed} if trainer.mix else {}
-            task = cached(teacher_cache, plan.train_loader, mixing, *settings)
+        task = Distillation(teacher, config.distill, config.label_smoothing, config.precision)
+        if plan.teacher_cache is not None:
+            task = CachedDistillation(teacher, config, plan.teacher_cache, plan.train_loader)
     teacher_top1 = evaluate(teacher, plan.val_loader)
 
     warmup, searching = config.warmup_epochs, config.search_epochs

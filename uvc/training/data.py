@@ -200,10 +200,6 @@ def _view(config: Mapping[str, Any], views: DataConfig) -> dict[str, Any]:
         if values and len(values) not in (1, size[0]):
             raise ValueError(f"{name}: {values} are {len(values)} numbers; images have {size[0]} channels")
         asked[name] = values
-    if asked["std"] and min(asked["std"]) <= 0:
-        raise ValueError(f"std: {asked['std']}; deviations are above 0")
-    if views.crop_pct is not None and not 0 < views.crop_pct <= 2:
-        raise ValueError(f"crop_pct: {views.crop_pct}; it is a fraction such as 0.9")
     known = ("bilinear", "bicubic", "nearest", "lanczos", "hamming", "box", "random")
     if views.interpolation not in (None, *known):
         raise ValueError(f"interpolation: {views.interpolation!r}; use one of {', '.join(known)}")
@@ -233,10 +229,6 @@ def _image_data(
         raise ValueError(f"data: {name!r} does not say how many classes it has; use an image folder")
     if not isinstance(val, ShardReader) and names != _numbered(val):
         raise ValueError(f"data: {name!r}: the splits differ in their classes; give both the same ones")
-    if not 0 <= views.reprob <= 1:
-        raise ValueError(f"reprob: {views.reprob}; it is a probability")
-    if views.color_jitter < 0:
-        raise ValueError(f"color_jitter: {views.color_jitter} is negative; 0 turns it off")
     if not 0 < views.scale[0] <= views.scale[-1] <= 1 or len(views.scale) != 2:
         raise ValueError(f"scale: {views.scale}; it is two shares of an image, the smaller first, as 0.08, 1")
     try:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from uvc.config import DistillConfig
+from uvc.config import Config
 from uvc.io.files import one_line, write_json, write_tensors
 from uvc.training.loaders import Loader
 from uvc.training.losses import Distillation
@@ -32,27 +32,20 @@ class TeacherCache:
 
     def __init__(self, folder: Path, about: dict[str, Any], images: int, classes: int) -> None:
         """about: what the answers depend on; a folder that holds others is a ValueError that says which."""
+        about = {**about, "images": images, "classes": classes}
         self.folder, self.images, self.classes = folder, images, classes
         self.k = min(TOP_K, classes)
         self._epoch: int | None = None
         self._rows: dict[str, Tensor] = {}
         self._new = False
-        about = {"format": FORMAT, **about, "images": images, "classes": classes, "top_k": self.k}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / META).exists():
-                if any(folder.iterdir()):
-                    raise ValueError(f"teacher_cache: {str(folder)!r} holds other files; name another one")
+                check_folder(folder, {})
                 write_json(folder / META, about)
-            found = json.loads((folder / META).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except OSError as error:
             raise ValueError(f"teacher_cache: {str(folder)!r} cannot be used: {one_line(error)}") from None
-        about = json.loads(json.dumps(about))
-        other = sorted(key for key in about.keys() | found.keys() if about.get(key) != found.get(key))
-        if other:
-            raise ValueError(
-                f"teacher_cache: {str(folder)!r} is of another {', '.join(other)}; name another folder"
-            )
+        check_folder(folder, about)
 
     def get(self, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor] | None:
         """Probabilities [B, k] and their classes [B, k], or None if one is not known. indices: int64 [B]."""
@@ -125,17 +118,13 @@ class CachedDistillation(Distillation):
     Of more classes than are kept, the others share the rest of the probability evenly.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        config: DistillConfig,
-        label_smoothing: float,
-        precision: str,
-        cache: TeacherCache,
-        loader: Loader,
-    ) -> None:
-        super().__init__(teacher, config, label_smoothing, precision)
-        self.cache, self.loader = cache, loader
+    def __init__(self, teacher: nn.Module, config: Config, folder: Path, loader: Loader) -> None:
+        super().__init__(teacher, config.distill, config.label_smoothing, config.precision)
+        about = {**depends_on(loader, config), "teacher": digest(teacher)}
+        self.cache, self.loader = (
+            TeacherCache(folder, about, loader.images_count, teacher.num_classes),
+            loader,
+        )
 
     def end_epoch(self) -> None:
         """Writes what is new."""
@@ -170,35 +159,57 @@ def fill(values: Tensor, classes: Tensor, count: int) -> Tensor:
     return whole / whole.sum(1, keepdim=True)
 
 
-def cached(
-    folder: str | Path,
-    loader: Loader,
-    mixing: dict[str, float],
-    teacher: nn.Module,
-    config: DistillConfig,
-    label_smoothing: float,
-    precision: str,
-) -> CachedDistillation:
-    """Distillation with its answers in ``folder``; ValueError where they could not be kept for later runs."""
+def check_cache(folder: Path, loader: Any, config: Config, teacher: nn.Module | None = None) -> None:
+    """ValueError where answers could not be kept in ``folder`` or are of something else, before training.
+
+    teacher: None where it is not known yet.
+    """
+    if config.distill.kind == "none":
+        raise ValueError(f"teacher_cache: {str(folder)!r} needs a teacher, but distill kind is 'none'")
+    if config.distill.features:
+        given = config.distill.features
+        raise ValueError(f"teacher_cache: it keeps answers, not features; distill features {given} must be 0")
     if not isinstance(getattr(loader, "identity", None), dict):
         raise ValueError(
             "teacher_cache: train_loader does not say which image and view it shows; use one of "
             "uvc.training.data.load_data, or leave the cache out"
         )
-    if config.features:
+    about = depends_on(loader, config) | ({} if teacher is None else {"teacher": digest(teacher)})
+    check_folder(folder, {**about, "images": loader.images_count})
+
+
+def check_folder(folder: Path, about: dict[str, Any]) -> None:
+    """ValueError, naming what differs, if there are answers in ``folder`` that depend on something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"teacher_cache: {str(folder)!r} is a file; name a folder")
+    if not (folder / META).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"teacher_cache: {str(folder)!r} holds other files; name another one")
+        return
+    try:
+        found = json.loads((folder / META).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher_cache: {str(folder / META)!r} cannot be read: {one_line(error)}") from None
+    about = json.loads(json.dumps(about))
+    other = sorted(name for name, value in about.items() if found.get(name) != value)
+    if other:
         raise ValueError(
-            f"teacher_cache: it keeps answers, not features; distill features {config.features} must be 0"
+            f"teacher_cache: {str(folder)!r} is of another {', '.join(other)}; name another folder"
         )
-    about = {
-        "teacher": digest(teacher),
+
+
+def depends_on(loader: Loader, config: Config) -> dict[str, Any]:
+    """What the answers depend on beside the teacher."""
+    distill, mixes = config.distill, bool(config.mixup or config.cutmix)
+    return {
+        "format": FORMAT,
+        "top_k": TOP_K,
         "data": loader.identity,
-        "kind": config.kind,
-        "temperature": config.temperature if config.kind == "soft" else None,
-        "precision": precision,
-        "mixing": mixing,
+        "kind": distill.kind,
+        "temperature": distill.temperature if distill.kind == "soft" else None,
+        "precision": config.precision,
+        "mixing": [config.mixup, config.cutmix, config.seed] if mixes else None,
     }
-    cache = TeacherCache(Path(folder), about, loader.images_count, teacher.num_classes)
-    return CachedDistillation(teacher, config, label_smoothing, precision, cache, loader)
 
 
 def digest(model: nn.Module) -> str:
