@@ -1,6 +1,6 @@
-"""What the backward passes of all ops share."""
+"""What the backward passes of attention and MLP share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,3 +31,34 @@ def forbid_double_backward(op: str) -> None:
         raise RuntimeError(
             f"uvc_kernels.{op} has no second derivative (create_graph=True); use backend('reference')"
         )
+
+
+def differentiate(
+    name: str, op: str, backward: Callable, leaves: int, constants: int, unused: int | None = None
+) -> None:
+    """Registers `backward`, an op of (grad, tensors, constants, saved, needs), as the gradient of an op.
+
+    name: that op, of (tensors, a constant, recompute), whose results are its output and what to save. op: its
+    public name. leaves: how many of the tensors have gradients. constants: how many of the last two inputs
+    `backward` takes. unused: the tensor that it does not take.
+    """
+
+    def setup_context(ctx, inputs, output):
+        tensors = [t for i, t in enumerate(inputs[:-2]) if i != unused]
+        ctx.constants, ctx.tensors = inputs[-2:][:constants], len(tensors)
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        # Else autograd makes zeros as large as what is saved.
+        ctx.set_materialize_grads(False)
+
+    def run(ctx, grad, *_):
+        inputs = len(ctx.needs_input_grad)
+        if grad is None:
+            return (None,) * inputs
+        forbid_double_backward(op)
+        needs = need_bits(ctx.needs_input_grad[:leaves])
+        tensors, saved = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+        grads = backward(grad, *tensors, *ctx.constants, *saved, needs)
+        return *asked_for(grads, needs), *[None] * (inputs - leaves)
+
+    torch.library.register_autograd(name, run, setup_context=setup_context)

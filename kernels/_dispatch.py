@@ -33,7 +33,7 @@ _proofs: dict[tuple, bool] = {}
 
 
 def _load_extension() -> str | None:
-    """Load `uvc_kernels._C`; None when it is there, else why not."""
+    """Load `uvc_kernels._C`; None on success, else the reason."""
     try:
         importlib.import_module("uvc_kernels._C")
     except ImportError as error:
@@ -124,10 +124,10 @@ def warn_once(key: tuple, message: str) -> None:
 
 
 def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `provider` passed its self-check here; it runs once, and a failure is said once."""
+    """Whether `provider` passed its self-check on `device`; check and warning come once per process."""
     key = (op, provider, device, dtype)
     if key not in _proofs:
-        # A check waits for the device, which a capture forbids: what has not been proven before is not used.
+        # A check waits for the device, which a capture forbids; what is not checked yet is not used.
         if capturing(device):
             return False
         faults = (check(op, provider, device, dtype) for check in _checks)
@@ -145,14 +145,14 @@ _proven._dynamo_marked_constant = True
 
 
 def serves(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `provider` can run `op` here and has proven it; the tests alone prove cpu kernels."""
+    """Whether `provider` can run `op` and passed its self-check; the tests alone check cpu kernels."""
     if _why_not(op, provider, device, dtype) is not None:
         return False
     return provider == "cpu" or _proven(op, provider, device, dtype)
 
 
 def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The providers that can serve `op` here and have proven it, in the order of preference.
+    """The providers that can serve `op` and passed their self-check, in the order of preference.
 
     What no kernel serves goes to `reference`, with one warning.
     """

@@ -66,29 +66,12 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
     return _autograd.empty_gradients((x, qkv_weight, qkv_bias, proj_weight, proj_bias), rest[-1])
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, _ = inputs
-    x_and_weights, kept = tensors[:4], tensors[5:]
-    ctx.save_for_backward(*x_and_weights, *kept, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    # Else autograd makes zeros as large as what is saved.
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, *_):
-    *tensors, qkv, heads, stats = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 11
-    _autograd.forbid_double_backward("attention")
-    needs = _autograd.need_bits(ctx.needs_input_grad[:5])
-    grads = torch.ops.uvc_kernels.attention_backward(grad, *tensors, ctx.scale, qkv, heads, stats, needs)
-    return *_autograd.asked_for(grads, needs), None, None, None, None, None, None
-
-
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::attention", _fake)
     torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
-    torch.library.register_autograd("uvc_kernels::attention", _backward, setup_context=_setup_context)
+    _backward = torch.ops.uvc_kernels.attention_backward
+    # The backward pass needs no proj_bias.
+    _autograd.differentiate("uvc_kernels::attention", "attention", _backward, 5, constants=1, unused=4)
     _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dtypes.CPU_DTYPES)
 
 

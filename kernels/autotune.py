@@ -1,12 +1,13 @@
 """Dispatch by measurement: of all implementations that can serve a call, the one that was fastest here.
 
-These are every proven provider and, beside them, variants such as full products (`dense.py`); no variant
-where recomputing is asked for, as it keeps what recomputing would not. A case is (op, device, dtype, shape,
-kept fraction in eighths, with or without gradients); a new kept count within an eighth measures nothing. The
-first call of a case times all of them on its own tensors, forward and backward, as in a training step: with
-gradients as small as means over a batch give, and with memory that something else has been through. The first
-of the order of preference serves unless another is clearly faster in every round but one. What is found is
-kept on disk, in $UVC_CACHE_DIR or the user's cache folder, for this processor, build and torch, for a day.
+They are the providers that passed their self-check and variants such as full products (`dense.py`); no
+variant where recomputing is asked for, as it keeps what recomputing would not. A case is (op, device, dtype,
+shape, kept fraction in eighths, with or without gradients); a new kept count within an eighth measures
+nothing. The first call of a case times all of them on its own tensors, forward and backward, as in a training
+step: with gradients as small as means over a batch give, and with memory that something else has been
+through. The first of the order of preference serves unless another is clearly faster in every round but one.
+What is found is kept on disk, in $UVC_CACHE_DIR or the user's cache folder, for this processor, build and
+torch, for a day.
 
 While torch.compile traces and while a CUDA graph is captured nothing is measured, but what was measured
 before decides. A graph takes only what has run before, as loading the code of a kernel would break the
@@ -106,7 +107,7 @@ def _compares(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         static = torch.fx.experimental.symbolic_shapes.has_static_value
         return not torch.compiler.is_exporting() and all(static(n) for n in x.shape)
-    # Whoever counts or traces calls must not see those of a measurement.
+    # A flop counter or a tracer must not see the calls of a measurement.
     return x.numel() > 0 and _get_current_dispatch_mode() is None
 
 

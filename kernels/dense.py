@@ -2,7 +2,7 @@
 
     attention: q, v of removed dims are zero;  mlp: activations of removed neurons are zero
 
-What serves a nearly whole structure where measurement (`autotune.py`) finds it faster; not a backend.
+A variant, not a backend: it runs where `autotune.py` measures it to be faster, as with few groups removed.
 """
 
 import torch.nn.functional as F

@@ -32,7 +32,7 @@ class KeptHeads(NamedTuple):
     v_offsets (int64) [h + 1] cut them by head. The rest is int32 and lays out the packed weights: all kept
     heads' q rows, then k, then v, each head's dims padded to a multiple of 8.
     rows [S]: row of qkv_weight for each packed row; columns [V]: column of proj_weight for each packed
-    column; -1 is padding. whole_rows [3, H, K], whole_columns [H, K]: the other way round, -1 is removed.
+    column; -1 is padding. whole_rows [3, H, K], whole_columns [H, K]: the inverse of both, -1 is removed.
     table [h, 6]: per head its first q, k and v columns in packed qkv [M, S], its first column in packed heads
     [M, V], its padded q/k and v widths, sorted by the smallest of `WIDTHS` that holds both. marks16 ..
     marks128: two longer than the number of heads of that width, so that a traced op knows its launches

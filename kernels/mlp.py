@@ -67,29 +67,12 @@ def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_
     )
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, _ = inputs
-    del tensors[4]  # fc2_bias
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-    # Else autograd makes zeros as large as what is saved.
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    *tensors, hidden = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 10
-    _autograd.forbid_double_backward("mlp")
-    needs = _autograd.need_bits(ctx.needs_input_grad[:7])
-    grads = torch.ops.uvc_kernels.mlp_backward(grad, *tensors, ctx.activation, hidden, needs)
-    return *_autograd.asked_for(grads, needs), None, None, None
-
-
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::mlp", _fake)
     torch.library.register_fake("uvc_kernels::mlp_backward", _fake_backward)
-    torch.library.register_autograd("uvc_kernels::mlp", _backward, setup_context=_setup_context)
+    _backward = torch.ops.uvc_kernels.mlp_backward
+    # The backward pass needs no fc2_bias.
+    _autograd.differentiate("uvc_kernels::mlp", "mlp", _backward, 7, constants=1, unused=4)
     _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dtypes.CPU_DTYPES)
 
 

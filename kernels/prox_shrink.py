@@ -14,7 +14,7 @@ from . import _dispatch, _dtypes
 
 
 def prox_shrink_reference(weights: Sequence[Tensor], factors: Tensor, dims: Sequence[int]) -> None:
-    """The formula in plain torch; a factor of 0 writes zeros whatever stood there."""
+    """The formula in plain torch; a factor of 0 writes zeros, even over infinities."""
     sizes = [w.shape[dim] for w, dim in zip(weights, dims, strict=True)]
     for w, factor, dim in zip(weights, factors.split(sizes), dims, strict=True):
         f = factor if w.dim() == 1 or dim == 1 else factor[:, None]

@@ -118,7 +118,7 @@ def _relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def fault(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when `provider` computes `op` rightly on `device`, else what is wrong."""
+    """None when `provider` computes `op` correctly on `device`, else the error."""
     try:
         error, share = errors(op, provider, device, dtype)
     except Exception as failure:  # a compiler or a driver may raise anything

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for GPUs that are not here; the rows are part of the table of `compile_check`.
+"""Compiles csrc/cuda without a GPU; the rows are part of the table of `compile_check`.
 
 A row per kernel and target: registers, bytes spilled, static shared memory (what a launch adds is bounded in
 the sources), and the tensor-core instruction in its machine code, or in its PTX where nothing disassembles.
@@ -30,7 +30,7 @@ _TYPES = {"4Bf16": "bf16", "4Fp16": "fp16", "f": "fp32", "d": "fp64"}
 
 
 def missing() -> str | None:
-    """None when the sources and nvcc are here, else what is not."""
+    """None when the sources and nvcc are found, else what is missing."""
     if not (SOURCES / "cuda").is_dir():
         return "the sources of the extension are not installed"
     return None if _nvcc() else "no nvcc was found"

@@ -1,4 +1,4 @@
-"""The table that compiling for GPUs that are not here ends in."""
+"""One row of the table that `compile_check` prints."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel in every configuration a launcher can choose, for GPUs that are not here."""
+"""Compiles every Triton kernel in every configuration a launcher can choose, without a GPU."""
 
 import importlib
 import re

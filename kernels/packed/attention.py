@@ -111,30 +111,10 @@ def _fake_backward(grad, x, *arguments):
     return _autograd.empty_gradients((x, *arguments[:4]), arguments[-1])
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.recompute = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    # Else autograd makes zeros as large as what is saved.
-    ctx.set_materialize_grads(False)
-
-
 def define(provider: Provider) -> dict[str, Callable]:
     """The ops of this provider."""
-    name = provider.define("attend", _attend, _fake)
-    provider.define("attend_backward", _attend_backward, _fake_backward)
-    attend, attend_backward = provider.op("attend"), provider.op("attend_backward")
-
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 14
-        _autograd.forbid_double_backward("attention")
-        needs = _autograd.need_bits(ctx.needs_input_grad[:5])
-        tensors, saved = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
-        grads = attend_backward(grad, *tensors, ctx.scale, ctx.recompute, *saved, needs)
-        return *_autograd.asked_for(grads, needs), *[None] * 9
-
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
+    forward, backward = (_attend, _fake), (_attend_backward, _fake_backward)
+    attend = provider.differentiable("attend", "attention", 5, forward, backward)
 
     def run(
         x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool

@@ -102,30 +102,10 @@ def _fake_backward(grad, x, *arguments):
     return _autograd.empty_gradients((x, *arguments[:6]), arguments[-1])
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.recompute = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    # Else autograd makes zeros as large as what is saved.
-    ctx.set_materialize_grads(False)
-
-
 def define(provider: Provider) -> dict[str, Callable]:
     """The ops of this provider."""
-    name = provider.define("packed_mlp", _mlp, _fake)
-    provider.define("packed_mlp_backward", _mlp_backward, _fake_backward)
-    packed_mlp, packed_mlp_backward = provider.op("packed_mlp"), provider.op("packed_mlp_backward")
-
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 10
-        _autograd.forbid_double_backward("mlp")
-        needs = _autograd.need_bits(ctx.needs_input_grad[:7])
-        tensors, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        grads = packed_mlp_backward(grad, *tensors, ctx.activation, ctx.recompute, *saved, needs)
-        return *_autograd.asked_for(grads, needs), None, None, None
-
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
+    forward, backward = (_mlp, _fake), (_mlp_backward, _fake_backward)
+    packed_mlp = provider.differentiable("packed_mlp", "mlp", 7, forward, backward)
 
     def run(
         x: Tensor, weights: MlpWeights, kept: KeptNeurons, activation: str, packed: Packed, recompute: bool

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _dtypes
+from .. import _autograd, _dtypes
 
 
 class Pieces(NamedTuple):
@@ -60,6 +60,24 @@ class Provider(NamedTuple):
         torch.library.impl(name, self.device)(partial(run, self.pieces))
         torch.library.register_fake(name, fake)
         return name
+
+    def differentiable(
+        self,
+        name: str,
+        op: str,
+        leaves: int,
+        forward: tuple[Callable, Callable],
+        backward: tuple[Callable, Callable],
+    ) -> Callable:
+        """Defines the op `name` and its gradient `name_backward`, and returns the op.
+
+        op: its public name; leaves: how many of the first inputs have gradients; forward, backward: what runs
+        and what stands for it where torch traces.
+        """
+        full_name = self.define(name, *forward)
+        self.define(f"{name}_backward", *backward)
+        _autograd.differentiate(full_name, op, self.op(f"{name}_backward"), leaves, constants=2)
+        return self.op(name)
 
     def op(self, name: str) -> Callable:
         """The op that `define` registered."""

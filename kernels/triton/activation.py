@@ -1,4 +1,4 @@
-"""The activation of an MLP's hidden units in one pass each way, with or without a gate.
+"""The activation of an MLP's hidden units in one pass, forward and backward, with or without a gate.
 
     a = act(u)            du = da * act'(u)
     a = act(g) * u        du = da * act(g),   dg = da * u * act'(g)         (silu: SwiGLU, gelu: GEGLU)

@@ -1,4 +1,4 @@
-"""Kept rows, columns and entries of many matrices, packed or spread in one launch, cast on the way.
+"""Kept rows, columns and entries of many matrices, packed or spread, and cast, in one launch.
 
     dim 0: out[i, :] = source[index[i], :]      dim 1: out[:, j] = source[:, index[j]]    index -1 gives zeros
 

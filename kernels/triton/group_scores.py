@@ -27,29 +27,19 @@ FIELDS = tl.constexpr(6)
 
 
 @triton.jit
-def _of_rows(a, b, out, groups, terms, tile, ACC: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
-    group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    total = tl.full((GROUPS, TERMS), 0.0, ACC)
-    for start in range(0, terms, TERMS):
-        term = start + tl.arange(0, TERMS)
-        inside = (group < groups)[:, None] & (term < terms)[None, :]
-        at = group[:, None] * terms + term[None, :]
+def _sums(a, b, out, groups, terms, tile, BY_ROW: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    # Sums along rows (axis 1) or columns (axis 0) of one matrix, of all terms of some groups.
+    AXIS: tl.constexpr = 1 if BY_ROW else 0
+    group = tile.to(tl.int64) * BLOCK.groups + tl.arange(0, BLOCK.groups)
+    groups_at = tl.expand_dims(group, AXIS)
+    total = tl.full((BLOCK.groups, BLOCK.terms) if BY_ROW else (BLOCK.terms, BLOCK.groups), 0.0, ACC)
+    for start in range(0, terms, BLOCK.terms):
+        term = tl.expand_dims(start + tl.arange(0, BLOCK.terms), 1 - AXIS)
+        inside = (groups_at < groups) & (term < terms)
+        at = groups_at * terms + term if BY_ROW else term * groups + groups_at
         first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
         total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
-    tl.store(out + group, tl.sum(total, 1), mask=group < groups)
-
-
-@triton.jit
-def _of_columns(a, b, out, groups, terms, tile, ACC: tl.constexpr, GROUPS: tl.constexpr, TERMS: tl.constexpr):
-    group = tile.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    total = tl.full((TERMS, GROUPS), 0.0, ACC)
-    for start in range(0, terms, TERMS):
-        term = start + tl.arange(0, TERMS)
-        inside = (term < terms)[:, None] & (group < groups)[None, :]
-        at = term[:, None] * groups + group[None, :]
-        first = tl.load(a + at, mask=inside, other=0.0).to(ACC)
-        total += first * tl.load(b + at, mask=inside, other=0.0).to(ACC)
-    tl.store(out + group, tl.sum(total, 0), mask=group < groups)
+    tl.store(out + group, tl.sum(total, AXIS), mask=group < groups)
 
 
 @triton.jit
@@ -60,9 +50,9 @@ def _scores(table, tiles, out, ELEMENT: tl.constexpr, ACC: tl.constexpr, ROWS: t
     a, b = tl.load(row).to(tl.pointer_type(ELEMENT)), tl.load(row + 1).to(tl.pointer_type(ELEMENT))
     groups, terms, by_row, place = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     if by_row != 0:
-        _of_rows(a, b, out + place, groups, terms, tile, ACC, ROWS.groups, ROWS.terms)
+        _sums(a, b, out + place, groups, terms, tile, True, ACC, ROWS)
     else:
-        _of_columns(a, b, out + place, groups, terms, tile, ACC, COLUMNS.groups, COLUMNS.terms)
+        _sums(a, b, out + place, groups, terms, tile, False, ACC, COLUMNS)
 
 
 def group_scores(a: list[Tensor], b: list[Tensor], dims: list[int]) -> Tensor:
