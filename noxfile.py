@@ -21,8 +21,15 @@ nox.needs_version = ">=2024.4"
 nox.options.error_on_missing_interpreters = False
 nox.options.default_venv_backend = "venv"
 
-# The lower bounds of pyproject.toml, and what belongs to them.
-OLDEST = ("torch==2.10.0", "torchvision==0.25.0", "triton==3.6.0", "timm==1.0.26", "torchdata==0.11.0")
+# The lower bounds of pyproject.toml, and what belongs to them: Triton 3.6's interpreter fails under NumPy 2.4.
+OLDEST = (
+    "torch==2.10.0",
+    "torchvision==0.25.0",
+    "triton==3.6.0",
+    "timm==1.0.26",
+    "torchdata==0.11.0",
+    "numpy==2.3.5",
+)
 PYTHONS = ("3.11", "3.12", "3.13")
 BUILD = ("setuptools>=77", "wheel", "ninja")
 SHOWN = ("torch", "torchvision", "triton", "timm", "numpy")
