@@ -57,7 +57,8 @@ def differentiate(
             return (None,) * inputs
         forbid_double_backward(op)
         needs = need_bits(ctx.needs_input_grad[:leaves])
-        tensors, saved = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+        kept = ctx.saved_tensors  # once: under gradient checkpointing they can be unpacked but once
+        tensors, saved = kept[: ctx.tensors], kept[ctx.tensors :]
         grads = backward(grad, *tensors, *ctx.constants, *saved, needs)
         return *asked_for(grads, needs), *[None] * (inputs - leaves)
 

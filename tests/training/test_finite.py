@@ -114,7 +114,7 @@ def test_steps_on_another_device_are_looked_at_when_read():
 
 
 def test_a_score_that_is_not_finite_is_not_saved(tmp_path):
-    tensors = Search.tensors
+    tensors = Search.state_dict
 
     def with_nan(search):
         found = {name: tensor.clone() for name, tensor in tensors(search).items()}
@@ -123,7 +123,7 @@ def test_a_score_that_is_not_finite_is_not_saved(tmp_path):
 
     data = digits_data()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Search, "tensors", with_nan)
+        patch.setattr(Search, "state_dict", with_nan)
         with pytest.raises(ValueError, match=r"search: epoch 1, batch 0: not saved: search \S*importance"):
             compress(digits_model(), data.train, data.val, 0.7, config=SHORT, out=tmp_path)
     _, facts = load_run(tmp_path / "checkpoint.safetensors")
