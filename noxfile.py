@@ -21,7 +21,7 @@ nox.needs_version = ">=2024.4"
 nox.options.error_on_missing_interpreters = False
 nox.options.default_venv_backend = "venv"
 
-# The lower bounds of pyproject.toml, and what belongs to them: Triton 3.6's interpreter fails under NumPy 2.4.
+# The lower bounds of pyproject.toml and what belongs to them: Triton 3.6's interpreter fails under NumPy 2.4.
 OLDEST = (
     "torch==2.10.0",
     "torchvision==0.25.0",
