@@ -121,10 +121,8 @@ class CachedDistillation(Distillation):
     def __init__(self, teacher: nn.Module, config: Config, folder: Path, loader: Loader) -> None:
         super().__init__(teacher, config.distill, config.label_smoothing, config.precision)
         about = {**depends_on(loader, config), "teacher": digest(teacher)}
-        self.cache, self.loader = (
-            TeacherCache(folder, about, loader.images_count, teacher.num_classes),
-            loader,
-        )
+        self.cache = TeacherCache(folder, about, loader.images_count, teacher.num_classes)
+        self.loader = loader
 
     def end_epoch(self) -> None:
         """Writes what is new."""
