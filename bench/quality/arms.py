@@ -43,7 +43,7 @@ def _compress(context: Context, model: nn.Module, budget: float, epochs: int, **
     config = replace(config, search_epochs=epochs, post_epochs=0, solver=replace(config.solver, **solver))
     teacher = context.teacher if config.distill.kind != "none" else context.dense
     args = (model, context.batches, context.val, budget, "macs", teacher, config)
-    return compress(*args, log=context.log).model
+    return compress(*args, teacher_cache=context.answers, log=context.log).model
 
 
 def only(*families: str) -> Callable[[Context], nn.Module]:

@@ -131,6 +131,7 @@ class Context:
     seed: int
     budget: float
     frugal: bool = False  # what comes before post-training is short, as its compute counts
+    answers: Path | None = None  # folder of the teacher's answers, where `teacher` does not remember them
 
     def __post_init__(self) -> None:
         self.config = replace(CONFIG, seed=self.seed)

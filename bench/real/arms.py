@@ -20,6 +20,7 @@ from bench.quality.context import Context, Meter, Trace, macs_of
 from bench.real.setup import Setup
 from bench.real.teacher import teacher
 from uvc.training.signals import Stopped, asked
+from uvc.training.teacher_cache import CachedDistillation
 
 RIVALS = ("global_taylor", "global_taylor_rescored", "tp_isomorphic", "dense_extra")
 ARMS = ("uvc", *RIVALS)
@@ -31,7 +32,7 @@ class RealContext(Context):
     def __init__(self, setup: Setup, seed: int, budget: float, weights: Path) -> None:
         self.setup, self.seed, self.budget, self.weights = setup, seed, budget, weights
         self.config, self.scoring = setup.seeded(seed), 1.0
-        self.meter, self.log = Meter(), Trace()
+        self.meter, self.log, self.answers = Meter(), Trace(), setup.answers(seed)
         data = setup.loaders(seed)
         self.batches, self.test, self.classes = data.train, data.val, data.num_classes
         self.val = self.test  # which the trainer reports on; nothing is chosen by it
@@ -45,8 +46,12 @@ class RealContext(Context):
 
     @property
     def teacher(self) -> nn.Module:
-        """The same: pictures are augmented, so it answers anew in each step."""
+        """The same."""
         return self.dense
+
+    def loss(self) -> CachedDistillation:
+        """Distillation that reads the teacher's answers where an arm of this seed has left them."""
+        return CachedDistillation(self.teacher, self.config, self.answers, self.batches)
 
     def post_train(self, model: nn.Module, epochs: int) -> nn.Module:
         """As for every rival, on the pictures that the last epochs of UVC have, in their order."""
@@ -130,6 +135,7 @@ def command(setup: Setup, seed: int, budget: float, weights: Path) -> list[str]:
         "model-arg": f"img_size={setup.size}",
         "data": setup.data,
         "teacher": weights,
+        "teacher-cache": setup.answers(seed),
         "teacher-epochs": 0,  # the teacher is given; the order of pictures begins with that of epoch 0
         "scale": setup.views.scale,
         "budget": budget,

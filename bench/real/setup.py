@@ -55,6 +55,10 @@ class Setup:
         """The image folder."""
         return self.folder / self.part
 
+    def answers(self, seed: int) -> Path:
+        """Where the answers of a seed's teacher lie, which all its arms and budgets share."""
+        return self.folder / "answers" / f"{self.part}-{seed}-{self.teacher_rate:g}"
+
     def seeded(self, seed: int) -> Config:
         """The settings with a seed."""
         return replace(self.config, seed=seed)
