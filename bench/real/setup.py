@@ -21,8 +21,8 @@ CONFIG = Config(
     search_epochs=3,
     post_epochs=3,
     batch_size=32,
-    learning_rate=1e-4,
-    search_learning_rate=1e-4,
+    learning_rate=5e-5,
+    search_learning_rate=5e-5,
     precision="bfloat16",
     threads=1,
 )
