@@ -106,9 +106,18 @@ def _compares(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         static = torch.fx.experimental.symbolic_shapes.has_static_value
-        return not torch.compiler.is_exporting() and all(static(n) for n in x.shape)
+        return not _exporting() and all(static(n) for n in x.shape)
     # A flop counter or a tracer must not see the calls of a measurement.
     return x.numel() > 0 and _get_current_dispatch_mode() is None
+
+
+def _exporting() -> bool:
+    """Whether torch.export traces."""
+    return torch.compiler.is_exporting()
+
+
+# Asked inside a trace, torch 2.10 says yes to torch.compile, too; as a constant it is asked outside.
+_exporting._dynamo_marked_constant = True
 
 
 def _key(case: tuple) -> str:

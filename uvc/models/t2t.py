@@ -229,6 +229,13 @@ class T2TVisionTransformer(VisionTransformer):
             if self.cls_token is not None:
                 nn.init.trunc_normal_(self.cls_token, std=0.02)
 
+    def set_input_size(self, *args, **kwargs) -> None:
+        """timm's; what its older versions forget is whether positions are trained."""
+        trained = self.pos_embed is not None and self.pos_embed.requires_grad
+        super().set_input_size(*args, **kwargs)
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(trained)
+
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's groups of parameters for layer-wise settings, with the stem under its own name."""
         groups = super().group_matcher(coarse)
