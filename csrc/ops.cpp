@@ -24,9 +24,6 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
       "gather(Tensor[] sources, Tensor[] indices, Tensor[] inverses, int[] dims, ScalarType? dtype) -> Tensor[]");
   m.def("group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
   m.def("prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
-  m.def(
-      "adamw(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] rows, "
-      "float[] steps, float lr, float beta1, float beta2, float weight_decay, float eps) -> ()");
 
   // The pieces of the providers cuda (on a GPU) and cuda-host (the same sources on the CPU); see kernels/packed.
   m.def("cuda_gather(Tensor[] sources, Tensor[] indices, int[] dims, Tensor(a!)[] outs) -> ()");

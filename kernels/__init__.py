@@ -5,7 +5,6 @@ from importlib import import_module
 from . import dense as dense
 from . import self_check as self_check
 from ._dispatch import backend, packs_ahead, provide_later, select
-from .adamw import adamw
 from .attention import attention, attention_packing
 from .gather import gather
 from .group_scores import group_scores
@@ -16,7 +15,6 @@ from .prox_shrink import prox_shrink
 __all__ = [
     "KeptHeads",
     "KeptNeurons",
-    "adamw",
     "attention",
     "attention_packing",
     "backend",

@@ -15,7 +15,6 @@ import uvc
 from uvc.config import SolverConfig
 from uvc.constraints import limits
 from uvc.solver import Search
-from uvc.training.optimizer import AdamW
 
 Step = Callable[[int], object]
 
@@ -119,7 +118,7 @@ def _search(model: nn.Module, config: SolverConfig) -> tuple[Search, torch.optim
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return AdamW(model.parameters(), model, lr=1e-5, weight_decay=0.05)
+    return torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
 
 
 @contextmanager

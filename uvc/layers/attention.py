@@ -92,11 +92,6 @@ class UVCAttention(Prunable, Attention):
             return torch.ones(self.num_heads, self.head_dim, dtype=torch.bool, device="cpu")
         return self._masks[which].clone()
 
-    def removed_rows(self) -> dict[nn.Parameter, Tensor]:
-        """Bool mask of the removed rows of the q, k, v weight."""
-        qk, v = (~mask.flatten() for mask in self._masks)
-        return {self.qkv.weight: torch.cat([qk, qk, v])}
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` as in timm."""
         if self._masks is None:

@@ -84,15 +84,6 @@ class Neurons(Prunable):
         weight = self.fc2.weight
         return uvc_kernels.mlp_packing(*self._first_layer(), weight, self.kept(weight.device))
 
-    def removed_rows(self) -> dict[nn.Parameter, Tensor]:
-        """Bool masks of the removed rows of the first layer's weights."""
-        (kept,), found = self._masks, {}
-        for p, start in self.neuron_rows():
-            if p.dim() == 2:
-                rows = found.setdefault(p, torch.zeros(len(p), dtype=torch.bool, device="cpu"))
-                rows[start : start + len(kept)] = ~kept
-        return found
-
     @property
     def kept_neurons(self) -> Tensor:
         """Bool mask [F] of the kept neurons, on the CPU."""

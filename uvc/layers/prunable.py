@@ -57,15 +57,6 @@ class Prunable(nn.Module):
         self._packed = packed
 
     @property
-    def masks(self) -> tuple[Tensor, ...] | None:
-        """The record itself, not to be written: another tuple with every structure, None while dense."""
-        return self._masks
-
-    def removed_rows(self) -> dict[nn.Parameter, Tensor]:
-        """Bool masks of the removed rows of each weight with rows for units; not for a dense layer."""
-        raise NotImplementedError
-
-    @property
     def is_dense(self) -> bool:
         """Whether nothing is removed."""
         return self._masks is None

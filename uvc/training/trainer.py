@@ -30,7 +30,6 @@ from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Mixing
-from uvc.training.optimizer import AdamW
 from uvc.training.signals import Stopped, asked
 
 LOG_EVERY = 5  # steps
@@ -73,10 +72,7 @@ class Trainer:
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         """Fresh AdamW; norms, biases and embeddings are not decayed."""
         decay = self.config.weight_decay
-        groups = create_optimizer_v2(
-            self.model, opt="adamw", lr=learning_rate, weight_decay=decay
-        ).param_groups
-        return AdamW([{**group, "fused": True} for group in groups], self.model)
+        return create_optimizer_v2(self.model, opt="adamw", lr=learning_rate, weight_decay=decay, fused=True)
 
     def phase(
         self,
