@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from .warn_once import warn_once
+
 PROVIDERS = ("reference", "cpu", "triton", "cuda", "cuda-host")
 
 
@@ -28,7 +30,6 @@ _loaders: dict[str, Callable[[], object]] = {}
 _checks: list[Callable[[str, str, torch.device, torch.dtype], str | None]] = []
 _references: dict[str, Callable] = {}
 _forced: list[str] = []
-_warned: set[tuple] = set()
 _proofs: dict[tuple, bool] = {}
 
 
@@ -116,13 +117,6 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def warn_once(key: tuple, message: str) -> None:
-    """Warn once per process and key."""
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
 def _proven(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `provider` passed its self-check on `device`; check and warning come once per process."""
     key = (op, provider, device, dtype)
@@ -169,9 +163,9 @@ def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
             )
     if not found:
         warn_once(
-            (op, device.type, dtype),
             f"uvc_kernels.{op} runs on plain PyTorch for {dtype} on {device.type}: "
             + (reasons[0] if reasons else f"no kernel serves {device.type} tensors"),
+            RuntimeWarning,
         )
     return found or ["reference"]
 

@@ -25,6 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _dispatch
+from .timing import milliseconds, take_turns
+from .warn_once import warn_once
 
 ROUNDS = 7
 # What is to replace the first choice must be faster by this much in every round but one: the rest is noise.
@@ -162,7 +165,7 @@ def _fastest(times: dict[str, list[float]], preferred: str) -> str:
 
 
 def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, list[float]]:
-    """Milliseconds of each implementation in a few rounds, of which every second goes backwards."""
+    """Milliseconds of each implementation in a few rounds."""
     x, weights, *rest = arguments
     images = max(1, TOKENS[x.device.type] // max(1, x.shape[:-1].numel() // x.shape[0]))
     train = torch.is_grad_enabled()
@@ -179,32 +182,20 @@ def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, list
     between = torch.empty(EVICTED[x.device.type], dtype=torch.uint8, device=x.device)
     grad: Tensor | None = None
 
-    def run(name: str) -> float:
+    def run(name: str) -> None:
         nonlocal grad
-        between.fill_(1)
-        _wait(x.device)
-        start = time.perf_counter()
         out = _run_of(op, name)(*given)
         if train:
             if grad is None:  # in the first round, which warms up
                 grad = torch.empty_like(out).normal_(0.0, GRADIENT, generator=generator)
             torch.autograd.grad(out, leaves, grad)
-        _wait(x.device)
-        return 1e3 * (time.perf_counter() - start)
 
-    times: dict[str, list[float]] = {name: [] for name in names}
+    def timer(name: str) -> float:
+        between.fill_(1)
+        return milliseconds(lambda: run(name), x.device)
+
     with torch.autocast(x.device.type, enabled=False):
-        for round_ in range(ROUNDS + 1):
-            for name in names if round_ % 2 == 0 else reversed(names):
-                ms = run(name)
-                if round_:
-                    times[name].append(ms)
-    return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return take_turns({name: partial(timer, name) for name in names}, ROUNDS)
 
 
 def cache_file(device: torch.device) -> Path | None:
@@ -274,4 +265,4 @@ def _write(path: Path | None) -> None:
     except OSError as error:
         where = "" if path is None else f" in {path.parent}"
         message = f"uvc_kernels: what was measured cannot be kept{where} ({error.strerror}); "
-        _dispatch.warn_once(("cache", path), message + "set UVC_CACHE_DIR to a writable folder")
+        warn_once(message + "set UVC_CACHE_DIR to a writable folder", RuntimeWarning)

@@ -277,11 +277,11 @@ def test_a_run_may_drop_tokens_and_counts_them(tmp_path):
 
 
 def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, capsys):
-    def clock(model, images):
+    def clock(model, images, _):
         assert len(images) in (1, 4, 64)
         return 1e-3 * sum(p.numel() for p in model.parameters())
 
-    monkeypatch.setattr(uvc.latency_table, "time_ms", clock)
+    monkeypatch.setattr(uvc.latency_table, "pass_ms", clock)
     options = ["--metric", "latency", "--budget", "0.6", *SHORT]
     batch = ["--latency-batch", "4", "--round-to", "3,8"]
     assert cli.run(["compress", "--out", str(tmp_path / "a"), *options, *batch]) == 0

@@ -11,6 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from uvc_kernels.timing import Clock, milliseconds, take_turns
 
 from uvc.compaction import compacted
 from uvc.costs import BlockCounts, Counts, Prices, counts, total
@@ -169,34 +171,54 @@ def verify(table: LatencyTable, dense: nn.Module, small: nn.Module, rounds: int 
     """
     parameter = next(dense.parameters())
     images = torch.randn(table.batch, *table.image, device=parameter.device, dtype=parameter.dtype)
-    times = _turns([dense, small], images, rounds)
+    whole_ms, part_ms = _passes([dense, small], images, quiet_clock(images.device), rounds)
     predicted, whole = (
         total(table, counts(structure)) for structure in (structure_of(small), Structure.dense(small))
     )
-    measured = median(part / full for full, part in times)
-    return Check(predicted / whole, measured, *(median(column) for column in zip(*times, strict=True)))
+    measured = median(_shares(part_ms, whole_ms))
+    return Check(predicted / whole, measured, median(whole_ms), median(part_ms))
 
 
-def time_ms(model: nn.Module, images: torch.Tensor) -> float:
-    """Milliseconds of one forward pass. On one CPU thread its own clock is read, as the wall's would count
-    the other work of a busy machine too, and more of it the longer the pass.
+def quiet_clock(device: torch.device) -> Clock:
+    """The thread's own where one CPU thread computes: the wall's would count the other work of a busy machine
+    too, and more of it the longer the pass.
     """
-    if images.is_cuda or torch.get_num_threads() > 1:
-        return wall_ms(model, images)
-    start = time.thread_time()
-    model(images)
-    return 1e3 * (time.thread_time() - start)
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _turns(models: Sequence[nn.Module], images: torch.Tensor, rounds: int) -> list[list[float]]:
-    """Milliseconds of a forward pass through each model, in eval mode, for each of ``rounds`` turns."""
+def pass_ms(model: nn.Module, images: Tensor, clock: Clock) -> float:
+    """Milliseconds of one forward pass."""
+    return milliseconds(lambda: model(images), images.device, clock)
+
+
+def _passes(
+    models: Sequence[nn.Module], images: Tensor, clock: Clock, rounds: int, seconds: float = float("inf")
+) -> list[list[float]]:
+    """Milliseconds of the forward passes through each model, in eval mode, by turns."""
     modes = [model.training for model in models]
-    with torch.inference_mode():
-        # Caches and allocators warm up in the first two.
-        times = [[time_ms(model.eval(), images) for model in models] for _ in range(rounds + 2)][2:]
-    for model, mode in zip(models, modes, strict=True):
-        model.train(mode)
-    return times
+    timers = {str(i): partial(pass_ms, model.eval(), images, clock) for i, model in enumerate(models)}
+    try:
+        with torch.inference_mode():
+            # Caches and allocators warm up in the first two rounds.
+            return list(take_turns(timers, rounds, 2, seconds).values())
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def _shares(parts: Sequence[float], wholes: Sequence[float]) -> list[float]:
+    return [part / whole for part, whole in zip(parts, wholes, strict=True)]
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module], images: Tensor, repeats: int = 20, seconds: float = 5.0
+) -> dict[str, float]:
+    """Median milliseconds of one forward pass of `images` [B, C, H, W] through each model, taking turns.
+
+    It ends after `repeats` rounds, or after `seconds` and three rounds.
+    """
+    times = _passes(list(models.values()), images, time.perf_counter, repeats, seconds)
+    return dict(zip(models, map(median, times), strict=True))
 
 
 def measure(
@@ -221,11 +243,11 @@ def measure(
     def share(block: BlockStructure) -> float:
         """Time of the form whose blocks all are `block`, over that of the dense model."""
         form = compacted(model, Structure((block,) * s.blocks)).eval()
-        times = _turns([dense, form], images, rounds)
-        dense_ms.extend(whole for whole, _ in times)
-        return median(part / whole for whole, part in times)
+        whole_ms, form_ms = _passes([dense, form], images, clock, rounds)
+        dense_ms.extend(whole_ms)
+        return median(_shares(form_ms, whole_ms))
 
-    dense_ms: list[float] = []
+    clock, dense_ms = quiet_clock(images.device), []
     heads, dims, neurons = (
         _grid(s.heads, 1, 6),
         _grid(s.head_dim, round_to[0], 4),
@@ -299,41 +321,3 @@ def _monotone(rows: list[list[float]]) -> list[list[float]]:
     return [
         [max((a + b) / 2, 0.0) for a, b in zip(*pair, strict=True)] for pair in zip(above, below, strict=True)
     ]
-
-
-def measure_latency(
-    models: Mapping[str, nn.Module], images: Tensor, repeats: int = 20, seconds: float = 5.0
-) -> dict[str, float]:
-    """Median milliseconds of one forward pass of `images` [B, C, H, W] through each model.
-
-    The models take turns, so that a busy moment of the machine hits all of them. It ends after `repeats`
-    rounds, or after `seconds` and three rounds.
-    """
-    modes = {name: model.training for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    try:
-        with torch.inference_mode():
-            for model in models.values():
-                # Caches and allocators warm up.
-                wall_ms(model.eval(), images)
-            start = time.monotonic()
-            for i in range(repeats):
-                if i >= 3 and time.monotonic() - start > seconds:
-                    break
-                for name, model in models.items():
-                    times[name].append(wall_ms(model, images))
-    finally:
-        for name, model in models.items():
-            model.train(modes[name])
-    return {name: median(values) for name, values in times.items()}
-
-
-def wall_ms(model: nn.Module, images: Tensor) -> float:
-    """Milliseconds of one forward pass, until the device is done."""
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    start = time.perf_counter()
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return (time.perf_counter() - start) * 1e3

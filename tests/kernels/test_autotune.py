@@ -187,7 +187,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(monkeypatch, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("UVC_CACHE_DIR", str(blocked))
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     times(monkeypatch, cpu=1.0, dense=2.0)
     with pytest.warns(RuntimeWarning, match="cannot be kept in .*; set UVC_CACHE_DIR"):
         call()
@@ -203,7 +203,7 @@ def test_a_user_without_a_home_is_told_once_that_nothing_is_kept(monkeypatch):
     for name in ("UVC_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pathlib.Path.home", nobody)
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     asked = times(monkeypatch, cpu=1.0, dense=2.0)
     with pytest.warns(RuntimeWarning, match="cannot be kept .the user has no home.*; set UVC_CACHE_DIR"):
         call()

@@ -66,7 +66,7 @@ def test_a_forced_backend_that_cannot_serve_says_why(name, device, dtype, reason
 
 def test_a_dtype_without_kernel_runs_on_plain_torch_and_says_so_once(monkeypatch):
     monkeypatch.delenv("UVC_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     a = torch.randn(2, 3, dtype=torch.complex64)
     with pytest.warns(
         RuntimeWarning, match="uvc_kernels.group_scores runs on plain PyTorch for torch.complex"
@@ -80,7 +80,7 @@ def test_a_dtype_without_kernel_runs_on_plain_torch_and_says_so_once(monkeypatch
 
 def test_a_missing_extension_is_said_once_and_everything_still_runs(monkeypatch):
     monkeypatch.delenv("UVC_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     monkeypatch.setattr(_dispatch, "extension_error", "No module named 'uvc_kernels._C'")
     with pytest.warns(RuntimeWarning, match="not built .*reinstall with a C\\+\\+ compiler"):
         scores = uvc_kernels.group_scores([torch.ones(2, 3)], [torch.ones(2, 3)], [0])

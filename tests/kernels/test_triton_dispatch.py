@@ -52,7 +52,7 @@ def test_a_kernel_that_fails_its_self_check_is_not_used_and_that_is_said_once(a_
 @pytest.mark.parametrize("proven", [True, False])
 def test_on_a_gpu_a_kernel_serves_only_when_its_self_check_passed(monkeypatch, proven, provider):
     made = _dispatch._Implementation(len, "cuda", frozenset({torch.float32}))
-    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     monkeypatch.setattr(_dispatch, "_implementations", {("group_scores", provider): made})
     monkeypatch.setattr(_dispatch, "_loaders", {})
     monkeypatch.setattr(_dispatch, "_proven", lambda *_: proven)

@@ -279,7 +279,7 @@ def test_a_program_that_only_notes_where_it_is_leaves_the_fast_op():
 
 
 def test_what_is_called_is_said_once_and_plain_children_say_nothing(monkeypatch):
-    monkeypatch.setattr("uvc.layers._surgery.said", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     x = torch.randn(X, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -225,7 +225,7 @@ def test_a_neuron_at_zero_in_all_its_rows_and_its_column_is_dead_and_skipped_wit
 
 
 def test_another_activation_runs_in_plain_torch_and_says_so_once(monkeypatch):
-    monkeypatch.setattr("uvc.layers._surgery.said", set())
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
     model = small_vit(act_layer="mish").double()
     x = torch.randn(X, dtype=torch.float64)
     truth = absent(model, ragged(model))(x)

@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each way is timed once, so that a machine whose speed drifts hits all.
+"""Interleaved timing, in samples and noise bands: in every round each variant is timed once.
 
 On a GPU the device is kept waiting while the host enqueues, so that events time the device and not the host;
 calls that are too short for that are captured in a graph and replayed.
@@ -7,10 +7,12 @@ calls that are too short for that are captured in a graph and replayed.
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
 import torch
+from uvc_kernels.timing import Clock, Timer, milliseconds, turn
 
 Call = Callable[[int], object]  # takes a running number, by which calls rotate among their inputs
 SHORTEST_MS = 2.0  # a sample repeats its call until it is this long
@@ -77,7 +79,7 @@ class Round:
         calls: Mapping[str, Call],
         device: torch.device,
         inputs: int = 1,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock = time.perf_counter,
         replay: bool = False,
     ) -> None:
         self.device, self.clock, self.inputs = device, clock, inputs
@@ -88,33 +90,29 @@ class Round:
         self._timers = {name: prepare(name, call, replay) for name, call in calls.items()}
 
     def run(self) -> None:
-        """One sample of each; every second round goes backwards, so that no way always follows another."""
-        names = list(self._timers)
-        for name in names if self._count % 2 == 0 else reversed(names):
-            self.samples[name].append(self._timers[name][0]())
+        """One sample of each."""
+        for name, ms in turn({name: timer for name, (timer, _) in self._timers.items()}, self._count).items():
+            self.samples[name].append(ms)
         self._count += 1
 
     def timings(self) -> dict[str, Timing]:
         """What was measured so far."""
         return {name: Timing(tuple(s), self._timers[name][1]) for name, s in self.samples.items()}
 
-    def _on_cpu(self, name: str, call: Call, replay: bool) -> tuple[Callable[[], float], str]:
-        for i in range(2):
-            start = self.clock()
-            call(i)
-            seconds = self.clock() - start
-        repeats = max(1, round(SHORTEST_MS / max(1e3 * seconds, 1e-3)))
+    def _on_cpu(self, name: str, call: Call, replay: bool) -> tuple[Timer, str]:
+        def sample(repeats: int) -> float:
+            def calls() -> None:
+                for _ in range(repeats):
+                    call(next(numbers))
+
+            return milliseconds(calls, self.device, self.clock) / repeats
+
         numbers = count()
+        warm = [sample(1) for _ in range(2)][-1]
+        repeats = max(1, round(SHORTEST_MS / max(warm, 1e-3)))
+        return partial(sample, repeats), "process" if self.clock is time.process_time else "wall"
 
-        def sample() -> float:
-            start = self.clock()
-            for _ in range(repeats):
-                call(next(numbers))
-            return 1e3 * (self.clock() - start) / repeats
-
-        return sample, "process" if self.clock is time.process_time else "wall"
-
-    def _on_gpu(self, name: str, call: Call, replay: bool) -> tuple[Callable[[], float], str]:
+    def _on_gpu(self, name: str, call: Call, replay: bool) -> tuple[Timer, str]:
         for i in range(3 * self.inputs):
             call(i)
         torch.cuda.synchronize(self.device)

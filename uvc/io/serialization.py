@@ -24,7 +24,7 @@ from uvc.compaction import compacted
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.preprocessing import cfg_of, check_preprocessing, preprocessing_of, take_preprocessing
-from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, hollow, is_compacted
+from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, is_compacted, meta_copy
 from uvc.models import T2TVisionTransformer
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
@@ -144,9 +144,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     check_children(model, hooks=False)
     if is_compacted(model):
         blocks = nn.Sequential(*(block.origin for block in model.blocks))
-        dense = hollow(model, {id(model.blocks): blocks})
+        dense = meta_copy(model, {id(model.blocks): blocks})
     else:
-        dense = convert(hollow(model))
+        dense = convert(meta_copy(model))
     block = dense.blocks[0]
     config = {
         "format": FORMAT,

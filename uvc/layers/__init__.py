@@ -3,7 +3,7 @@
 # torch's flop counter knows our ops from here on.
 import uvc_kernels.flops  # noqa: F401
 
-from uvc.layers._surgery import hollow
+from uvc.layers._surgery import meta_copy
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
@@ -22,8 +22,8 @@ __all__ = [
     "check",
     "check_children",
     "convert",
-    "hollow",
     "is_compacted",
+    "meta_copy",
     "set_recompute",
     "slimming",
 ]

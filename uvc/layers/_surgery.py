@@ -1,13 +1,10 @@
-"""What the layers share: taking a module over, copying one without weights, saying a thing once."""
+"""What the layers share: taking a module over, and copying one without weights."""
 
 import copy
-import warnings
 from typing import TypeVar
 
 import torch
 from torch import nn
-
-said: set[str] = set()
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -19,7 +16,7 @@ def take_over(cls: type[M], module: nn.Module) -> M:
     return new
 
 
-def hollow(module: M, memo: dict[int, object] | None = None) -> M:
+def meta_copy(module: M, memo: dict[int, object] | None = None) -> M:
     """A copy of `module` on the meta device that holds no weights; `memo` as for `copy.deepcopy`."""
     memo = {} if memo is None else memo
     for tensor in (*module.parameters(), *module.buffers()):
@@ -27,12 +24,3 @@ def hollow(module: M, memo: dict[int, object] | None = None) -> M:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     return copy.deepcopy(module, memo)
-
-
-# Outside compiled graphs, as a trace cannot warn.
-@torch.compiler.disable
-def say_once(message: str) -> None:
-    """Warn, once per process and message."""
-    if message not in said:
-        said.add(message)
-        warnings.warn(message, stacklevel=4)

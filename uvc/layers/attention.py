@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import uvc_kernels
 from timm.layers import Attention
 from torch import Tensor, nn
+from uvc_kernels.warn_once import warn_once
 
-from uvc.layers._surgery import say_once
 from uvc.layers.children import DROPS, drop_rate, is_plain, is_untouched, linear_fault, say_called, watched
 from uvc.layers.prunable import Prunable, device_of
 from uvc.layers.token_pruning import Slimming, row_scores
@@ -107,7 +107,7 @@ class UVCAttention(Prunable, Attention):
                 uvc_kernels.attention(x, *weights, kept, self.scale, self._packed, self._recompute)
             )
         reason = "attention dropout" if dropout else "an attention mask"
-        say_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
+        warn_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))
 
     @torch.no_grad()

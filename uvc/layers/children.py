@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
+from uvc_kernels.warn_once import warn_once
 
-from uvc.layers._surgery import say_once
 from uvc.layers.prunable import Prunable
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -128,7 +128,7 @@ def say_called(layer: nn.Module, x: torch.Tensor) -> None:
     if x.is_meta:
         return  # where nothing is computed, and no index can be read
     reason = first_change(layer) or "hooks are set on all modules"
-    say_once(f"{type(layer).__name__}: {reason}; its children are called, at the cost of the dense layer")
+    warn_once(f"{type(layer).__name__}: {reason}; its children are called, at the cost of the dense layer")
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:

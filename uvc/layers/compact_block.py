@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from uvc.layers._surgery import hollow
+from uvc.layers._surgery import meta_copy
 from uvc.layers.attention import UVCAttention, heads_of_mask, masked
 from uvc.layers.block import UVCBlock, norm_last
 from uvc.layers.children import carry_hooks, drop_hooks, drop_rate, is_plain
@@ -162,7 +162,7 @@ class CompactBlock(nn.Module):
         super().__init__()
         self.record, self.slimming, self.norm_last = record, slimming, norm_last(dense)
         # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
-        self._origin = (UVCBlock.take_over(hollow(dense)),)
+        self._origin = (UVCBlock.take_over(meta_copy(dense)),)
         drop_hooks(self.origin.modules())
         if record.attn:
             self._keep_half(dense, "1", "attn", CompactAttention(dense.attn, record))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 import uvc_kernels
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
+from uvc_kernels.warn_once import warn_once
 
-from uvc.layers._surgery import say_once
 from uvc.layers.children import (
     DROPS,
     drop_rate,
@@ -106,7 +106,7 @@ class Neurons(Prunable):
             weights = (value, bias, fc2.weight, fc2.bias, kept, activation, gate, gate_bias)
             return self.drop2(uvc_kernels.mlp(x, *weights, packed=self._packed, recompute=self._recompute))
         reason = "dropout on the neurons" if dropout else f"the activation {type(self.act).__name__}"
-        say_once(
+        warn_once(
             f"{type(self).__name__}: {reason} is outside the fast op; plain torch computes the kept neurons"
         )
         neurons = kept.neurons
