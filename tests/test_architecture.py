@@ -40,6 +40,7 @@ PUBLIC = [
     "convert",
     "cost",
     "load",
+    "load_weights",
     "save",
     "structure_of",
 ]

@@ -98,7 +98,11 @@ def mistakes(tmp_path):
         "a negative seed": (["--seed", "-1"], "--seed", "-1"),
         "a learning rate of nan": (["--lr", "nan"], "--lr", "nan"),
         "a teacher cut short": (["--teacher", str(torn)], "--teacher", str(torn)),
-        "a teacher with other classes": (["--teacher", str(other)], "--teacher", "head.weight"),
+        "a teacher for other classes and no time to train it": (
+            ["--teacher", str(other), "--teacher-epochs", "0"],
+            "--teacher",
+            "head.weight",
+        ),
         "a teacher that lacks weights": (["--teacher", str(lacking)], "--teacher", "lacks"),
         "no such teacher": (["--teacher", str(tmp_path / "none")], "--teacher", "none"),
         "an output that is a file": (["--out", str(tmp_path / "file")], "--out", "file"),
@@ -135,7 +139,8 @@ a latency table that is not there; a latency table without a budget in latency;
 one multiple instead of two; a multiple that does not divide the model; an unknown model;
 an unsupported model;
 an unknown data set; an unknown device; a device torch knows and we do not; an unknown recipe;
-a negative seed; a learning rate of nan; a teacher cut short; a teacher with other classes;
+a negative seed; a learning rate of nan; a teacher cut short;
+a teacher for other classes and no time to train it;
 a teacher that lacks weights; no such teacher; an output that is a file; an output below a file;
 an output that nobody can write; an output with other files; nothing to resume;
 a model argument that the model does not take; the number of classes as a model argument;
@@ -472,6 +477,29 @@ def test_teacher_weights_are_used_and_not_trained(finished, tmp_path):
     assert summary(tmp_path / "out")["teacher_top1"] == summary(finished)["teacher_top1"]
     assert summary(tmp_path / "out")["macs_ratio"] <= 0.3
     assert not (tmp_path / "out" / "teacher").exists()
+
+
+def test_a_teacher_with_another_classifier_is_trained_from_its_weights(finished, tmp_path, capsys):
+    torch.save({"model": uvc_test_vit(num_classes=7).state_dict()}, tmp_path / "w.pth")
+    options = ["--teacher", str(tmp_path / "w.pth"), "--budget", "0.5", *SHORT]
+    with pytest.warns(
+        UserWarning, match=r"head\.weight, head\.bias stay as they were: the file has \[7, 24\]"
+    ):
+        assert cli.run(["compress", "--out", str(tmp_path / "out"), *options]) == 0
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert "teacher" in phases
+    saved = uvc.load(tmp_path / "out" / "teacher")  # whole, for other runs
+    assert saved.num_classes == 10
+
+
+def test_a_teacher_of_classes_in_another_order_is_refused(finished, tmp_path, capsys):
+    model = uvc.load(finished / "teacher")
+    model.pretrained_cfg["label_names"] = tuple("9876543210")
+    uvc.save(model, tmp_path / "teacher")
+    options = ["--teacher", str(tmp_path / "teacher"), *SHORT]
+    assert cli.run(["compress", "--out", str(tmp_path / "out"), *options]) == 2
+    assert "class 0 is '0' there but '9' in the teacher" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_tells_versions_and_backends(capsys):

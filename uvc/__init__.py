@@ -8,6 +8,7 @@ from importlib.util import spec_from_loader
 from uvc.compaction import compact
 from uvc.costs import cost
 from uvc.io.serialization import load, save
+from uvc.io.weights import load_weights
 from uvc.layers import UVCAttention, UVCMlp, convert
 from uvc.structure import Structure, apply_structure, structure_of
 
@@ -21,6 +22,7 @@ __all__ = [
     "convert",
     "cost",
     "load",
+    "load_weights",
     "save",
     "structure_of",
 ]

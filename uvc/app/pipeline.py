@@ -1,6 +1,5 @@
 """A whole run from its config to files: data, model, teacher, compression, and what is left in the folder."""
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from uvc.app.resolve import known_model, stored_run
-from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, load_weights, open_out, read_json, save_weights
+from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, open_out, read_json
 from uvc.app.summary import draw_structure
 from uvc.compaction import compact
 from uvc.config import Config, DataConfig, RunConfig
@@ -22,19 +21,21 @@ from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
 from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
-from uvc.io.preprocessing import cfg_of, check_classes, note_data
-from uvc.io.serialization import load
+from uvc.io.preprocessing import cfg_of, check_classes, check_names, note_data
+from uvc.io.serialization import WEIGHTS, load, save
+from uvc.io.weights import take_weights, warn
 from uvc.latency_table import LatencyTable, measure, measure_latency, verify
 from uvc.layers import convert
 from uvc.recipes import AIMS, RECIPES
 from uvc.structure import Structure
-from uvc.training.compress import Plan, Result, carry_out, prepare, train_teacher
+from uvc.training.compress import Plan, Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
+TEACHER = "teacher"  # folder in the folder of a run
 
 
 def compress_run(
@@ -54,23 +55,23 @@ def compress_run(
     device = choose_device(run.device, run.threads)
     data = _data(run, _model_input(run))
     torch.manual_seed(run.seed)
-    model = convert(_model(run, data.num_classes)).to(device)
+    model = _model(run, data.num_classes)
+    trained = _load_teacher(model, run, data, out)
+    model = convert(model).to(device)
     note_data(model, data.view, data.classes)
-    plan = prepare(
+    plan = Plan(
         model,
         data.train,
         data.val,
         run.budget,
         run.metric,
-        config=run.training,
+        run.training,
         out=out,
         resume=run.resume,
         latency=LatencyTable.load(Path(run.latency_table)) if run.latency_table else None,
         latency_batch=run.latency_batch,
         teacher_cache=Path(run.teacher_cache) if run.teacher_cache else None,
     )
-    if run.teacher:
-        load_weights(model, Path(run.teacher))
     open_out(out, run)
     for line in reachable(model, plan.latency, run.training.solver.round_to):
         say(f"reachable {line}")
@@ -79,13 +80,12 @@ def compress_run(
         say(f"published by others, not ours: {aim.published}")
 
     with RunLog(out, progress) as log:
-        if not run.teacher:
+        if not trained:
             _make_teacher(model, data, run.training, out, log)
-        teacher = copy.deepcopy(model)
         # A run that is resumed after its teacher sees the batches of a run in one go.
         data.train.load_state_dict({"epoch": run.training.teacher_epochs, "batch": 0})
-        result = carry_out(plan, teacher, log)
-    summary = _summary(run, plan, data, teacher, result) | {"seconds": time.monotonic() - started}
+        result = carry_out(plan, log)
+    summary = _summary(run, plan, data, result) | {"seconds": time.monotonic() - started}
     draw_run(out, summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
@@ -220,18 +220,39 @@ def _input_size(size: tuple[int, int, int], args: Mapping[str, Any]) -> tuple[in
     return (args.get("in_chans", size[0]), height, width)
 
 
+def _load_teacher(model: nn.Module, run: RunConfig, data: Data, out: Path) -> bool:
+    """Give the model its teacher's weights, as far as there are any; False if they are still to be trained.
+
+    A teacher that this run had trained before it was interrupted comes first.
+    """
+    if (out / TEACHER / WEIGHTS).is_file():
+        take_weights(model, out / TEACHER)
+        return True
+    if run.teacher is None:
+        return False
+    try:
+        found = take_weights(model, Path(run.teacher))
+        if found.left and not run.training.teacher_epochs:
+            raise ValueError(
+                f"{run.teacher!r} has no {found.left[0]} for {data.num_classes} classes, and with "
+                "--teacher-epochs 0 it is not trained; give weights with these classes, or epochs"
+            )
+    except ValueError as error:
+        raise ValueError(f"--teacher: {error}") from None
+    check_names(found.classes, data.classes, "the teacher")
+    warn(found, run.teacher)
+    return not found.left
+
+
 def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: RunLog) -> None:
-    """Train the teacher, or take up the one that this run had trained before it was interrupted."""
-    weights, checkpoint = out / "teacher" / "model.safetensors", out / "teacher" / CHECKPOINT
-    if weights.is_file():
-        load_weights(model, weights)
-        return
+    """Train the teacher and keep it for a run that goes on."""
+    checkpoint = out / TEACHER / CHECKPOINT
     train_teacher(model, data.train, data.val, config, log, checkpoint)
-    save_weights(model, weights)
+    save(model, out / TEACHER)
     checkpoint.unlink(missing_ok=True)
 
 
-def _summary(run: RunConfig, plan: Plan, data: Data, teacher: nn.Module, result: Result) -> dict[str, Any]:
+def _summary(run: RunConfig, plan: Plan, data: Data, result: Result) -> dict[str, Any]:
     """The figures of a finished run."""
     small, device = compact(result.model), next(result.model.parameters()).device
     return {
@@ -250,8 +271,8 @@ def _summary(run: RunConfig, plan: Plan, data: Data, teacher: nn.Module, result:
         "final_top1": evaluate(small, data.val, device),
         "steps": result.steps,
         "device": device_name(device) if device.type == "cuda" else "cpu",
-        "latency": _latency(teacher, small, data, device),
-        **({"latency_budget": _latency_check(plan.latency, teacher, small)} if plan.latency else {}),
+        "latency": _latency(result.teacher, small, data, device),
+        **({"latency_budget": _latency_check(plan.latency, result.teacher, small)} if plan.latency else {}),
         "versions": versions(),
         "structure": json.loads(result.structure.to_json()),
     }

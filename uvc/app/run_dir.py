@@ -1,4 +1,4 @@
-"""The folder of a run: made safely, weights read strictly.
+"""The folder of a run, made safely.
 
 A run folder holds `run.json` (its `RunConfig`), `teacher/`, checkpoints, logs, and at its end the compacted
 model, `structure.json`, `structure.png` and `summary.json`.
@@ -10,11 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from uvc.config import RunConfig
-from uvc.io.files import make_folder, write_json, write_tensors
-from uvc.io.finite import refuse_not_finite
+from uvc.io.files import make_folder, write_json
 
 OPTIONS = "run.json"
 SUMMARY = "summary.json"
@@ -57,45 +54,3 @@ def open_out(out: Path, run: RunConfig) -> None:
     if not (out / OPTIONS).exists():
         # Where a run lies and how it was called are no part of it.
         write_json(out / OPTIONS, {k: v for k, v in asdict(run).items() if k not in ("out", "resume")})
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The state_dict as safetensors, whole or not at all."""
-    refuse_not_finite(model.state_dict(), f"cannot save to {path}")
-    write_tensors(path, model.state_dict())
-
-
-def load_weights(model: nn.Module, path: Path, option: str = "--teacher") -> None:
-    """Load a safetensors file, or `model.safetensors` of a folder; ValueError unless it fits strictly."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(
-            f"{option}: {str(file)!r} does not exist; name a safetensors file or a folder that holds one"
-        )
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{option}: {str(file)!r} is no whole safetensors file ({error}); save it again"
-        ) from error
-    expected = model.state_dict()
-    fault = next((f"lacks {name!r}" for name in expected if name not in weights), None)
-    fault = fault or next(
-        (f"has {name!r}, unknown to the model" for name in weights if name not in expected), None
-    )
-    fault = fault or next(
-        (
-            f"has {name!r} of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if weights[name].shape != tensor.shape
-        ),
-        None,
-    )
-    if fault:
-        raise ValueError(
-            f"{option}: {str(file)!r} {fault}; give weights of this very model and number of classes"
-        )
-    model.load_state_dict(weights)

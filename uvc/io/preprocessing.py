@@ -70,13 +70,15 @@ def note_data(model: nn.Module, view: Mapping[str, Any] | None, classes: Sequenc
 
 def check_classes(model: nn.Module, classes: Sequence[str] | None) -> None:
     """ValueError, naming the first difference, unless data with these classes mean what `model` answers."""
-    names = cfg_of(model).get("label_names")
-    if names is None or classes is None:
-        return
-    for i, (mine, theirs) in enumerate(zip(names, classes, strict=False)):
+    check_names(cfg_of(model).get("label_names"), classes, "the model")
+
+
+def check_names(names: Sequence[str] | None, classes: Sequence[str] | None, where: str) -> None:
+    """ValueError, naming the first difference, unless the names of classes `where` are those of data."""
+    for i, (mine, theirs) in enumerate(zip(names or (), classes or (), strict=False)):
         if mine != theirs:
             raise ValueError(
-                f"--data: class {i} is {theirs!r} there but {mine!r} in the model; give data with its classes"
+                f"--data: class {i} is {theirs!r} there but {mine!r} in {where}; give data with its classes"
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ class Result:
     structure: Structure
     cost: Cost
     dense_cost: Cost
+    teacher: nn.Module = field(repr=False)
     teacher_top1: float
     before_post_top1: float
     final_top1: float
@@ -69,71 +70,57 @@ def train_teacher(
     return evaluate(model, val_loader)
 
 
-class Plan(NamedTuple):
-    """What a search was asked for, checked against its model: nothing of it is refused later."""
+@dataclass(frozen=True)
+class Plan:
+    """The arguments of `compress`, checked as they are put together: nothing is refused later. ValueError for
+    what cannot be done. A latency table is measured where one is needed and none is at hand, for batches of
+    `latency_batch` images.
+    """
 
     model: nn.Module
     train_loader: DataLoader
     val_loader: DataLoader
     budget: float | Mapping[str, float]
     metric: str
-    limits: tuple[Limit, ...]  # what the budget comes to
     config: Config
-    latency: LatencyTable | None  # of a budget in latency
-    out: Path | None
-    resume: bool
-    teacher_cache: Path | None
+    teacher: nn.Module | None = None
+    out: Path | None = None
+    resume: bool = False
+    latency: LatencyTable | None = None
+    latency_batch: int | None = None
+    teacher_cache: Path | None = None
+    limits: tuple[Limit, ...] = field(init=False)  # what the budget comes to
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The file of an unfinished run."""
-        return self.out / "checkpoint.safetensors" if self.out else None
+    def __post_init__(self) -> None:
+        model, config = self.model, self.config
+        method, named = method_of(config.solver.method), named_budgets(self.budget, self.metric)
+        if self.latency is not None and "latency" not in named:
+            raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
+        check(model)
+        check_children(model)  # what the final compaction would refuse
+        check_dtype(model, "model")
+        check_multiples(model, config.solver.round_to)
+        check_loader(self.train_loader)
+        if self.teacher is not None:
+            check_teacher(model, self.teacher, config.distill)
+            check_dtype(self.teacher, "teacher")
+        if self.teacher_cache is not None:
+            check_cache(self.teacher_cache, self.train_loader, config, self.teacher)
+        if self.out is not None:
+            describe(model)  # what could not be saved is refused now, not after the training
+        if "latency" in named:
+            object.__setattr__(self, "latency", self._latency_table())
+        object.__setattr__(self, "limits", limits(model, self.budget, self.metric, self.latency))
+        method.check(model, self.limits, config.solver)
 
-
-def prepare(
-    model: nn.Module,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    budget: float | Mapping[str, float] = 0.5,
-    metric: str = "macs",
-    teacher: nn.Module | None = None,
-    config: Config | None = None,
-    out: Path | None = None,
-    resume: bool = False,
-    latency: LatencyTable | None = None,
-    latency_batch: int | None = None,
-    teacher_cache: Path | None = None,
-) -> Plan:
-    """The arguments of `compress`, checked; a latency table is measured where one is needed and none is at
-    hand, for batches of `latency_batch` images. ValueError for whatever cannot be done.
-    """
-    config = config or Config()
-    solver, named = config.solver, named_budgets(budget, metric)
-    method = method_of(solver.method)
-    if latency is not None and "latency" not in named:
-        raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
-    check(model)
-    check_children(model)  # what the final compaction would refuse
-    check_dtype(model, "model")
-    check_multiples(model, solver.round_to)
-    check_loader(train_loader)
-    if teacher is not None:
-        check_teacher(model, teacher, config.distill)
-        check_dtype(teacher, "teacher")
-    if teacher_cache is not None:
-        check_cache(teacher_cache, train_loader, config, teacher)
-    if out is not None:
-        describe(model)  # what could not be saved is refused now, not after the training
-    if "latency" in named:
-        if latency is None and resume and out and (out / LATENCY).exists():
-            latency = LatencyTable.load(out / LATENCY)
-        latency = latency or measure(model, latency_batch or 1, solver.round_to)
-        latency.check(model)
-    bounds = limits(model, budget, metric, latency)
-    method.check(model, bounds, solver)
-    return Plan(
-        model, train_loader, val_loader, budget, metric, bounds, config, latency, out, resume, teacher_cache
-    )
+    def _latency_table(self) -> LatencyTable:
+        """The one that is given, that of the run to resume, or one measured here."""
+        table = self.latency
+        if table is None and self.resume and self.out and (self.out / LATENCY).exists():
+            table = LatencyTable.load(self.out / LATENCY)
+        table = table or measure(self.model, self.latency_batch or 1, self.config.solver.round_to)
+        table.check(self.model)
+        return table
 
 
 def compress(
@@ -173,70 +160,35 @@ def compress(
         ValueError: a bad argument, named; a budget below the smallest reachable one; a model that ``out``
             could not hold. All of it before any training.
     """
-    out = None if out is None else make_folder(Path(out), "out")
-    plan = prepare(
+    plan = Plan(
         model,
         train_loader,
         val_loader,
         budget,
         metric,
+        config or Config(),
         teacher,
-        config,
-        out,
+        None if out is None else make_folder(Path(out), "out"),
         resume,
         latency,
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
     )
-    with nullcontext(log) if log is not None else RunLog(out) as log:
-        return carry_out(plan, teacher, log)
+    with nullcontext(log) if log is not None else RunLog(plan.out) as log:
+        return carry_out(plan, log)
 
 
-def carry_out(plan: Plan, teacher: nn.Module | None, log: RunLog) -> Result:
+def carry_out(plan: Plan, log: RunLog) -> Result:
     """`compress`, once its arguments have been checked."""
     model, config, out = plan.model, plan.config, plan.out
     if plan.latency is not None and out:
         write_text(out / LATENCY, plan.latency.to_json())
-    teacher = (copy.deepcopy(model) if teacher is None else teacher).eval().requires_grad_(False)
+    teacher = copy.deepcopy(model) if plan.teacher is None else plan.teacher
+    teacher.eval().requires_grad_(False)
     dense_cost = cost(model, Structure.dense(model))
-    trainer = Trainer(
-        convert(model),
-        plan.train_loader,
-        plan.val_loader,
-        config,
-        log,
-        plan.checkpoint,
-        budget=plan.budget,
-        metric=plan.metric,
-    )
-    if plan.resume and out and plan.checkpoint.exists():
-        trainer.load()
-    set_seed(config.seed, bool(trainer.mix))
-    method = method_of(config.solver.method)
-    method.prepare(model, config.solver)
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(config.distill.kind != "none")
-    task = Classification(config.label_smoothing, config.precision)
-    if config.distill.kind != "none":
-        task = Distillation(teacher, config.distill, config.label_smoothing, config.precision)
-        if plan.teacher_cache is not None:
-            task = CachedDistillation(teacher, config, plan.teacher_cache, plan.train_loader)
+    trainer = _trainer(plan, log)
+    task = _task(plan, teacher)
     teacher_top1 = evaluate(teacher, plan.val_loader)
-
-    warmup, searching = config.warmup_epochs, config.search_epochs
-    optimizer = trainer.optimizer(config.search_learning_rate)
-    if not trainer.finished("search"):
-        trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
-        steps = searching * len(plan.train_loader)
-        pruner = method(model, plan.limits, steps, config.solver, config.seed)
-        trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
-        pruner.harden()
-        before_post = evaluate(model, plan.val_loader)
-        trainer.history.append({"phase": "harden", "top1": before_post})
-        log.note(event="harden", top1=before_post)
-    else:
-        apply_structure(model, Structure.from_json(trainer.resumed["structure"]))
-        before_post = next(entry["top1"] for entry in trainer.history if entry["phase"] == "harden")
-
+    before_post = _searched(trainer) if trainer.finished("search") else _search(plan, trainer, task)
     # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
     trainer.phase("post-train", config.post_epochs, task, trainer.optimizer(config.learning_rate))
     model.eval()
@@ -248,12 +200,67 @@ def carry_out(plan: Plan, teacher: nn.Module | None, log: RunLog) -> Result:
         structure=structure_of(model),
         cost=cost(model),
         dense_cost=dense_cost,
+        teacher=teacher,
         teacher_top1=teacher_top1,
         before_post_top1=before_post,
         final_top1=evaluate(model, plan.val_loader),
         steps=trainer.steps,
         history=trainer.history,
     )
+
+
+def _trainer(plan: Plan, log: RunLog) -> Trainer:
+    """One of the converted model, where a run to resume has stopped."""
+    file = plan.out / "checkpoint.safetensors" if plan.out else None
+    trainer = Trainer(
+        convert(plan.model),
+        plan.train_loader,
+        plan.val_loader,
+        plan.config,
+        log,
+        file,
+        budget=plan.budget,
+        metric=plan.metric,
+    )
+    if plan.resume and file is not None and file.exists():
+        trainer.load()
+    set_seed(plan.config.seed, bool(trainer.mix))
+    method_of(plan.config.solver.method).prepare(plan.model, plan.config.solver)
+    return trainer
+
+
+def _task(plan: Plan, teacher: nn.Module) -> Classification:
+    """What the model learns: labels, and from the teacher unless distillation is off."""
+    model, config = plan.model, plan.config
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(config.distill.kind != "none")
+    if config.distill.kind == "none":
+        return Classification(config.label_smoothing, config.precision)
+    if plan.teacher_cache is not None:
+        return CachedDistillation(teacher, config, plan.teacher_cache, plan.train_loader)
+    return Distillation(teacher, config.distill, config.label_smoothing, config.precision)
+
+
+def _search(plan: Plan, trainer: Trainer, task: Classification) -> float:
+    """Warms up, searches and hardens; returns top-1 in percent before post-training."""
+    model, config = plan.model, plan.config
+    warmup, searching = config.warmup_epochs, config.search_epochs
+    optimizer = trainer.optimizer(config.search_learning_rate)
+    trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
+    steps = searching * len(plan.train_loader)
+    pruner = method_of(config.solver.method)(model, plan.limits, steps, config.solver, config.seed)
+    trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
+    pruner.harden()
+    top1 = evaluate(model, plan.val_loader)
+    trainer.history.append({"phase": "harden", "top1": top1})
+    trainer.log.note(event="harden", top1=top1)
+    return top1
+
+
+def _searched(trainer: Trainer) -> float:
+    """What `_search` had found before the run was interrupted: its structure is applied, its top-1 returned."""
+    apply_structure(trainer.model, Structure.from_json(trainer.resumed["structure"]))
+    return next(entry["top1"] for entry in trainer.history if entry["phase"] == "harden")
 
 
 def check_teacher(model: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:

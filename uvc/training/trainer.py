@@ -49,14 +49,8 @@ class Trainer:
         file: Path | None,
         **settings: Any,
     ) -> None:
-        self.model, self.train_loader, self.val_loader, self.config, self.log, self.file = (
-            model,
-            train,
-            val,
-            config,
-            log,
-            file,
-        )
+        self.model, self.train_loader, self.val_loader = model, train, val
+        self.config, self.log, self.file = config, log, file
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
