@@ -258,7 +258,7 @@ def _search(plan: Plan, trainer: Trainer, task: Classification) -> float:
 
 
 def _searched(trainer: Trainer) -> float:
-    """What `_search` had found before the run was interrupted: its structure is applied, its top-1 returned."""
+    """Applies what `_search` had found before the run was interrupted; returns its top-1."""
     apply_structure(trainer.model, Structure.from_json(trainer.resumed["structure"]))
     return next(entry["top1"] for entry in trainer.history if entry["phase"] == "harden")
 
