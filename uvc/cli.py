@@ -181,14 +181,22 @@ def _data_options(command: Callable) -> Callable:
 )
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation.")
 @click.option("--recipe", help="Named settings: default, digits, deit_small_50; a wrong name lists them.")
-@click.option("--teacher", help="Trained weights of the model, a safetensors file or its folder.")
+@click.option("--teacher", help="Trained weights: a .safetensors, .pth, .pt or .bin file, or its folder.")
+@click.option("--pretrained", is_flag=True, default=None, help="Begin with timm's own weights, from its hub.")
 @click.option("--teacher-cache", help="Folder that keeps the teacher's answers, for other budgets, too.")
-@click.option("--teacher-epochs", type=int, help="Epochs of the teacher, if no weights are given.")
+@click.option("--teacher-epochs", type=int, help="Epochs of the teacher, if weights or its classifier lack.")
 @click.option("--warmup-epochs", type=int, help="Epochs before the search.")
 @click.option("--search-epochs", type=int, help="Epochs of the joint search.")
 @click.option("--post-epochs", type=int, help="Epochs after the structure is fixed.")
 @click.option("--lr", type=float, help="Peak learning rate of the teacher and of post-training.")
 @click.option("--search-lr", type=float, help="Peak learning rate of warm-up and search.")
+@click.option(
+    "--freeze",
+    multiple=True,
+    callback=lambda _context, _option, values: values or None,
+    metavar="PATTERN",
+    help="Leave parameters or modules as they are, as in patch_embed, 'blocks.[0-3]'; may be repeated.",
+)
 @click.option("--precision", metavar="float32|bfloat16", help="Of the products in training; float32.")
 @click.option("--skip", metavar="none|blocks|halves", help="What may be skipped.")
 @click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")

@@ -141,6 +141,10 @@ class Config:
     # and evaluations are float32 in both.
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: Count = 0
+    # Of the model and of its teacher, if that is trained: names of parameters or of modules around them, with
+    # *, ? and [abc] as in a shell. They get no gradient and stay as they are, and so do groups with a part in
+    # them.
+    freeze: tuple[str, ...] = ()
     checkpoint_every: Count = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
     threads: Size | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -168,7 +172,8 @@ class RunConfig:
     images: DataConfig = field(default_factory=DataConfig)
     model: str = "uvc_vit_digits"
     model_args: Arguments = field(default_factory=dict)  # of timm.create_model
-    teacher: str | None = None  # trained weights of the model
+    teacher: str | None = None  # trained weights of the model, or of it with another classifier
+    pretrained: bool = False  # take timm's own in their place, from its hub
     teacher_cache: str | None = None  # folder that keeps the teacher's answers for other runs
     budget: Budget = 0.5
     metric: Literal["macs", "params", "latency"] = "macs"  # of a budget that is a single fraction
@@ -183,6 +188,10 @@ class RunConfig:
             named = self.budgets
         except ValueError as error:
             raise BadSetting("budget", str(error).removeprefix("budget: ")) from None
+        if self.pretrained and self.teacher:
+            raise BadSetting(
+                "pretrained", f"true, but the teacher is {self.teacher!r}; leave one of them out"
+            )
         if "latency" not in named and (self.latency_table or self.latency_batch):
             name = "latency_table" if self.latency_table else "latency_batch"
             raise BadSetting(

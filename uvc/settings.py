@@ -76,8 +76,10 @@ def check(value: Any, hint: Any) -> Any:
     if kind in (typing.Union, types.UnionType):
         return _check_any(value, args)
     if kind is tuple:
-        wanted = args[:1] * len(value) if args[-1] is ... and isinstance(value, (list, tuple)) else args
-        if not isinstance(value, (list, tuple)) or len(value) != len(wanted):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{value!r}; it must be a list")
+        wanted = args[:1] * len(value) if args[-1] is ... else args
+        if len(value) != len(wanted):
             raise ValueError(f"{value!r}; it must be a list of {len(wanted)} values")
         return tuple(map(check, value, wanted))
     if kind is dict and isinstance(value, Mapping):

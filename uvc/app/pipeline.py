@@ -1,6 +1,7 @@
 """A whole run from its config to files: data, model, teacher, compression, and what is left in the folder."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
 from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
+from uvc.io.finite import refuse_not_finite
 from uvc.io.preprocessing import cfg_of, check_classes, check_names, note_data
 from uvc.io.serialization import WEIGHTS, load, save
 from uvc.io.weights import take_weights, warn
@@ -55,8 +57,7 @@ def compress_run(
     device = choose_device(run.device, run.threads)
     data = _data(run, _model_input(run))
     torch.manual_seed(run.seed)
-    model = _model(run, data.num_classes)
-    trained = _load_teacher(model, run, data, out)
+    model, trained = _begin(run, data, out)
     model = convert(model).to(device)
     note_data(model, data.view, data.classes)
     plan = Plan(
@@ -82,6 +83,8 @@ def compress_run(
     with RunLog(out, progress) as log:
         if not trained:
             _make_teacher(model, data, run.training, out, log)
+        elif run.pretrained:
+            save(model, out / TEACHER)  # a resumed run needs no hub
         # A run that is resumed after its teacher sees the batches of a run in one go.
         data.train.load_state_dict({"epoch": run.training.teacher_epochs, "batch": 0})
         result = carry_out(plan, log)
@@ -175,7 +178,7 @@ def draw_run(folder: Path, summary: Mapping[str, Any]) -> None:
     draw_structure(structure, Structure.dense(load(folder)), folder / "structure.png", title)
 
 
-def _model(run: RunConfig, num_classes: int) -> nn.Module:
+def _model(run: RunConfig, num_classes: int, pretrained: bool = False) -> nn.Module:
     """The timm model of a run; ValueError for arguments that it does not take."""
     arguments, size = dict(run.model_args), run.images.input_size
     if "num_classes" in arguments:
@@ -184,6 +187,8 @@ def _model(run: RunConfig, num_classes: int) -> nn.Module:
         if _input_size(size, arguments) != size:
             raise ValueError(f"--input-size: {size}, but --model-arg says otherwise; leave one of them out")
         arguments |= {"in_chans": size[0], "img_size": size[1:]}
+    if pretrained:
+        return timm.create_model(run.model, pretrained=True, num_classes=num_classes, **arguments)
     if not arguments:
         return timm.create_model(run.model, num_classes=num_classes)
     try:
@@ -220,28 +225,58 @@ def _input_size(size: tuple[int, int, int], args: Mapping[str, Any]) -> tuple[in
     return (args.get("in_chans", size[0]), height, width)
 
 
-def _load_teacher(model: nn.Module, run: RunConfig, data: Data, out: Path) -> bool:
-    """Give the model its teacher's weights, as far as there are any; False if they are still to be trained.
+def _begin(run: RunConfig, data: Data, out: Path) -> tuple[nn.Module, bool]:
+    """The model with its teacher's weights, as far as there are any, and whether they need no training.
 
     A teacher that this run had trained before it was interrupted comes first.
     """
+    model = _model(run, data.num_classes)
     if (out / TEACHER / WEIGHTS).is_file():
         take_weights(model, out / TEACHER)
-        return True
+        return model, True
+    if run.pretrained:
+        return _pretrained(model, run, data)
     if run.teacher is None:
-        return False
+        return model, False
     try:
         found = take_weights(model, Path(run.teacher))
-        if found.left and not run.training.teacher_epochs:
-            raise ValueError(
-                f"{run.teacher!r} has no {found.left[0]} for {data.num_classes} classes, and with "
-                "--teacher-epochs 0 it is not trained; give weights with these classes, or epochs"
-            )
     except ValueError as error:
         raise ValueError(f"--teacher: {error}") from None
+    if found.left:
+        _check_time(run, f"--teacher: {run.teacher!r} has no {found.left[0]} for {data.num_classes} classes")
     check_names(found.classes, data.classes, "the teacher")
     warn(found, run.teacher)
-    return not found.left
+    return model, not found.left
+
+
+def _pretrained(model: nn.Module, run: RunConfig, data: Data) -> tuple[nn.Module, bool]:
+    """`_begin` with the weights that timm has of `model`."""
+    classes = cfg_of(model).get("num_classes")
+    if classes != data.num_classes:
+        _check_time(run, f"--pretrained: {run.model} is for {classes} classes, not {data.num_classes}")
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # each try to reach it would be a line
+    try:
+        model = _model(run, data.num_classes, pretrained=True)
+    except Exception as error:  # clients of hubs fail as the network does, in many ways
+        raise ValueError(
+            f"--pretrained: no weights of {run.model} can be had ({one_line(error):.200}); give a file of "
+            "weights, --teacher FILE"
+        ) from None
+    finally:
+        hub.setLevel(level)
+    refuse_not_finite(model.state_dict(), f"--pretrained: {run.model}")
+    return model, classes == data.num_classes
+
+
+def _check_time(run: RunConfig, why: str) -> None:
+    """ValueError when the classifier is new and no epochs would train it."""
+    if not run.training.teacher_epochs:
+        raise ValueError(
+            f"{why}, and with --teacher-epochs 0 its classifier is not trained; give epochs, or weights with "
+            "these classes"
+        )
 
 
 def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: RunLog) -> None:

@@ -152,7 +152,7 @@ def _unwrap(found: Any, file: Path) -> tuple[dict[str, Tensor], list[str]]:
         if isinstance(found, Mapping):
             held = f"{held} of {', '.join(map(str, list(found)[:6])) or 'nothing'}"
         raise ValueError(f"{str(file)!r} holds a {held}, no weights by name; save a state_dict()")
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value.detach() for name, value in found.items() if isinstance(value, Tensor)}
     if others := [str(name) for name in found if str(name) not in tensors]:
         notes.append(f"no tensors, not used: {named(others)}")
     for name, tensor in tensors.items():
@@ -184,7 +184,11 @@ def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}
     ours = isinstance(config, dict) and str(config.get("format")).startswith("uvc-")
     if ours and metadata.get("config") != hashlib.sha256(text).hexdigest():
-        raise ValueError(f"{str(file)!r} was saved with another config.json than the one beside it")
+        raise ValueError(
+            f"{str(file)!r} was saved with another config.json than the one beside it; save anew"
+        )
+    if ours and not (isinstance(config.get("arguments"), dict) and "structure" in config):
+        raise ValueError(f"{str(beside)!r} does not describe a model; save it again with uvc.save")
     return config if isinstance(config, dict) else {}
 
 

@@ -164,7 +164,11 @@ def adapted(weights: Mapping[str, Tensor], model: nn.Module, config: Mapping[str
     if any("pre_logits" in name for name in weights):
         weights = {name: t for name, t in weights.items() if not name.startswith("head.")}
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if is_ours(config) and size is not None and tuple(config["arguments"]["img_size"] or ()) == tuple(size):
+    if (
+        is_ours(config)
+        and size is not None
+        and tuple(config["arguments"].get("img_size") or ()) == tuple(size)
+    ):
         return weights  # timm would take its grid for one of the size that the model was published with
     try:
         found = dict(filter_of(model)(dict(weights), model))
@@ -218,12 +222,12 @@ def check_beside(config: Mapping[str, Any], model: nn.Module) -> None:
     """
     blocks = getattr(model, "blocks", None) or [None]
     mine = getattr(getattr(blocks[0], "attn", None), "num_heads", None)
-    its = config["arguments"]["num_heads"] if is_ours(config) else config.get("num_attention_heads")
+    its = config["arguments"].get("num_heads") if is_ours(config) else config.get("num_attention_heads")
     if isinstance(its, int) and mine is not None and its != mine and not is_compacted(model):
         raise ValueError(
             f"it has {its} heads per block, the model {mine}; make the model with num_heads={its}"
         )
-    if not is_ours(config) or config["arguments"]["embed_dim"] != getattr(model, "embed_dim", None):
+    if not is_ours(config) or config["arguments"].get("embed_dim") != getattr(model, "embed_dim", None):
         return
     saved = Structure.from_data(config["structure"])
     if len(saved.blocks) == len(blocks) and saved != structure_of(model):

@@ -26,6 +26,7 @@ from uvc.solver import method_of
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.checkpoint import set_seed
 from uvc.training.evaluation import evaluate
+from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
 from uvc.training.teacher_cache import CachedDistillation, check_cache
@@ -61,6 +62,7 @@ def train_teacher(
     file: Path | None = None,
 ) -> float:
     """Trains a dense model on labels, in place, for ``config.teacher_epochs``; returns top-1 in percent."""
+    freeze(model, config.freeze)
     trainer = Trainer(model, train_loader, val_loader, config, log, file)
     if file is not None and file.exists():
         trainer.load()
@@ -111,7 +113,8 @@ class Plan:
         if "latency" in named:
             object.__setattr__(self, "latency", self._latency_table())
         object.__setattr__(self, "limits", limits(model, self.budget, self.metric, self.latency))
-        method.check(model, self.limits, config.solver)
+        with frozen(model, config.freeze):
+            method.check(model, self.limits, config.solver)
 
     def _latency_table(self) -> LatencyTable:
         """The one that is given, that of the run to resume, or one measured here."""
@@ -184,6 +187,7 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
         write_text(out / LATENCY, plan.latency.to_json())
     teacher = copy.deepcopy(model) if plan.teacher is None else plan.teacher
     teacher.eval().requires_grad_(False)
+    freeze(model, config.freeze)
     dense_cost = cost(model, Structure.dense(model))
     trainer = _trainer(plan, log)
     task = _task(plan, teacher)

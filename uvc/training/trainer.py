@@ -28,6 +28,7 @@ from uvc.training.checkpoint import (
 from uvc.training.evaluation import evaluate, input_dtype, targets, unpack
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
+from uvc.training.freezing import train_mode
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Mixing
 from uvc.training.signals import Stopped, asked
@@ -94,7 +95,7 @@ class Trainer:
         check = FiniteCheck(self.model, name, self._kept)
         for epoch in range(first, epochs):
             start = time.perf_counter()
-            self.model.train()
+            train_mode(self.model)
             had = done
             batches = self.feed.epoch(done) if done < steps else ()
             for i, batch in enumerate(batches, done):
