@@ -197,7 +197,11 @@ def _data_options(command: Callable) -> Callable:
     metavar="PATTERN",
     help="Leave parameters or modules as they are, as in patch_embed, 'blocks.[0-3]'; may be repeated.",
 )
-@click.option("--precision", metavar="float32|bfloat16", help="Of the products in training; float32.")
+@click.option(
+    "--precision",
+    metavar="auto|float32|bfloat16|float16",
+    help="Of the products in training; float32. auto: what a step is faster in here.",
+)
 @click.option("--skip", metavar="none|blocks|halves", help="What may be skipped.")
 @click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")
 @click.option("--distill", metavar="none|soft|hard", help="How the teacher teaches.")

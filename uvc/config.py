@@ -137,9 +137,9 @@ class Config:
     # Above 0, the teacher and the result are averages of the weights over the steps, this much of the old one
     # at each step, less in the first.
     ema_decay: Decay = 0.0
-    # Of the products in training: "float32", or "bfloat16", where models run under autocast. Weights, losses
-    # and evaluations are float32 in both.
-    precision: Literal["float32", "bfloat16"] = "float32"
+    # Of the products in training: in 16 bits models run under autocast. Weights, losses and evaluations are
+    # float32 in all. "auto": float32 or 16 bits, whichever a step was measured to be faster in at the start.
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     seed: Count = 0
     # Of the model and of its teacher, if that is trained: names of parameters or of modules around them, with
     # *, ? and [abc] as in a shell. They get no gradient and stay as they are, and so do groups with a part in

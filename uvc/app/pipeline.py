@@ -81,8 +81,9 @@ def compress_run(
         say(f"published by others, not ours: {aim.published}")
 
     with RunLog(out, progress) as log:
+        plan.begin(log)
         if not trained:
-            _make_teacher(model, data, run.training, out, log)
+            _make_teacher(model, data, plan.config, out, log)
         elif run.pretrained:
             save(model, out / TEACHER)  # a resumed run needs no hub
         # A run that is resumed after its teacher sees the batches of a run in one go.
@@ -305,6 +306,7 @@ def _summary(run: RunConfig, plan: Plan, data: Data, result: Result) -> dict[str
         "before_post_top1": result.before_post_top1,
         "final_top1": evaluate(small, data.val, device),
         "steps": result.steps,
+        "precision": result.precision,
         "device": device_name(device) if device.type == "cuda" else "cpu",
         "latency": _latency(result.teacher, small, data, device),
         **({"latency_budget": _latency_check(plan.latency, result.teacher, small)} if plan.latency else {}),

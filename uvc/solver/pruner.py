@@ -48,7 +48,7 @@ class Pruner:
         """Changes a converted model before its first optimiser; its function stays."""
 
     def before(self) -> None:
-        """Prepares the model for the coming forward and backward pass."""
+        """Prepares the model for the coming forward and backward pass; called anew where that is repeated."""
 
     def observe(self, scale: float = 1.0) -> None:
         """Reads the gradients, which are ``scale`` times those of the loss."""

@@ -124,6 +124,7 @@ class Tokens(AllTokens):
             self.model.blocks[site].set_slimming(None if ended and dropped == 0 else slims)
 
     def watch(self) -> None:
+        self._look_away()  # from a pass that is repeated
         for index, block in enumerate(self.model.blocks):
             for half, reached in ((block.attn, index), (block.mlp, index + 1)):
                 interval = sum(site < reached for site in self.sites) - 1
@@ -146,16 +147,19 @@ class Tokens(AllTokens):
     def observe(self, scale: float, decay: float) -> None:
         if not self._hooks:
             return
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
         state = self.state
         gates = torch.zeros_like(state.importance).index_add_(1, self._bucket, self._read / scale)
-        self._read.zero_()
+        self._look_away()
         # A bucket that is dropped keeps its importance.
         dropped = torch.tensor(state.dropped, device=gates.device)[:, None]
         there = torch.arange(gates.shape[1], device=gates.device) >= dropped
         state.importance.lerp_(gates.square(), (1.0 - decay) * there.to(gates.dtype))
+
+    def _look_away(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._read.zero_()
 
     def limits(self, limits: Sequence[Limit], dropped: Sequence[int]) -> tuple[Limit, ...]:
         """The limits, with MACs priced where so many buckets are dropped at each site."""

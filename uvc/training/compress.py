@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from uvc.training.evaluation import evaluate
 from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
+from uvc.training.precision import PRECISION, Precision, settle
 from uvc.training.teacher_cache import CachedDistillation, check_cache
 from uvc.training.trainer import Trainer
 
@@ -45,6 +47,7 @@ class Result:
     structure: Structure
     cost: Cost
     dense_cost: Cost
+    precision: str  # of the products in training
     teacher: nn.Module = field(repr=False)
     teacher_top1: float
     before_post_top1: float
@@ -76,7 +79,7 @@ def train_teacher(
 class Plan:
     """The arguments of `compress`, checked as they are put together: nothing is refused later. ValueError for
     what cannot be done. A latency table is measured where one is needed and none is at hand, for batches of
-    `latency_batch` images.
+    `latency_batch` images; so is the precision that training is fastest in, and `config` names it.
     """
 
     model: nn.Module
@@ -92,6 +95,7 @@ class Plan:
     latency_batch: int | None = None
     teacher_cache: Path | None = None
     limits: tuple[Limit, ...] = field(init=False)  # what the budget comes to
+    precision: Precision = field(init=False)
 
     def __post_init__(self) -> None:
         model, config = self.model, self.config
@@ -106,10 +110,14 @@ class Plan:
         if self.teacher is not None:
             check_teacher(model, self.teacher, config.distill)
             check_dtype(self.teacher, "teacher")
-        if self.teacher_cache is not None:
-            check_cache(self.teacher_cache, self.train_loader, config, self.teacher)
         if self.out is not None:
             describe(model)  # what could not be saved is refused now, not after the training
+        with frozen(model, config.freeze):
+            precision = settle(model, self.train_loader, config, self.out if self.resume else None)
+        object.__setattr__(self, "precision", precision)
+        object.__setattr__(self, "config", replace(config, precision=precision.used))
+        if self.teacher_cache is not None:
+            check_cache(self.teacher_cache, self.train_loader, self.config, self.teacher)
         if "latency" in named:
             object.__setattr__(self, "latency", self._latency_table())
         object.__setattr__(self, "limits", limits(model, self.budget, self.metric, self.latency))
@@ -124,6 +132,21 @@ class Plan:
         table = table or measure(self.model, self.latency_batch or 1, self.config.solver.round_to)
         table.check(self.model)
         return table
+
+    def begin(self, log: RunLog) -> None:
+        """Keeps what was measured in the folder of the run, and says it once."""
+        precision, out = self.precision, self.out
+        if self.latency is not None and out:
+            write_text(out / LATENCY, self.latency.to_json())
+        if precision.asked == "float32" or (self.resume and out and (out / PRECISION).exists()):
+            return
+        if out:
+            precision.save(out)
+        log.note(event="precision", **precision._asdict())
+        if precision.slower:
+            warnings.warn(precision.line, stacklevel=2)
+        elif precision.line:
+            log.say(precision.line)
 
 
 def compress(
@@ -177,14 +200,13 @@ def compress(
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
     )
     with nullcontext(log) if log is not None else RunLog(plan.out) as log:
+        plan.begin(log)
         return carry_out(plan, log)
 
 
 def carry_out(plan: Plan, log: RunLog) -> Result:
-    """`compress`, once its arguments have been checked."""
+    """`compress`, once its arguments have been checked and the plan has begun."""
     model, config, out = plan.model, plan.config, plan.out
-    if plan.latency is not None and out:
-        write_text(out / LATENCY, plan.latency.to_json())
     teacher = copy.deepcopy(model) if plan.teacher is None else plan.teacher
     teacher.eval().requires_grad_(False)
     freeze(model, config.freeze)
@@ -204,6 +226,7 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
         structure=structure_of(model),
         cost=cost(model),
         dense_cost=dense_cost,
+        precision=config.precision,
         teacher=teacher,
         teacher_top1=teacher_top1,
         before_post_top1=before_post,
@@ -287,7 +310,7 @@ def check_dtype(model: nn.Module, name: str) -> None:
     if (dtype := input_dtype(model)) != torch.float32:
         raise ValueError(
             f"{name}: its weights are {str(dtype).removeprefix('torch.')}, training keeps float32; give "
-            f"{name}.float(), and half precision of products as Config.precision"
+            f"{name}.float(), and 16 bits of products as Config.precision"
         )
 
 

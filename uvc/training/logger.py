@@ -59,6 +59,11 @@ class RunLog:
                 soft_wrap=True,
             )
 
+    def say(self, line: str) -> None:
+        """Show a line, where progress is shown."""
+        if self._console is not None:
+            self._console.print(line, soft_wrap=True)
+
     def note(self, **fields: Any) -> None:
         """Write one JSON line that is no step, such as the validation accuracy of an epoch."""
         self._write({"phase": self._phase, **fields})

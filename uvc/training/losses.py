@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from uvc.config import Config, DistillConfig
 
+# Under autocast in the named precision, None: without autocast.
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Mixing:
     """Mixup and cutmix, by timm's ``Mixup``, which draws from numpy's global generator.
@@ -56,12 +59,17 @@ class Mixing:
 class Classification:
     """Cross-entropy with the labels, integer [B] or soft [B, classes].
 
-    precision: "float32", or "bfloat16": models run under autocast; what they return is taken as float32.
+    precision: "float32", or one of 16 bits, where models run under autocast and what they return is taken as
+    float32.
     """
 
     def __init__(self, label_smoothing: float = 0.0, precision: str = "float32") -> None:
         self.label_smoothing = label_smoothing
-        self.half = precision == "bfloat16"
+        if precision not in DTYPES:
+            raise ValueError(
+                f"precision: {precision!r} is settled by compress alone; name {', '.join(DTYPES)}"
+            )
+        self.half = DTYPES[precision]
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
         """Returns {"loss": scalar, "output": logits [B, classes]}. With a distillation token the two heads
@@ -84,9 +92,9 @@ class Classification:
 
     def _run(self, model: nn.Module, images: Tensor) -> Any:
         """What the model returns: logits, or one of each head."""
-        if not self.half:
+        if self.half is None:
             return model(images)
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with torch.autocast(images.device.type, self.half):
             output = model(images)
         return tuple(t.float() for t in output) if isinstance(output, tuple) else output.float()
 
@@ -135,7 +143,7 @@ class Distillation(Classification):
         read = []
         handle = model.head.register_forward_pre_hook(lambda _, args: read.append(args[0]))
         try:
-            return self._run(model, images), read[0].float() if self.half else read[0]
+            return self._run(model, images), read[0] if self.half is None else read[0].float()
         finally:
             handle.remove()
 

@@ -30,6 +30,7 @@ from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.freezing import train_mode
 from uvc.training.logger import RunLog
+from uvc.training.loss_scale import LossScale
 from uvc.training.losses import Classification, Mixing
 from uvc.training.signals import Stopped, asked
 
@@ -54,6 +55,7 @@ class Trainer:
         self.config, self.log, self.file = config, log, file
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
+        self.scale = LossScale(config.precision)
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
         # A checkpoint belongs to one set of them; how often one is written is none of it.
         self.settings = _json_like({**asdict(config), **settings})
@@ -146,15 +148,21 @@ class Trainer:
         pruner: Pruner,
         check: FiniteCheck,
     ) -> dict[str, Any]:
-        pruner.before()
         images, labels = unpack(batch, "train_loader")
         labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
         images = images.to(self.device, self.dtype, non_blocking=True)
         shown = getattr(self.train_loader, "shown", None)
         seed = None if shown is None else hash((self.config.seed, shown.epoch, shown.batch))
-        out = task(self.model, *self.mix(images, labels, seed))
-        out["loss"].backward()
-        pruner.observe()
+        images, labels = self.mix(images, labels, seed)
+        while True:
+            pruner.before()
+            out = task(self.model, images, labels)
+            self.scale.backward(out["loss"])
+            if self.scale.fits(self.model.parameters()):
+                break
+            optimizer.zero_grad(set_to_none=True)
+        pruner.observe(self.scale.value)
+        self.scale.unscale(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         check.see(out["loss"], norm, images)
         optimizer.step()
@@ -202,6 +210,7 @@ class Trainer:
             "loader": loader,
             "history": self.history,
             "steps": self.steps,
+            "loss_scale": self.scale.state(),
         }
         structure = structure_of(self.model).to_json() if phase == "post-train" else None
         save_run(self.file, tensors, {**facts, "structure": structure, "settings": self.settings})
@@ -240,6 +249,8 @@ class Trainer:
             ) from None
         if self.average:
             self.average.module.load_state_dict(self.tensors["average"])
+        if "loss_scale" in self.resumed:
+            self.scale.load_state(self.resumed["loss_scale"])
         done = self.resumed.get("done", 0)
         inside = 0 < done < len(self.train_loader)
         self.feed.load_state(self.tensors["random"], self.resumed["loader"], inside)
