@@ -53,6 +53,8 @@ MODELS = {
     "swiglu": lambda: small_vit(mlp_layer=SwiGLU, act_layer="silu", proj_bias=False),
     "packed swiglu": lambda: small_vit(mlp_layer=SwiGLUPacked, **GATED),
     "glu, gate last": lambda: small_vit(mlp_layer=GluMlp, **GATED),
+    "q/k norms": lambda: small_vit(qk_norm=True),
+    "norms inside": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
     "t2t performer": lambda: small_vit(T2TVisionTransformer, **T2T),
     "t2t transformer": lambda: small_vit(T2TVisionTransformer, form="transformer", **T2T),
 }
@@ -77,6 +79,7 @@ def structures(model: nn.Module) -> dict[str, Structure]:
 
     ragged = drawn.blocks[0]
     no_qk = BlockStructure(**{**vars(ragged), "qk_dims": ((), *ragged.qk_dims[1:])})
+    free = uvc.families(model)[0]["qk"]
     half = [dict(attn=False), dict(mlp=False), dict(attn=False, mlp=False)]
     return {
         "dense": dense,
@@ -85,7 +88,7 @@ def structures(model: nn.Module) -> dict[str, Structure]:
         "uniform with equal heads": Structure.uniform(model, heads=0.5, head_dims=0.5, neurons=0.5),
         "no heads": change(drawn, heads=(), qk_dims=(), v_dims=()),
         "no neurons": change(drawn, neurons=()),
-        "a head without q/k dims": Structure((no_qk, *drawn.blocks[1:])),
+        "a head without q/k dims": Structure((no_qk if free else ragged, *drawn.blocks[1:])),
         "halves skipped in turn": Structure(
             tuple(BlockStructure(**{**vars(b), **half[i % 3]}) for i, b in enumerate(drawn.blocks))
         ),

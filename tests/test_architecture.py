@@ -39,6 +39,7 @@ PUBLIC = [
     "compress",
     "convert",
     "cost",
+    "families",
     "load",
     "load_weights",
     "save",

@@ -9,7 +9,7 @@ from uvc.compaction import compact
 from uvc.costs import cost
 from uvc.io.serialization import load, save
 from uvc.io.weights import load_weights
-from uvc.layers import UVCAttention, UVCMlp, convert
+from uvc.layers import UVCAttention, UVCMlp, convert, families
 from uvc.structure import Structure, apply_structure, structure_of
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "compress",
     "convert",
     "cost",
+    "families",
     "load",
     "load_weights",
     "save",

@@ -64,7 +64,8 @@ class Reach(NamedTuple):
     """How far a metric can go: the dense cost, and fractions of it.
 
     `skipped`: with every block skipped, the smallest budget that can be met. `thin`: with all halves running,
-    on one head of one q/k dim and one v dim, and on one neuron (or on one multiple of them).
+    on one head of one q/k dim and one v dim, and on one neuron (or on one multiple of them), as far as the
+    layers offer to remove the rest.
     """
 
     metric: str
@@ -85,8 +86,12 @@ def reachable(
     """What budgets a timm or converted model can meet, in every metric (latency only with its table)."""
     dense_structure, found = Structure.dense(model), []
     whole = counts(dense_structure)
-    ones, (dims, neurons) = (1,) * len(whole.qk), round_to
-    least = Counts(ones, ones, *((n,) * len(ones) for n in (dims, dims, neurons)), ones)
+    s, (dims, neurons), rows = sizes_of(model), round_to, []
+    for offered in s.families:
+        heads = 1 if offered.heads else s.heads
+        qk, v = (heads * (dims if unit else s.head_dim) for unit in (offered.qk, offered.v))
+        rows.append((1, 1, qk, v, neurons if offered.neurons else s.neurons, heads))
+    least = Counts(*zip(*rows, strict=True))
     for metric in METRICS if latency is not None else LINEAR:
         costs = latency if metric == "latency" else prices(model, metric, dense_structure)
         dense = total(costs, whole)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvc.layers import check_children, meta_copy
+from uvc.layers import Prunable, UnitCost, check_children, meta_copy
 from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
@@ -118,10 +118,11 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
     check_children(model, hooks=False, weight=False)
     if metric == "params":
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
-        row = s.dim + s.qkv_bias
-        # A q/k dim is a row of q and one of k; a v dim a row of v and a column of the projection.
-        parts = (s.attn_params, s.mlp_params, 2 * row, row + s.dim, s.neuron_params)
-        return Prices(fixed, *((part,) * s.blocks for part in parts))
+        rows = []
+        for (attn, mlp), around in zip(s.layers, s.around, strict=True):
+            halves = (layer.fixed_params() + n for layer, n in zip((attn, mlp), around, strict=True))
+            rows.append((*halves, *(unit.params for unit in unit_costs(attn, mlp))))
+        return Prices(fixed, *zip(*rows, strict=True))
     if s.patches is None:
         raise ValueError(
             "the model has no input size of its own, so its cost is undefined; give it an img_size"
@@ -132,16 +133,21 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
 
 def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Prices:
     """The prices in MACs where so many patch tokens reach each block and go on from its attention half."""
-    # N tokens in the attention half, M in the MLP.
-    tokens = [(s.prefix + arriving, s.prefix + leaving) for arriving, leaving in tokens]
-    # A v dim: a row, N^2 products, a column. A q/k dim: a row of q, one of k, a term of N^2 dot products, and
-    # where tokens are dropped one more row of them, which ranks the tokens.
-    v = tuple(2 * N * s.dim + N * N for N, _ in tokens)
-    qk = tuple(dim + (N if M < N else 0) for dim, (N, M) in zip(v, tokens, strict=True))
-    # A neuron: a row of fc1, with a gate a second one, and a column of fc2.
-    neuron = tuple((s.neuron_rows + 1) * M * s.dim for _, M in tokens)
-    free = (0,) * s.blocks
-    return Prices(fixed, free, free, qk, v, neuron)
+    rows = []
+    for pair, (arriving, leaving) in zip(s.layers, tokens, strict=True):
+        # N tokens in the attention half, M in the MLP.
+        N, M = s.prefix + arriving, s.prefix + leaving
+        qk, v, neuron = (unit.macs for unit in unit_costs(*pair))
+        # A v dim: rows, N^2 products, a column. A q/k dim: rows, a term of N^2 dot products, and where tokens
+        # are dropped one more row of them, which ranks the tokens.
+        rank = N if M < N else 0
+        rows.append((0, 0, N * qk + N * N + rank, N * v + N * N, M * neuron))
+    return Prices(fixed, *zip(*rows, strict=True))
+
+
+def unit_costs(attn: Prunable, mlp: Prunable) -> tuple[UnitCost, UnitCost, UnitCost]:
+    """What a q/k dim, a v dim and a neuron cost in parameters and linear layers."""
+    return attn.unit_cost("qk"), attn.unit_cost("v"), mlp.unit_cost("neuron")
 
 
 class _FirstTokens(nn.Module):

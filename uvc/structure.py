@@ -12,16 +12,25 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from uvc.layers import Slimming, check, convert, is_compacted, slimming
+from uvc.layers import (
+    NAMES,
+    Families,
+    Slimming,
+    check,
+    convert,
+    families_of,
+    is_compacted,
+    layers_of,
+    slimming,
+)
 
 
 class Sizes(NamedTuple):
-    """How large the blocks of a dense model are.
+    """How large the blocks of a dense model are, and what may be pruned of them.
 
-    `qkv_bias`: 1 with a bias, else 0. `neuron_rows`: the rows of a neuron, 2 with a gate, else 1;
-    `neuron_params`: the parameters of a neuron. `attn_params`, `mlp_params`: the parameters of a running half
-    that stay whatever it keeps (norm, layer scale, output bias). `patches`: patch tokens of an image, None
-    without an input size; `prefix`: tokens before them.
+    `layers`: attention and MLP of each block, as layers that can leave parts out; `families`: their offers.
+    `around`: the parameters of each block's halves outside these layers (norm, layer scale). `patches`: patch
+    tokens of an image, None without an input size; `prefix`: tokens before them.
     """
 
     blocks: int
@@ -29,11 +38,9 @@ class Sizes(NamedTuple):
     heads: int
     head_dim: int
     neurons: int
-    qkv_bias: int
-    neuron_rows: int
-    neuron_params: int
-    attn_params: int
-    mlp_params: int
+    layers: tuple[tuple[nn.Module, nn.Module], ...]
+    families: tuple[Families, ...]
+    around: tuple[tuple[int, int], ...]
     patches: int | None
     prefix: int
 
@@ -43,20 +50,31 @@ def sizes_of(model: nn.Module) -> Sizes:
     compacted = is_compacted(model)
     if not compacted:
         check(model)
-    block = model.blocks[0].origin if compacted else model.blocks[0]
-    attn, mlp = block.attn, block.mlp
-    A, D, F = attn.num_heads * attn.head_dim, attn.qkv.in_features, mlp.fc2.in_features
-    qkv_bias = int(attn.qkv.bias is not None)
-    first = [module for name, module in mlp.named_children() if name.startswith("fc1")]
-    rows = sum(linear.out_features for linear in first) // F
-    neuron_params = rows * (D + int(first[0].bias is not None)) + D
-    halves = {"1": -A * (4 * D + 3 * qkv_bias), "2": -F * neuron_params}
+    blocks = [block.origin if compacted else block for block in model.blocks]
+    layers = tuple(map(layers_of, blocks))
+    (attn, mlp), stem = layers[0], model.patch_embed
+    return Sizes(
+        blocks=len(blocks),
+        dim=model.embed_dim,
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        neurons=mlp.neurons,
+        layers=layers,
+        families=tuple(families_of(*pair) for pair in layers),
+        around=tuple(map(params_around, blocks)),
+        patches=None if stem.img_size is None else stem.num_patches,
+        prefix=model.num_prefix_tokens,
+    )
+
+
+def params_around(block: nn.Module) -> tuple[int, int]:
+    """Parameters of the attention half and of the MLP half of a block outside these two layers."""
+    halves = {"1": 0, "2": 0}
     for name, parameter in block.named_parameters():
         child = name.split(".")[0]
-        halves["1" if child == "attn" else "2" if child == "mlp" else child[-1]] += parameter.numel()
-    neuron, stem = (qkv_bias, rows, neuron_params), model.patch_embed
-    tokens = (None if stem.img_size is None else stem.num_patches, model.num_prefix_tokens)
-    return Sizes(len(model.blocks), D, attn.num_heads, attn.head_dim, F, *neuron, *halves.values(), *tokens)
+        if child not in ("attn", "mlp"):
+            halves[child[-1]] += parameter.numel()
+    return halves["1"], halves["2"]
 
 
 @dataclass(frozen=True)
@@ -138,38 +156,32 @@ class Structure:
 
         Each argument is a fraction in [0, 1] of its family, rounded to whole units: `heads` of the heads,
         `head_dims` of the q/k dims and v dims of each kept head, `neurons` of the neurons, `blocks` of the
-        blocks.
+        blocks. What a layer does not offer stays.
         """
         s = sizes_of(model)
-        n_heads = portion("heads", heads, s.heads)
-        dims = tuple(range(portion("head_dims", head_dims, s.head_dim)))
-        kept = tuple(range(portion("neurons", neurons, s.neurons)))
-        n_blocks = portion("blocks", blocks, s.blocks)
-        return cls(
-            tuple(
-                BlockStructure(
-                    i < n_blocks,
-                    i < n_blocks,
-                    tuple(range(n_heads)),
-                    (dims,) * n_heads,
-                    (dims,) * n_heads,
-                    kept,
-                )
-                for i in range(s.blocks)
-            )
-        )
+        n_heads, dims = portion("heads", heads, s.heads), portion("head_dims", head_dims, s.head_dim)
+        n_neurons, n_blocks = portion("neurons", neurons, s.neurons), portion("blocks", blocks, s.blocks)
+        kept = []
+        for i, offered in enumerate(s.families):
+            n = n_heads if offered.heads else s.heads
+            qk, v = (tuple(range(dims if unit else s.head_dim)) for unit in (offered.qk, offered.v))
+            neuron = tuple(range(n_neurons if offered.neurons else s.neurons))
+            runs = i < n_blocks
+            kept.append(BlockStructure(runs, runs, tuple(range(n)), (qk,) * n, (v,) * n, neuron))
+        return cls(tuple(kept))
 
     @classmethod
     def random(cls, model: nn.Module, keep: float, seed: int = 0) -> "Structure":
         """Keep round(keep * F) neurons and round(keep * H * K) (head, dim) units of every block, at random.
 
         How many heads survive is drawn among what is possible, then q/k dims and v dims are drawn apart
-        within the surviving heads, so that heads are ragged. The same seed gives the same structure.
+        within the surviving heads, so that heads are ragged. What a layer does not offer stays. The same seed
+        gives the same structure.
         """
         s = sizes_of(model)
         units, n_neurons = portion("keep", keep, s.heads * s.head_dim), portion("keep", keep, s.neurons)
         generator = torch.Generator("cpu").manual_seed(seed)
-        return cls(tuple(random_block(s, units, n_neurons, generator) for _ in range(s.blocks)))
+        return cls(tuple(random_block(s, f, keep, units, n_neurons, generator) for f in s.families))
 
     def with_tokens(
         self, model: nn.Module, keep: float | Sequence[float], at: Sequence[int] | None = None
@@ -243,24 +255,33 @@ def portion(name: str, fraction: float, whole: int) -> int:
     return round(fraction * whole)
 
 
-def random_block(s: Sizes, units: int, n_neurons: int, generator: torch.Generator) -> BlockStructure:
-    """A block with exactly `units` v dims and q/k dims over a random number of heads."""
+def random_block(
+    s: Sizes, offered: Families, keep: float, units: int, n_neurons: int, generator: torch.Generator
+) -> BlockStructure:
+    """A block of exactly `units` v dims and q/k dims over a random number of heads, where it offers these."""
 
     def draw(n: int, of: int) -> list[int]:
         return sorted(torch.randperm(of, generator=generator, device="cpu")[:n].tolist())
 
-    # Every kept head needs at least one v dim and holds at most K of them.
-    fewest, most = -(-units // s.head_dim), min(s.heads, units)
-    n_heads = int(torch.randint(fewest, most + 1, (), generator=generator, device="cpu"))
-    heads = draw(n_heads, s.heads)
-    v = [draw(1, s.head_dim) for _ in heads]
-    rest = [(i, d) for i in range(n_heads) for d in range(s.head_dim) if d != v[i][0]]
-    for j in draw(units - n_heads, len(rest)):
-        v[rest[j][0]].append(rest[j][1])
-    qk = [[] for _ in heads]
-    for j in draw(units, n_heads * s.head_dim):
-        qk[j // s.head_dim].append(j % s.head_dim)
-    neurons = tuple(draw(n_neurons, s.neurons))
+    whole = list(range(s.head_dim))
+    if offered.v:
+        # Every kept head needs at least one v dim and holds at most K of them.
+        fewest, most = -(-units // s.head_dim), min(s.heads, units)
+        n_heads = int(torch.randint(fewest, most + 1, (), generator=generator, device="cpu"))
+        n_heads = n_heads if offered.heads else s.heads
+        heads = draw(n_heads, s.heads)
+        v = [draw(1, s.head_dim) for _ in heads]
+        rest = [(i, d) for i in range(n_heads) for d in range(s.head_dim) if d != v[i][0]]
+        for j in draw(max(units - n_heads, 0), len(rest)):
+            v[rest[j][0]].append(rest[j][1])
+    else:
+        heads = draw(round(keep * s.heads) if offered.heads else s.heads, s.heads)
+        v = [whole for _ in heads]
+    qk = [[] if offered.qk else whole for _ in heads]
+    if offered.qk:
+        for j in draw(min(units, len(heads) * s.head_dim), len(heads) * s.head_dim):
+            qk[j // s.head_dim].append(j % s.head_dim)
+    neurons = tuple(draw(n_neurons if offered.neurons else s.neurons, s.neurons))
     return BlockStructure(
         True, True, tuple(heads), tuple(map(tuple, qk)), tuple(tuple(sorted(d)) for d in v), neurons
     )
@@ -288,7 +309,7 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
 
 
 def fit(structure: Structure, s: Sizes) -> None:
-    """ValueError unless `structure` fits a model of these sizes."""
+    """ValueError unless `structure` fits a model of these sizes, and keeps what its layers do not offer."""
     if len(structure.blocks) != s.blocks:
         raise ValueError(f"the structure has {len(structure.blocks)} blocks, the model {s.blocks}")
     for i, block in enumerate(structure.blocks):
@@ -302,7 +323,23 @@ def fit(structure: Structure, s: Sizes) -> None:
         for name, kept, size in families:
             if kept and kept[-1] >= size:
                 raise ValueError(f"{name} of block {i} keeps index {kept[-1]}, the model has only {size}")
+        check_offered(i, block, s)
     patch_tokens(structure, s.patches)
+
+
+def check_offered(i: int, block: BlockStructure, s: Sizes) -> None:
+    """ValueError, naming the layer and what ties it, where block `i` leaves out what it does not offer."""
+    # A layer of which nothing is kept is no matter of what ties its units.
+    complete = {
+        "heads": len(block.heads) in (0, s.heads),
+        "qk": all(len(dims) == s.head_dim for dims in block.qk_dims),
+        "v": all(len(dims) == s.head_dim for dims in block.v_dims),
+        "neurons": len(block.neurons) in (0, s.neurons),
+    }
+    for layer, half in zip(s.layers[i], ("attn", "mlp"), strict=True):
+        for family, why in layer.ties().items():
+            if not complete[family]:
+                raise ValueError(f"blocks.{i}.{half}: its {NAMES[family]} must all be kept, as {why}")
 
 
 def patch_tokens(structure: Structure, patches: int | None) -> list[tuple[int, int]]:

@@ -360,7 +360,7 @@ REFUSED = {
     "prune": r"blocks\.0\.attn\.qkv has a weight that is no plain parameter",
     "weight_norm by hook": r"blocks\.0\.attn\.qkv has a weight that is no plain parameter",
     "weight_norm as parametrization": r"blocks\.0\.attn\.qkv is a ParametrizedLinear",
-    "inner norms": r"blocks\.0\.attn\.q_norm is a LayerNorm",
+    "inner norms": r"blocks\.0\.attn: its q/k dims must all be kept, as k_norm is a LayerNorm",
     "an activation with weights": r"blocks\.0\.mlp\.act is a PerToken with weights of its own",
     "hooks on what has no weights": r"blocks\.0\.attn\.q_norm has hooks",
 }

@@ -207,18 +207,19 @@ def test_a_neuron_at_zero_in_all_its_rows_and_its_column_is_dead_and_skipped_wit
     for block in model.blocks:
         with torch.no_grad():
             block.mlp.fc2.weight[:, dead] = 0
-            for rows, start in block.mlp.neuron_rows():
-                rows[start : start + len(dead)][dead] = 0
+            for part in block.mlp.parts():
+                part.parameter.narrow(part.dim, part.start, part.size).movedim(part.dim, 0)[dead] = 0
     full = model(x)
     dense = gradients(model, full)
     for i, block in enumerate(model.blocks):
         assert not dense[f"blocks.{i}.mlp.fc2.weight"][:, dead].any()
         names = {id(p): name for name, p in block.mlp.named_parameters()}
-        rows = [(names[id(p)], start) for p, start in block.mlp.neuron_rows()]
+        parts = [part for part in block.mlp.parts() if part.dim == 0]
+        rows = [(names[id(part.parameter)], part.start) for part in parts]
         assert not any(dense[f"blocks.{i}.mlp.{n}"][s : s + len(dead)][dead].any() for n, s in rows)
         # Every parameter of the first layers is covered, and nothing twice.
         first = sum(p.numel() for n, p in block.mlp.named_parameters() if n.startswith("fc1"))
-        assert first == sum(p[s : s + len(dead)].numel() for p, s in block.mlp.neuron_rows())
+        assert first == sum(part.parameter[part.start :][: part.size].numel() for part in parts)
         assert len(set(rows)) == len(rows)
         block.mlp.set_kept(~dead)
     assert error(model(x), full) < 1e-12

@@ -52,6 +52,8 @@ ARGUMENTS = {
 # fmt: on
 
 CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, T2TVisionTransformer)}
+# Arguments that are only written where a layer has them, as older files know nothing of them.
+INNER_NORMS = {"qk_norm", "scale_attn_norm", "scale_mlp_norm"}
 # Arguments that only one class takes.
 OWN_ARGUMENTS = {"T2TVisionTransformer": {"form"}}
 BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
@@ -191,6 +193,7 @@ def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": ratio,
         "qkv_bias": block.attn.qkv.bias is not None,
+        **norms_inside(block),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": getattr(scale, "init_values", None),
         "class_token": dense.has_class_token,
@@ -211,6 +214,13 @@ def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
         "drop_path_rate": getattr(dense.blocks[-1].drop_path1, "drop_prob", 0.0),
         **{name: getattr(stem, name) for name in OWN_ARGUMENTS.get(type(dense).__name__, ())},
     }
+
+
+def norms_inside(block: nn.Module) -> dict[str, bool]:
+    """The constructor arguments that put norms into attention and MLP, where there are any."""
+    attn, mlp = block.attn, block.mlp
+    norms = {"qk_norm": attn.q_norm, "scale_attn_norm": attn.norm, "scale_mlp_norm": mlp.norm}
+    return {name: True for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
 
 
 def rebuild(config: object) -> tuple[Structure, nn.Module]:
@@ -240,7 +250,7 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
     known = ARGUMENTS | OWN_ARGUMENTS.get(config["class"], set())
-    for name in sorted(known ^ arguments.keys()):
+    for name in sorted(known ^ (arguments.keys() - INNER_NORMS)):
         raise ValueError(f"{'missing' if name in known else 'unknown'} argument {name}")
     make, name = CLASSES[config["class"]], config["architecture"]
     if name is not None:

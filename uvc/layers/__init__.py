@@ -7,22 +7,31 @@ from uvc.layers._surgery import meta_copy
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
-from uvc.layers.convert import check, check_children, convert, is_compacted, set_recompute
+from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
+from uvc.layers.families import Families, families_of, layers_of
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
+from uvc.layers.prunable import NAMES, Prunable, UnitCost
 from uvc.layers.token_pruning import Slimming, slimming
 
 __all__ = [
+    "NAMES",
     "CompactBlock",
+    "Families",
+    "Prunable",
     "Slimming",
     "UVCAttention",
     "UVCBlock",
     "UVCGluMlp",
     "UVCMlp",
     "UVCSwiGLU",
+    "UnitCost",
     "check",
     "check_children",
     "convert",
+    "families",
+    "families_of",
     "is_compacted",
+    "layers_of",
     "meta_copy",
     "set_recompute",
     "slimming",

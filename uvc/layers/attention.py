@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from uvc_kernels.warn_once import warn_once
 
 from uvc.layers.children import DROPS, drop_rate, is_plain, is_untouched, linear_fault, say_called, watched
-from uvc.layers.prunable import Prunable, device_of
+from uvc.layers.compact_layers import CompactAttention, attend, heads_of_mask, masked
+from uvc.layers.prunable import Part, Prunable, device_of, rows
 from uvc.layers.token_pruning import Slimming, row_scores
 
 
@@ -45,17 +46,56 @@ class UVCAttention(Prunable, Attention):
         qk, v = qk & v.any(1, keepdim=True), v.clone()
         if qk.all() and v.all():
             return self._be_dense()
-        if fault := attention_fault(self):
-            raise ValueError(f"cannot remove parts of this UVCAttention: {fault}")
+        if fault := attention_fault(self) or self.torn((qk, v)):
+            raise ValueError(f"cannot remove parts of this {type(self).__name__}: {fault}")
         self._masks = (qk, v)
         self._kept = self._index(device_of(self))
+
+    def ties(self) -> dict[str, str]:
+        """A norm of q and k ties the dims of a head, one of the output all heads and v dims."""
+        found = {}
+        for name, families in (("q_norm", ["qk"]), ("k_norm", ["qk"]), ("norm", ["heads", "v"])):
+            norm = getattr(self, name)
+            if type(norm) is not nn.Identity:
+                why = f"{name} is a {type(norm).__name__}, whose statistics are over all of them"
+                found |= dict.fromkeys(families, why)
+        return found
+
+    def whole(self, masks: tuple[Tensor, Tensor]) -> dict[str, bool]:
+        """For every family whether the masks keep all its units, or no unit at all."""
+        qk, v = masks
+        kept = v.any(1)
+        flags = {"heads": kept, "qk": qk[kept], "v": v[kept]}
+        return {family: not kept.any() or bool(flag.all()) for family, flag in flags.items()}
+
+    def parts(self) -> list[Part]:
+        """A q/k dim is a row of q and one of k; a v dim one of v and of the gate, and a column of proj."""
+        A = self.attn_dim
+        found = [Part("v", self.proj.weight, 0, A, 1, True)]
+        for i, (family, gates) in enumerate((("qk", True), ("qk", False), ("v", False))):
+            found += rows(family, self.qkv, i * A, A, gates)
+        return found if self._gate is None else [*found, *rows("v", self._gate, 0, A)]
+
+    @property
+    def _gate(self) -> nn.Module | None:
+        return self._modules.get("gate")
+
+    @property
+    def free_bases(self) -> tuple[str, ...]:
+        """Families whose dims stand for themselves in no other place, so that each head may mix them."""
+        tied = {*self.ties(), *(["v"] if self._gate is not None else [])}
+        return tuple(family for family in ("qk", "v") if family not in tied)
+
+    def compacted(self, record) -> nn.Module:
+        """A copy of what `record`, a structure's entry, keeps, in plain torch."""
+        return CompactAttention(self, record)
 
     def _index(self, device: torch.device) -> uvc_kernels.KeptHeads:
         return uvc_kernels.kept_heads(*self._masks, device)
 
     @property
     def reads_weights(self) -> bool:
-        """Whether the layer may read its children's weights, as calling the children would do no more."""
+        """Whether the op may read the children's weights, as calling the children would do no more."""
         children = self._modules
         return (
             is_plain(children["qkv"])
@@ -68,6 +108,19 @@ class UVCAttention(Prunable, Attention):
             and is_untouched(children["attn_drop"])
             and children.get("gate") is None
             and not watched()
+        )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether plain torch may read the weights of the linear children, and call the norms."""
+        children = self._modules
+        return (
+            all(is_plain(children[name]) for name in ("qkv", "proj"))
+            and (self._gate is None or is_plain(self._gate))
+            and type(children["attn_drop"]) in DROPS
+            and is_untouched(children["attn_drop"])
+            and not watched()
+            and self.torn() is None
         )
 
     def packing(self) -> tuple[list, list, list, list]:
@@ -96,17 +149,18 @@ class UVCAttention(Prunable, Attention):
         """x [B, N, D] -> [B, N, D]; `attn_mask` and `is_causal` as in timm."""
         if self._masks is None:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        if x.is_meta or not self.reads_weights:
+        fast = self.reads_weights
+        if x.is_meta or not (fast or self.gathers):
             say_called(self, x)
             return self._called(x, attn_mask, is_causal)
         dropout = drop_rate(self.attn_drop)
-        if attn_mask is None and not is_causal and dropout == 0.0:
+        if fast and attn_mask is None and not is_causal and dropout == 0.0:
             weights = (self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias)
             kept = self.kept(weights[0].device)
             return self.proj_drop(
                 uvc_kernels.attention(x, *weights, kept, self.scale, self._packed, self._recompute)
             )
-        reason = "attention dropout" if dropout else "an attention mask"
+        reason = "attention dropout" if dropout else "an attention mask" if fast else "a norm or a gate"
         warn_once(f"UVCAttention: {reason} is outside the fast op; plain torch computes the kept heads")
         return self.proj_drop(self._gathered(x, attn_mask, is_causal, dropout))
 
@@ -171,44 +225,36 @@ class UVCAttention(Prunable, Attention):
         h = len(heads)
         if h == 0:
             return F.linear(x.new_zeros(B, N, 0), self.proj.weight[:, :0], self.proj.bias)
-        qk_mask, v_mask = qk_mask[heads], v_mask[heads]
-        E = max(1, int(qk_mask.sum(1).max()), int(v_mask.sum(1).max()))
-        # A stable sort puts the kept dims of a head first; the padding behind is multiplied by exact zero.
-        qk_dim, v_dim = (
-            m.int().argsort(dim=1, descending=True, stable=True)[:, :E] for m in (qk_mask, v_mask)
-        )
-        qk_on, v_on = qk_mask.gather(1, qk_dim).flatten(), v_mask.gather(1, v_dim).flatten()
-        first = heads[:, None] * self.head_dim
-        qk_row, v_row = (first + qk_dim).flatten(), (first + v_dim).flatten()
-        weight = self.qkv.weight
-        rows = torch.cat([qk_row, qk_row + self.attn_dim, v_row + 2 * self.attn_dim]).to(weight.device)
+        qk_row, qk_on = padded_rows(heads, qk_mask)
+        v_row, v_on = padded_rows(heads, v_mask)
+        weight, A = self.qkv.weight, self.attn_dim
+        rows = torch.cat([qk_row, qk_row + A, v_row + 2 * A]).to(weight.device)
         on = torch.cat([qk_on, qk_on, v_on]).to(weight)
         bias = None if self.qkv.bias is None else self.qkv.bias[rows] * on
-        q, k, v = F.linear(x, weight[rows] * on[:, None], bias).reshape(B, N, 3, h, E).permute(2, 0, 3, 1, 4)
-        mask = heads_of_mask(attn_mask, heads.tolist(), self.num_heads)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+        parts = F.linear(x, weight[rows] * on[:, None], bias).split(
+            [len(qk_row), len(qk_row), len(v_row)], dim=-1
         )
-        out = out.transpose(1, 2).reshape(B, N, h * E)
+        q, k, v = (part.reshape(B, N, h, -1).transpose(1, 2) for part in parts)
+        q, k = self.q_norm(q), self.k_norm(k)
+        mask = heads_of_mask(attn_mask, heads.tolist(), self.num_heads)
+        out = attend(q, k, v, self.scale, mask, is_causal, dropout)
+        out = self.norm(out.transpose(1, 2).reshape(B, N, -1))
+        if (gate := self._gate) is not None:
+            # Of padded dims the output is zero, whatever their gate.
+            bias = None if gate.bias is None else gate.bias[v_row.to(weight.device)]
+            out = out * F.linear(x, gate.weight[v_row.to(weight.device)], bias).sigmoid()
         return F.linear(out, self.proj.weight[:, v_row.to(weight.device)], self.proj.bias)
 
 
-def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) -> Tensor | None:
-    """The part of an attention mask [..., H or 1, N, N] that concerns the kept heads."""
-    if attn_mask is None or attn_mask.dim() < 3 or attn_mask.shape[-3] != num_heads or num_heads == 1:
-        return attn_mask
-    return attn_mask[..., heads, :, :]
-
-
-def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scores [B, H, N, N] under a bool mask (True stays), one that is added, or the causal one."""
-    if is_causal:
-        N = scores.shape[-1]
-        future = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu(1)
-        return scores.masked_fill(future, float("-inf"))
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+def padded_rows(heads: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the kept dims of these heads by the bool mask [H, K], each head's padded to the longest, and
+    which of them are kept: both [h * E].
+    """
+    kept = mask[heads]
+    longest = max(1, int(kept.sum(1).max()))
+    # A stable sort puts the kept dims of a head first.
+    dims = kept.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return (heads[:, None] * mask.shape[1] + dims).flatten(), kept.gather(1, dims).flatten()
 
 
 def attention_fault(attn: Attention) -> str | None:
@@ -216,10 +262,5 @@ def attention_fault(attn: Attention) -> str | None:
 
     A UVCAttention calls the children that it cannot read, so these may be any that act as linear layers.
     """
-    for child in ("q_norm", "k_norm", "norm"):
-        module = getattr(attn, child, None)
-        if not isinstance(module, nn.Identity | None):
-            return f"{child} is a {type(module).__name__}, whose statistics change when dims are removed"
-    if getattr(attn, "gate", None) is not None:
-        return "gate is a gate on the attention output, which has no kept form"
-    return linear_fault(attn, "qkv", "proj")
+    gate = () if getattr(attn, "gate", None) is None else ("gate",)
+    return linear_fault(attn, "qkv", "proj", *gate)

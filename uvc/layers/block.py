@@ -5,13 +5,11 @@ B batch, N tokens, D width.
 
 from typing import Any
 
-from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from uvc.layers._surgery import take_over
-from uvc.layers.attention import UVCAttention
-from uvc.layers.mlp import MLPS
+from uvc.layers.kinds import ATTENTIONS, MLPS, prunable
 from uvc.layers.token_pruning import Slimming, due, slim
 
 
@@ -28,10 +26,10 @@ class UVCBlock(nn.Module):
     def take_over(cls, block: Block | ResPostBlock) -> "UVCBlock":
         """A UVCBlock on the children and hooks of `block`, with attention and MLP taken over, all running."""
         new = take_over(cls, block)
-        if type(new.attn) is Attention:
-            new.attn = UVCAttention.take_over(new.attn)
+        if type(new.attn) in ATTENTIONS:
+            new.attn = prunable(new.attn)
         if type(new.mlp) in MLPS:
-            new.mlp = MLPS[type(new.mlp)].take_over(new.mlp)
+            new.mlp = prunable(new.mlp)
         new.norm_last = norm_last(block)
         new._skip = (False, False)
         new._gates = (None, None)

@@ -27,14 +27,12 @@ GLOBAL_HOOKS = tuple(
     getattr(torch_module, f"_global_{kind}")
     for kind in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 )
-LINEARS = ("qkv", "proj", "fc1", "fc1_g", "fc1_x", "fc2")
+LINEARS = ("qkv", "proj", "gate", "fc1", "fc1_g", "fc1_x", "fc2")
 DROPS = (nn.Dropout, nn.Identity)
 # What a layer may read instead of calling, or pass over.
 PLAIN = {
     **dict.fromkeys(LINEARS, (nn.Linear,)),
-    **dict.fromkeys(("q_norm", "k_norm", "norm"), (nn.Identity,)),
     **dict.fromkeys(("attn_drop", "drop1"), DROPS),
-    "gate": (type(None),),
 }
 # Subclasses (DTensor, quantised tensors) compute in ways of their own.
 WEIGHTS = (nn.Parameter, torch.Tensor)

@@ -1,15 +1,17 @@
 """Which timm models the layers can serve, and the swap in place."""
 
-from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from uvc.layers.attention import UVCAttention, attention_fault
+from uvc.layers.attention import attention_fault
 from uvc.layers.block import UVCBlock
 from uvc.layers.children import LINEARS, first_change
 from uvc.layers.compact_block import CompactBlock
-from uvc.layers.mlp import MLPS, mlp_fault
+from uvc.layers.families import families_of, layers_of
+from uvc.layers.kinds import ATTENTIONS, MLPS
+from uvc.layers.mlp import mlp_fault
 from uvc.layers.prepack import pack_ahead
+from uvc.layers.prunable import Prunable
 
 SUPPORTED = (
     "supported are VisionTransformers built of vision_transformer's Block or ResPostBlock with Attention and "
@@ -53,6 +55,17 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
+def families(model: nn.Module) -> list[dict[str, int | tuple[str, ...]]]:
+    """What may be pruned of each block of a timm, converted or compacted model.
+
+    "heads", "qk" and "v" (dims of heads) and "neurons" give the multiple in which their units go, 0 where all
+    stay; "halves" names the halves that may be skipped. ValueError for a model that `convert` cannot serve.
+    """
+    if not is_compacted(model):
+        check(model)
+    return [families_of(*layers_of(block))._asdict() for block in model.blocks]
+
+
 def is_compacted(model: nn.Module) -> bool:
     """Whether `model` came out of `uvc.compaction`."""
     return any(isinstance(block, CompactBlock) for block in getattr(model, "blocks", ()))
@@ -80,7 +93,7 @@ def check(model: nn.Module) -> None:
                     f"{path} has a forward of its own, which would run in place of the pruned one; convert "
                     "the model before it is compiled or wrapped"
                 )
-        if type(block.attn) not in (Attention, UVCAttention):
+        if type(block.attn) not in (*ATTENTIONS, *ATTENTIONS.values()):
             raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
         if type(block.mlp) not in (*MLPS, *MLPS.values()):
             raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
@@ -116,6 +129,8 @@ def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) ->
     for index, block in enumerate(model.blocks):
         for half in ("attn", "mlp"):
             layer = getattr(block, half, None)
+            if isinstance(layer, Prunable) and (fault := layer.torn()):
+                raise ValueError(f"blocks.{index}.{half}: {fault}")
             if layer is not None and (fault := first_change(layer, hooks, weight)):
                 raise ValueError(
                     f"blocks.{index}.{half}.{fault}, so its weights are not all that it does; merge it into "

@@ -24,7 +24,8 @@ from uvc.layers.children import (
     say_called,
     watched,
 )
-from uvc.layers.prunable import Prunable, device_of
+from uvc.layers.compact_layers import CompactGluMlp, CompactMlp, CompactSwiGLU, without_inputs
+from uvc.layers.prunable import Part, Prunable, device_of, rows
 
 
 class Neurons(Prunable):
@@ -36,9 +37,31 @@ class Neurons(Prunable):
 
     LINEARS = ("fc1", "fc2")
 
-    def neuron_rows(self) -> list[tuple[nn.Parameter, int]]:
-        """Every parameter with a row for each neuron, and its first such row; fc2's columns are the rest."""
-        return [(p, 0) for p in self.fc1.parameters()]
+    def ties(self) -> dict[str, str]:
+        """A norm over the neurons ties them."""
+        if type(self.norm) is nn.Identity:
+            return {}
+        return {"neurons": f"norm is a {type(self.norm).__name__}, whose statistics are over all of them"}
+
+    def whole(self, masks: tuple[Tensor]) -> dict[str, bool]:
+        """Whether the mask keeps all neurons, or none at all."""
+        return {"neurons": bool(masks[0].all()) or not masks[0].any()}
+
+    def parts(self) -> list[Part]:
+        """A neuron is its rows of the first layers, and a column of fc2."""
+        return [Part("neuron", self.fc2.weight, 0, self.neurons, 1, True), *self._rows()]
+
+    def _rows(self) -> list[Part]:
+        return rows("neuron", self.fc1, 0, self.neurons)
+
+    @property
+    def neurons(self) -> int:
+        """F, the hidden neurons of the dense layer."""
+        return self.fc2.in_features
+
+    def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
+        """A copy of the kept neurons in plain torch."""
+        return CompactMlp(self, neurons)
 
     def _first_layer(self) -> tuple[Tensor | None, ...]:
         """Weight and bias of the value, weight and bias of the gate."""
@@ -51,12 +74,12 @@ class Neurons(Prunable):
         """
         if neurons is None:
             return self._be_dense()
-        whole, got = [self.fc2.in_features], f"{neurons.dtype} {list(neurons.shape)}"
+        whole, got = [self.neurons], f"{neurons.dtype} {list(neurons.shape)}"
         if neurons.dtype != torch.bool or list(neurons.shape) != whole:
             raise ValueError(f"neurons must be a bool mask of shape {whole}, got {got}")
         if neurons.all():
             return self._be_dense()
-        if fault := mlp_fault(self):
+        if fault := mlp_fault(self) or self.torn((neurons,)):
             raise ValueError(f"cannot remove neurons of this {type(self).__name__}: {fault}")
         self._masks = (neurons.cpu().clone(),)
         self._kept = self._index(device_of(self))
@@ -88,7 +111,7 @@ class Neurons(Prunable):
     def kept_neurons(self) -> Tensor:
         """Bool mask [F] of the kept neurons, on the CPU."""
         if self._masks is None:
-            return torch.ones(self.fc2.in_features, dtype=torch.bool, device="cpu")
+            return torch.ones(self.neurons, dtype=torch.bool, device="cpu")
         return self._masks[0].clone()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,6 +119,8 @@ class Neurons(Prunable):
         if self._masks is None:
             return super().forward(x)
         if x.is_meta or not self.reads_weights:
+            if "neurons" in self.ties() and not self._masks[0].any():
+                return self.drop2(without_inputs(self.fc2, x))
             say_called(self, x)
             return self._called(x)
         fc2, activation = self.fc2, activation_name(self.act)
@@ -149,9 +174,13 @@ class UVCGluMlp(Neurons, GluMlp):
         super().__init__(*args, **kwargs)
         self._be_dense()
 
-    def neuron_rows(self) -> list[tuple[nn.Parameter, int]]:
-        """Every parameter with rows for neurons, and the first such row, of the value and of the gate."""
-        return [(p, start) for p in self.fc1.parameters() for start in (0, self.fc2.in_features)]
+    def _rows(self) -> list[Part]:
+        F = self.neurons
+        return [part for start in (0, F) for part in rows("neuron", self.fc1, start, F)]
+
+    def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
+        """A copy of the kept neurons in plain torch."""
+        return CompactGluMlp(self, neurons)
 
     def _hidden(self, x: Tensor) -> Tensor:
         a, b = self.fc1(x).chunk(2, dim=-1)
@@ -174,19 +203,19 @@ class UVCSwiGLU(Neurons, SwiGLU):
         super().__init__(*args, **kwargs)
         self._be_dense()
 
-    def neuron_rows(self) -> list[tuple[nn.Parameter, int]]:
-        """Every parameter with a row for each neuron, and its first such row."""
-        return [(p, 0) for linear in (self.fc1_x, self.fc1_g) for p in linear.parameters()]
+    def _rows(self) -> list[Part]:
+        linears = (self.fc1_x, self.fc1_g)
+        return [part for linear in linears for part in rows("neuron", linear, 0, self.neurons)]
+
+    def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
+        """A copy of the kept neurons in plain torch."""
+        return CompactSwiGLU(self, neurons)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.act(self.fc1_g(x)) * self.fc1_x(x)
 
     def _first_layer(self) -> tuple[Tensor | None, ...]:
         return self.fc1_x.weight, self.fc1_x.bias, self.fc1_g.weight, self.fc1_g.bias
-
-
-# What takes the place of each of timm's MLPs.
-MLPS = {Mlp: UVCMlp, GluMlp: UVCGluMlp, SwiGLU: UVCSwiGLU}
 
 
 # nn.GELU has two names.
@@ -209,6 +238,4 @@ def activation_name(act: nn.Module) -> str | None:
 
 def mlp_fault(mlp: Mlp | GluMlp | SwiGLU) -> str | None:
     """Why neurons of `mlp` cannot be removed, naming the child that forbids it; None when they can."""
-    if not isinstance(mlp.norm, nn.Identity):
-        return f"norm is a {type(mlp.norm).__name__}, whose statistics change when neurons are removed"
     return linear_fault(mlp, *(("fc1_g", "fc1_x", "fc2") if isinstance(mlp, SwiGLU) else ("fc1", "fc2")))

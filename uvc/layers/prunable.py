@@ -1,6 +1,6 @@
 """What attention and MLPs that can leave parts out have in common: masks, and what is derived from them."""
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import uvc_kernels
@@ -9,6 +9,37 @@ from torch import Tensor, nn
 from uvc.layers._surgery import take_over
 
 Kept = uvc_kernels.KeptHeads | uvc_kernels.KeptNeurons
+
+# In messages.
+NAMES = {"heads": "heads", "qk": "q/k dims", "v": "v dims", "neurons": "neurons"}
+
+
+class Part(NamedTuple):
+    """A slice of a parameter, whose rows (dim 0) or columns (dim 1) are all units of one family, in order.
+
+    family: the units of "qk" and "v" are the dims of all heads, head by head; of "neuron" the neurons. gates:
+    a factor on a row or column here is one on all that its unit contributes; true of one side of every unit.
+    """
+
+    family: str
+    parameter: nn.Parameter
+    start: int
+    size: int
+    dim: int
+    gates: bool = False
+
+
+def rows(family: str, linear: nn.Module, start: int, size: int, gates: bool = False) -> list[Part]:
+    """The parts that are rows of weight and bias of a linear layer."""
+    found = (linear.weight, linear.bias)
+    return [Part(family, parameter, start, size, 0, gates) for parameter in found if parameter is not None]
+
+
+class UnitCost(NamedTuple):
+    """What one unit of a family costs: parameters, and multiply-accumulates per token in linear layers."""
+
+    params: int
+    macs: int
 
 
 class Prunable(nn.Module):
@@ -55,6 +86,44 @@ class Prunable(nn.Module):
     def take_packed(self, packed: list[Tensor | None] | None) -> None:
         """Use these packed weights (see `packing`) from now on; None packs in every call."""
         self._packed = packed
+
+    def ties(self) -> dict[str, str]:
+        """Families of which all units stay ("heads", "qk", "v", "neurons"), each with what ties them."""
+        return {}
+
+    def torn(self, masks: tuple[Tensor, ...] | None = None) -> str | None:
+        """What of tied units is kept in part, and what ties them, by these masks (None: its own); else None.
+
+        Where no unit is kept, nothing is left that could tie them.
+        """
+        masks = self._masks if masks is None else masks
+        if masks is None:
+            return None
+        ties, whole = self.ties(), self.whole(masks)
+        part = next((family for family in ties if not whole[family]), None)
+        return None if part is None else f"its {NAMES[part]} must all be kept, as {ties[part]}"
+
+    def whole(self, masks: tuple[Tensor, ...]) -> dict[str, bool]:
+        """For every family whether these masks keep all its units, or no unit at all."""
+        raise NotImplementedError
+
+    def parts(self) -> list[Part]:
+        """Every slice of a parameter that belongs to units; what is in none stays whatever is removed."""
+        raise NotImplementedError
+
+    def unit_cost(self, family: str) -> UnitCost:
+        """What one more unit of a family of `parts` costs in parameters and linear layers."""
+        sides = [
+            (p.parameter.dim(), p.parameter.numel() // p.parameter.shape[p.dim])
+            for p in self.parts()
+            if p.family == family
+        ]
+        return UnitCost(sum(n for _, n in sides), sum(n for dims, n in sides if dims == 2))
+
+    def fixed_params(self) -> int:
+        """Parameters that stay whatever is removed."""
+        units = sum(p.size * p.parameter.numel() // p.parameter.shape[p.dim] for p in self.parts())
+        return sum(p.numel() for p in self.parameters()) - units
 
     @property
     def is_dense(self) -> bool:

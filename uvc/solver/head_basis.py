@@ -19,8 +19,8 @@ FLOOR = 1e-6  # of the mean eigenvalue of a Gram matrix, added to each, so that 
 def balance_heads(model: nn.Module) -> None:
     """Gives every head of a converted model its balanced basis, in place; the function stays, to rounding.
 
-    Attention that is frozen, or from which something is removed already, is left as it is. Computed in
-    float64.
+    Attention that is frozen, or from which something is removed already, is left as it is, and so are dims
+    that stand for themselves elsewhere (in a norm of q and k, in a gate). Computed in float64.
     """
     for block in model.blocks:
         if block.attn.is_dense and all(p.requires_grad for p in block.attn.parameters()):
@@ -31,15 +31,19 @@ def _balance(attn: nn.Module) -> None:
     heads, weight, bias, out = attn.num_heads, attn.qkv.weight, attn.qkv.bias, attn.proj.weight
     rows = weight.double() if bias is None else torch.cat([weight, bias[:, None]], 1).double()
     q, k, v = rows.view(3, heads, -1, rows.shape[1])  # [H, K, D + bias] each
-    columns = out.double().view(len(out), heads, -1).movedim(0, -1)  # [H, K, D]
-    # A bias of k shifts all scores of a query alike, which softmax does not see.
-    a, a_inverse = balancing(q @ q.mT, k[..., : weight.shape[1]] @ k[..., : weight.shape[1]].mT)
-    b, b_inverse = balancing(v @ v.mT, columns @ columns.mT)
-    rows = torch.cat([a @ q, a_inverse.mT @ k, b @ v]).flatten(0, 1)
+    if "qk" in attn.free_bases:
+        # A bias of k shifts all scores of a query alike, which softmax does not see.
+        a, a_inverse = balancing(q @ q.mT, k[..., : weight.shape[1]] @ k[..., : weight.shape[1]].mT)
+        q, k = a @ q, a_inverse.mT @ k
+    if "v" in attn.free_bases:
+        columns = out.double().view(len(out), heads, -1).movedim(0, -1)  # [H, K, D]
+        b, b_inverse = balancing(v @ v.mT, columns @ columns.mT)
+        v = b @ v
+        out.copy_((b_inverse.mT @ columns).flatten(0, 1).T)
+    rows = torch.cat([q, k, v]).flatten(0, 1)
     weight.copy_(rows[:, : weight.shape[1]])
     if bias is not None:
         bias.copy_(rows[:, -1])
-    out.copy_((b_inverse.mT @ columns).flatten(0, 1).T)
 
 
 def balancing(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

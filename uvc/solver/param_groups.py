@@ -14,19 +14,24 @@ import torch
 from torch import Tensor, nn
 from uvc_kernels import group_scores, prox_shrink
 
+from uvc.layers import families_of
 from uvc.solver.state import FAMILIES, Factors, Geometry, Masks
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class _Part(NamedTuple):
-    """A slice of a parameter: its rows (dim 0) or columns (dim 1) are groups of one family and layer."""
+    """A slice of a parameter: its rows (dim 0) or columns (dim 1) are groups of one family and layer.
 
+    gates: whether a gate on the group sits here: each has one side with them.
+    """
+
+    family: str
     parameter: nn.Parameter
     start: int
     size: int
     dim: int
-    family: str
+    gates: bool
     layer: int
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -43,15 +48,15 @@ class Groups:
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = list(model.blocks)
-        sizes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.fc2.in_features) for b in self.blocks}
+        sizes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.neurons) for b in self.blocks}
         if len(sizes) != 1:
             raise ValueError(
                 f"model: blocks differ in (heads, head dim, neurons): {sorted(sizes)}; they must be equal"
             )
         self.geometry = Geometry(len(self.blocks), *sizes.pop())
-        self.parts = [part for layer, block in enumerate(self.blocks) for part in _parts(layer, block)]
-        # A gate sits on one side of its group: on q, before the projection (v dims), before fc2 (neurons).
-        self.gated = [p for p in self.parts if p.dim == 1 or (p.family == "qk" and p.start == 0)]
+        layers = [(i, half) for i, block in enumerate(self.blocks) for half in (block.attn, block.mlp)]
+        self.parts = [_Part(*part, layer) for layer, half in layers for part in half.parts()]
+        self.gated = [part for part in self.parts if part.gates]
 
     def norms(self) -> dict[str, Tensor]:
         """Squared joint norm of every group, [S, G] per family, float32."""
@@ -65,6 +70,14 @@ class Groups:
         parts = [part for part in self.gated if part.parameter.grad is not None]
         weights = [part.of(part.parameter.detach()) for part in parts]
         return self._families(parts, weights, [part.of(part.parameter.grad) for part in parts])
+
+    def fixed(self) -> dict[str, Tensor]:
+        """bool [S] per family: the layer does not offer to leave out the segment's groups."""
+        offered = [families_of(block.attn, block.mlp) for block in self.blocks]
+        units = {"qk": [f.qk for f in offered], "v": [f.v for f in offered]}
+        units["neuron"] = [f.neurons for f in offered]
+        places = {(n, layer) for n, all_ in units.items() for layer, unit in enumerate(all_) if not unit}
+        return {name: ~free for name, free in self._segments_outside(places).items()}
 
     def trainable(self) -> dict[str, Tensor]:
         """bool [S] per family: no parameter of the segment's groups is frozen."""
@@ -128,18 +141,3 @@ class Groups:
         flat = torch.cat([rows[part.family][part.layer] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
         prox_shrink(slices, flat, [part.dim for part in parts])
-
-
-def _parts(layer: int, block: nn.Module) -> list[_Part]:
-    attn, mlp = block.attn, block.mlp
-    dims, hidden = attn.num_heads * attn.head_dim, mlp.fc2.in_features
-    parts = [
-        _Part(attn.proj.weight, 0, dims, 1, "v", layer),
-        _Part(mlp.fc2.weight, 0, hidden, 1, "neuron", layer),
-    ]
-    for parameter in (attn.qkv.weight, attn.qkv.bias):
-        if parameter is not None:
-            parts += [
-                _Part(parameter, i * dims, dims, 0, name, layer) for i, name in enumerate(("qk", "qk", "v"))
-            ]
-    return parts + [_Part(rows, start, hidden, 0, "neuron", layer) for rows, start in mlp.neuron_rows()]

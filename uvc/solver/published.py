@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
 from uvc.costs import Counts, total
-from uvc.layers import convert
+from uvc.layers import NAMES, convert, families
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner, method
 from uvc.solver.rounding import round_to_budget
@@ -70,6 +70,12 @@ class PublishedSearch(Pruner):
             raise ValueError(
                 f"budget: it is in {' and '.join(metrics)}; the published method takes one, in macs or params"
             )
+        for i, offered in enumerate(families(model)):
+            if tied := [name for name in ("heads", "qk", "v", "neurons") if offered[name] != 1]:
+                raise ValueError(
+                    f"blocks.{i}: its {NAMES[tied[0]]} do not go one by one, and the published method prunes "
+                    'every family; use method "uvc"'
+                )
         frozen = [name for name, p in model.blocks.named_parameters() if not p.requires_grad]
         if frozen:
             raise ValueError(

@@ -132,7 +132,7 @@ class _Walk:
         found: list[Bundle] = []
         for name, ratio in self.ratio.items():
             mask = torch.tensor(self.kept[name], device=ratio.device) == kept
-            mask &= self.state.families[name].open[:, None]
+            mask &= self.state.families[name].free()[:, None]
             found += zip(ratio[mask].tolist(), repeat(name), *mask.nonzero().T.tolist(), strict=False)
         return found
 

@@ -24,6 +24,7 @@ from uvc.solver.rounding import round_to_budget
 from uvc.solver.state import ALWAYS, Factors, Masks, State
 from uvc.solver.step import dual, primal, prox, snap
 from uvc.solver.token_groups import check_tokens, tokens_of
+from uvc.structure import sizes_of
 
 
 @method("uvc")
@@ -81,8 +82,9 @@ class Search(Pruner):
         skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device=device)
         state.keep(Masks(qk.to(device), v.to(device), neuron.to(device), ~skipped))
         skip_gates.remove_halves(state, skipped)
-        self._trainable, self._waiting = self.groups.trainable(), True
+        self._trainable, self._waiting, fixed = self.groups.trainable(), True, self.groups.fixed()
         for name, family in state.families.items():
+            family.fixed.copy_(fixed[name])
             family.open.copy_(self._trainable[name])
         state.theta.masked_fill_(state.held(), ALWAYS).masked_fill_(skipped, -6.0)
         for family in state.families.values():
@@ -238,15 +240,14 @@ class Search(Pruner):
 
 def check_frozen(model: nn.Module, limits: Sequence[Limit]) -> None:
     """ValueError if the limits cannot be met while frozen blocks of a timm or converted model stay."""
-    rows = []
-    for block in model.blocks:
-        attn, mlp = block.attn, block.mlp
-        frozen = {name for name, p in attn.named_parameters() if not p.requires_grad} - {"proj.bias"}
-        kept = attn.num_heads * attn.head_dim
-        stays = bool({n for n, p in mlp.named_parameters() if not p.requires_grad} - {"fc2.bias"})
-        qk = kept * bool(frozen - {"proj.weight"})
-        neurons = mlp.fc2.in_features * stays
-        rows.append((bool(frozen), stays, qk, kept * bool(frozen), neurons, attn.num_heads * bool(frozen)))
+    rows, s = [], sizes_of(model)
+    for (attn, mlp), offered in zip(s.layers, s.families, strict=True):
+        parts = (*attn.parts(), *mlp.parts())
+        frozen = {part.family for part in parts if not part.parameter.requires_grad}
+        stays, dims = "v" in frozen, attn.num_heads * attn.head_dim
+        qk = dims * ("qk" in frozen or (stays and not offered.qk))
+        neurons = mlp.neurons * ("neuron" in frozen)
+        rows.append((stays, "neuron" in frozen, qk, dims * stays, neurons, attn.num_heads * stays))
     least = Counts(*zip(*rows, strict=True))
     for limit in limits:
         if (cost := total(limit.costs, least)) > limit.most:

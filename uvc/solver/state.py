@@ -39,7 +39,7 @@ class Family:
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
     s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
     G]: at exact zero, for good. open [S]: whether groups may be removed: none of their parameters is frozen,
-    and gradients have reached them.
+    and gradients have reached them. fixed [S]: whether the layer does not offer to remove them.
     scale: mean squared norm of a group at the start, over all layers. multiple: of which groups are kept.
     """
 
@@ -48,6 +48,7 @@ class Family:
     y: Tensor
     dead: Tensor
     open: Tensor
+    fixed: Tensor
     scale: float = 1.0
     multiple: int = 1
 
@@ -60,6 +61,7 @@ class Family:
             y=zeros + 1.0,
             dead=torch.zeros(segments, groups, dtype=torch.bool, device=device),
             open=torch.ones(segments, dtype=torch.bool, device=device),
+            fixed=torch.zeros(segments, dtype=torch.bool, device=device),
             multiple=multiple,
         )
 
@@ -72,9 +74,13 @@ class Family:
         count = (self.s * self.dead.shape[1] - 1e-4).round().div(self.multiple, rounding_mode="floor")
         return smallest(self.importance.masked_fill(self.dead, -1.0), count * self.multiple)
 
+    def free(self) -> Tensor:
+        """bool [S]: segments that may lose groups."""
+        return self.open & ~self.fixed
+
     def held(self) -> Tensor:
-        """bool [S, G]: what stays as it is: groups of segments that are not open, but for dead ones."""
-        return ~(self.open[:, None] | self.dead)
+        """bool [S, G]: what stays as it is: groups of segments that are not free, but for dead ones."""
+        return ~(self.free()[:, None] | self.dead)
 
 
 def smallest(importance: Tensor, count: Tensor) -> Tensor:
@@ -188,8 +194,9 @@ class State:
         return ~self.families["v"].dead.all(1).view(self.geometry.layers, self.geometry.heads)
 
     def held(self) -> Tensor:
-        """bool [L, 2]: halves that stay, as some of their groups do."""
-        held = [self.families[name].held().view(self.geometry.layers, -1) for name in ("v", "neuron")]
+        """bool [L, 2]: halves that stay, as some of their groups are not open."""
+        families = (self.families[name] for name in ("v", "neuron"))
+        held = [~(f.open[:, None] | f.dead).view(self.geometry.layers, -1) for f in families]
         return torch.stack([mask.any(1) for mask in held], 1)
 
     def alive(self) -> Masks:

@@ -123,7 +123,7 @@ def _mark(state: State, name: str, ready: Tensor, norms: Tensor, limits: Sequenc
 def _settled(state: State, limits: Sequence[Limit], config: SolverConfig) -> bool:
     """Whether the removal of any one group more would bring the cost below every budget."""
     counts = masks_counts(state.alive())
-    some = {name: ~family.dead & family.open[:, None] for name, family in state.families.items()}
+    some = {name: ~family.dead & family.free()[:, None] for name, family in state.families.items()}
     some = {name: some[name].view(state.geometry.layers, -1).any(1).tolist() for name in config.families}
     for limit in limits:
         prices = limit.costs.at(counts)._asdict()

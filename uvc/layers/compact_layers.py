@@ -1,0 +1,200 @@
+"""Attention and MLPs after compaction: plain torch on small weights.
+
+B batch, N tokens, D width; h heads of a group, dq and dv the q/k and v dims of each.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uvc.layers.children import drop_rate, is_plain
+from uvc.layers.token_pruning import Slimming, row_scores
+
+
+class HeadGroup(NamedTuple):
+    """Kept heads that share their numbers of dims, so that they run as one batched product."""
+
+    heads: tuple[int, ...]
+    dq: int
+    dv: int
+
+
+class CompactAttention(nn.Module):
+    """Attention over kept rows and columns only. The rows of qkv lie group by group: its q, its k, its v."""
+
+    def __init__(self, dense: nn.Module, record):
+        super().__init__()
+        self.num_heads, self.scale = dense.num_heads, dense.scale
+        dims: dict[tuple[int, int], list[tuple]] = {}
+        for head, qk, v in zip(record.heads, record.qk_dims, record.v_dims, strict=True):
+            dims.setdefault((len(qk), len(v)), []).append((head, qk, v))
+        self.groups = tuple(HeadGroup(tuple(m[0] for m in members), *key) for key, members in dims.items())
+        rows, columns = [], []
+        for members in dims.values():
+            q = [head * dense.head_dim + d for head, qk, _ in members for d in qk]
+            v = [head * dense.head_dim + d for head, _, v in members for d in v]
+            rows += q + [dense.attn_dim + i for i in q] + [2 * dense.attn_dim + i for i in v]
+            columns += v
+        self.qkv = smaller(dense.qkv, rows=rows)
+        # A norm of the output has weights of its own for every dim, head after head.
+        natural = type(dense.norm) is not nn.Identity
+        self._order = sorted(range(len(columns)), key=columns.__getitem__) if natural else None
+        columns = sorted(columns) if natural else columns
+        self.proj = smaller(dense.proj, columns=columns)
+        for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
+            self.add_module(name, copy.deepcopy(getattr(dense, name)))
+        gate = getattr(dense, "gate", None)
+        self.gate = None if gate is None else smaller(gate, rows=columns)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; masks as in timm, over the heads of the dense layer."""
+        return self.scored(x, None, attn_mask, is_causal)[0]
+
+    def scored(
+        self, x: Tensor, slimming: Slimming | None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, and the tokens' scores as in `UVCAttention.token_scores`; None without `slimming`."""
+        B, N, _ = x.shape
+        if not self.groups:
+            return self.proj_drop(without_inputs(self.proj, x)), None
+        parts = iter(
+            self.qkv(x).split([len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1)
+        )
+        dropout = drop_rate(self.attn_drop)
+        outputs, scores = [], None
+        for group in self.groups:
+            h = len(group.heads)
+            q, k, v = (
+                next(parts).reshape(B, N, h, d).transpose(1, 2) for d in (group.dq, group.dq, group.dv)
+            )
+            q, k = self.q_norm(q), self.k_norm(k)
+            if slimming is not None and group.dq:
+                reader = self.scale * slimming.reader(q.detach())
+                row = row_scores((reader @ k.detach().transpose(-2, -1)).squeeze(2))
+                scores = row if scores is None else scores + row
+            mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
+            out = attend(q, k, v, self.scale, mask, is_causal, dropout)
+            outputs.append(out.transpose(1, 2).reshape(B, N, h * group.dv))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        out = self.norm(out if self._order is None else out[..., self._order])
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out)), scores
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool, dropout: float
+) -> Tensor:
+    """softmax(scale q k^T + mask) v for q, k [B, h, N, dq], v [B, h, N, dv]; scores are 0 when dq is 0."""
+    if q.shape[-1] == v.shape[-1]:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+        )
+    B, h, N, _ = q.shape
+    q, k, v = (t.reshape(B * h, N, t.shape[-1]) for t in (q, k, v))
+    # One call per product: at batch 1 the overhead of calls is what a small model's latency is made of.
+    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if is_causal or mask is not None:
+        scores = masked(scores.view(B, h, N, N), mask, is_causal).view(B * h, N, N)
+    weights = scores.softmax(dim=-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return torch.bmm(weights, v).view(B, h, N, v.shape[-1])
+
+
+class CompactMlp(nn.Module):
+    """The two linear layers over the kept neurons only."""
+
+    def __init__(self, dense: nn.Module, neurons: tuple[int, ...]):
+        super().__init__()
+        self._keep_rows(dense, list(neurons))
+        self.act = copy.deepcopy(dense.act)
+        self.drop1 = copy.deepcopy(dense.drop1)
+        self.norm = copy.deepcopy(dense.norm)
+        self.fc2 = smaller(dense.fc2, columns=list(neurons))
+        self.drop2 = copy.deepcopy(dense.drop2)
+
+    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
+        self.fc1 = smaller(dense.fc1, rows=neurons)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> the kept neurons [B, N, F']."""
+        return self.act(self.fc1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        if self.fc2.in_features == 0:
+            return self.drop2(without_inputs(self.fc2, x))
+        return self.drop2(self.fc2(self.norm(self.drop1(self.hidden(x)))))
+
+
+class CompactGluMlp(CompactMlp):
+    """A gated MLP whose fc1 holds value and gate, one behind the other."""
+
+    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
+        self.gate_last = dense.gate_last
+        self.fc1 = smaller(dense.fc1, rows=neurons + [dense.fc2.in_features + i for i in neurons])
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> the kept neurons [B, N, F']."""
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return a * self.act(b) if self.gate_last else self.act(a) * b
+
+
+class CompactSwiGLU(CompactMlp):
+    """A gated MLP of two first layers, fc1_g the gate and fc1_x the value."""
+
+    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
+        self.fc1_g, self.fc1_x = smaller(dense.fc1_g, rows=neurons), smaller(dense.fc1_x, rows=neurons)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x [B, N, D] -> the kept neurons [B, N, F']."""
+        return self.act(self.fc1_g(x)) * self.fc1_x(x)
+
+
+def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) -> Tensor | None:
+    """The part of an attention mask [..., H or 1, N, N] that concerns the kept heads."""
+    if attn_mask is None or attn_mask.dim() < 3 or attn_mask.shape[-3] != num_heads or num_heads == 1:
+        return attn_mask
+    return attn_mask[..., heads, :, :]
+
+
+def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores [B, H, N, N] under a bool mask (True stays), one that is added, or the causal one."""
+    if is_causal:
+        N = scores.shape[-1]
+        future = torch.ones(N, N, dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(future, float("-inf"))
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+
+
+def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] | None = None) -> nn.Linear:
+    """A copy of the given rows, or columns, of `dense`; without columns the bias stays."""
+    weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
+    if rows is not None:
+        index = torch.tensor(rows, dtype=torch.int64, device=weight.device)
+        weight, bias = weight.index_select(0, index), None if bias is None else bias.index_select(0, index)
+    else:
+        index = torch.tensor(columns, dtype=torch.int64, device=weight.device)
+        weight, bias = weight.index_select(1, index), None if bias is None else bias.clone()
+    # Made with one feature on meta and filled after, as torch's initialisation warns about zero features.
+    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight, requires_grad=dense.weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=dense.bias.requires_grad)
+    return linear
+
+
+def without_inputs(linear: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer without inputs adds to every token of x [B, N, D]."""
+    if not is_plain(linear):
+        return linear(x.new_zeros(*x.shape[:-1], 0))
+    # The bias alone, as exported programs do not take matrices without columns.
+    out = x.new_zeros(*x.shape[:-1], linear.out_features)
+    return out if linear.bias is None else out + linear.bias
