@@ -28,7 +28,7 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="few shapes and rounds: does everything run?")
     group.addoption("--dtype", help="float32 (default on the CPU), bfloat16 (on a GPU) or float16")
     group.addoption("--threads", type=int, default=1, help="CPU threads of torch")
-    group.addoption("--rounds", type=int, help="samples of each way")
+    group.addoption("--rounds", type=int, help="samples of each variant")
     group.addoption("--clock", choices=CLOCKS, default="wall", help="process: steadier on a shared machine")
     group.addoption("--results", type=Path, default=RESULTS, help="the folder of the CSV files")
     group.addoption("--no-results", action="store_true", help="write no CSV")
@@ -97,7 +97,7 @@ class Session:
         self.rows += rows
         if not self.options.no_results:
             self.written |= dict.fromkeys(append(self.options.results, rows))
-        benchmark.extra_info |= {way: timing.ms for way, timing in group.timings.items()}
+        benchmark.extra_info |= {variant: timing.ms for variant, timing in group.timings.items()}
 
 
 @pytest.fixture(scope="session")

@@ -71,14 +71,14 @@ def speed(axes: "Axes", rows: Sequence[Row]) -> None:
         == ("deit_tiny_patch16_224", "training", "float32", 1)
     ]
     caps = dict(
-        sorted({1.0: 1.0, **{row.keep: row.cap for row in chosen if row.way == "on_the_fly"}}.items())
+        sorted({1.0: 1.0, **{row.keep: row.cap for row in chosen if row.variant == "on_the_fly"}}.items())
     )
     axes.plot(
         list(caps), list(caps.values()), "--", color=FAINT, linewidth=1.2, label="cap: work that is left"
     )
     axes.axhline(1.0, color=FAINT, linewidth=1.0)
-    for way, (label, color, marker) in VARIANTS.items():
-        points = sorted((row.keep, row.speedup) for row in chosen if row.way == way)
+    for variant, (label, color, marker) in VARIANTS.items():
+        points = sorted((row.keep, row.speedup) for row in chosen if row.variant == variant)
         axes.plot(
             *zip(*points, strict=True), color=color, marker=marker, markersize=5, linewidth=1.6, label=label
         )

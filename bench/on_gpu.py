@@ -54,7 +54,7 @@ def profile() -> int:
     for op in ("attention", "mlp"):
         backend = backends(op, device, dtype)[0][0]
         for backward in (False, True):
-            made = layer(op, SHAPES["deit_small"], 0.5, 128, device, dtype, backward, ways=("dense",))
+            made = layer(op, SHAPES["deit_small"], 0.5, 128, device, dtype, backward, variants=("dense",))
             call = made.calls[f"on_the_fly/{backend}"]
             for i in range(3):
                 call(i)

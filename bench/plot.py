@@ -47,7 +47,7 @@ def load(results: Path) -> list[Row]:
 
 
 def training_table(rows: Sequence[Row], device: str) -> list[str]:
-    """DeiT-T at keep 0.5, float32, one thread: every way."""
+    """DeiT-T at keep 0.5, float32, one thread: every variant."""
     case = ("models", "deit_tiny_patch16_224", "training", 0.5)
     chosen = [
         row
@@ -68,19 +68,20 @@ def training_table(rows: Sequence[Row], device: str) -> list[str]:
         "| | ms | times as fast as dense | ± | cap | of cap | as fast as compacted | MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ways = list(NAMES)
-    for row in sorted((row for row in chosen if row.way in ways), key=lambda row: ways.index(row.way)):
-        name = NAMES[row.way] + ("" if row.backend in ("torch", "auto") else f", {row.backend}")
+    variants = list(NAMES)
+    shown = [row for row in chosen if row.variant in variants]
+    for row in sorted(shown, key=lambda row: variants.index(row.variant)):
+        name = NAMES[row.variant] + ("" if row.backend in ("torch", "auto") else f", {row.backend}")
         out.append(
             f"| {name} | {row.ms:.1f} | {row.speedup:.2f} | {row.noise:.0%} | {row.cap:.2f} | "
             f"{row.cap_fraction:.0%} | {_number(row.speedup_compacted)} | {row.peak_mib:.0f} |"
         )
-    shares = {row.way: share for row, share in solver_shares(chosen)}
+    shares = {row.variant: share for row, share in solver_shares(chosen)}
     if len(shares) == len(SOLVER):
-        usual, dearest = (f"{shares[way]:.1%}" for way in SOLVER)
+        usual, highest = (f"{shares[variant]:.1%}" for variant in SOLVER)
         out += [
             "",
-            f"The solver's own work is {usual} of such a search step, {dearest} where groups die in each.",
+            f"The solver's own work is {usual} of such a search step, {highest} where groups die in each.",
         ]
     return out
 
@@ -99,10 +100,15 @@ def fractions_table(rows: Sequence[Row], device: str) -> list[str]:
         r = f.row
         out.append(
             f"| {MODELS.get(r.model, r.model)} | {r.batch} | {r.dtype} | {r.threads or ''} | {r.keep:g} | "
-            f"{r.way.replace('_', ' ')} / {f.other.way} | {f.time:.3f} | {f.noise:.1%} | {f.memory:.2f} | "
-            f"{f.memory_with_standing:.2f} |"
+            f"{r.variant.replace('_', ' ')} / {f.other.variant} | {f.time:.3f} | {f.noise:.1%} | "
+            f"{f.memory:.2f} | {f.memory_with_standing:.2f} |"
         )
     return out if len(out) > 2 else []
+
+
+def _beside(fly: Row, rows: Sequence[Row]) -> dict[str, Row]:
+    """The variants that were measured with it."""
+    return {row.variant: row for row in rows if row.key[1:3] + row.key[5:] == fly.key[1:3] + fly.key[5:]}
 
 
 def models_table(rows: Sequence[Row], device: str) -> list[str]:
@@ -112,9 +118,9 @@ def models_table(rows: Sequence[Row], device: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     chosen = [row for row in rows if row.device == device and row.suite == "models" and row.keep < 1]
-    for fly in (row for row in chosen if row.way == "on_the_fly"):
-        beside = {row.way: row for row in chosen if row.key[1:3] + row.key[5:] == fly.key[1:3] + fly.key[5:]}
-        others = [f"{beside[way].speedup:.2f}" if way in beside else "" for way in ("compacted", "masked")]
+    for fly in (row for row in chosen if row.variant == "on_the_fly"):
+        beside = _beside(fly, chosen)
+        others = [f"{beside[name].speedup:.2f}" if name in beside else "" for name in ("compacted", "masked")]
         backend = "" if fly.backend == "auto" else f", {fly.backend}"
         out.append(
             f"| {MODELS.get(fly.model, fly.model)} | {fly.what} | {fly.keep:g} | {fly.batch} | {fly.dtype} | "
@@ -125,16 +131,16 @@ def models_table(rows: Sequence[Row], device: str) -> list[str]:
 
 
 def layers_table(rows: Sequence[Row], device: str) -> list[str]:
-    """Each kernel at keep 0.5 beside the other ways."""
-    ways = ("compiled", "masked", "pack_torch", "compacted")
+    """Each kernel at keep 0.5 beside the other variants."""
+    names = ("compiled", "masked", "pack_torch", "compacted")
     out = [
-        f"| layer | batch | dtype | backend | ms | on the fly | ± | of cap | of roof | {' | '.join(ways)} |",
-        "|---" * (9 + len(ways)) + "|",
+        f"| layer | batch | dtype | backend | ms | on the fly | ± | of cap | of roof | {' | '.join(names)} |",
+        "|---" * (9 + len(names)) + "|",
     ]
     chosen = [row for row in rows if row.device == device and row.suite == "kernels" and row.keep == 0.5]
-    for fly in (row for row in chosen if row.way == "on_the_fly" and row.backend != "reference"):
-        beside = {row.way: row for row in chosen if row.key[1:3] + row.key[5:] == fly.key[1:3] + fly.key[5:]}
-        others = [f"{beside[way].speedup:.2f}" if way in beside else "" for way in ways]
+    for fly in (row for row in chosen if row.variant == "on_the_fly" and row.backend != "reference"):
+        beside = _beside(fly, chosen)
+        others = [f"{beside[name].speedup:.2f}" if name in beside else "" for name in names]
         out.append(
             f"| {fly.model} {fly.what} | {fly.batch} | {fly.dtype} | {fly.backend} | {fly.ms:.2f} | "
             f"{fly.speedup:.2f} | {fly.noise:.0%} | {fly.cap_fraction:.0%} | {fly.roofline:.0%} | "
@@ -149,9 +155,9 @@ def ops_table(rows: Sequence[Row], device: str) -> list[str]:
         "| model | op | keep | dtype | backend | ms | torch, ms | times as fast | ± | cap | GB/s | of roof |",
         "|---" * 12 + "|",
     ]
-    chosen = [row for row in rows if row.device == device and row.way in OPS]
-    plain = {row.key[:3] + row.key[5:]: row for row in chosen if row.way == "plain_torch"}
-    for r in (row for row in chosen if row.way == "kernel" and row.backend != "reference"):
+    chosen = [row for row in rows if row.device == device and row.variant in OPS]
+    plain = {row.key[:3] + row.key[5:]: row for row in chosen if row.variant == "plain_torch"}
+    for r in (row for row in chosen if row.variant == "kernel" and row.backend != "reference"):
         out.append(
             f"| {r.model} | {r.what} | {r.keep:g} | {r.dtype} | {r.backend} | {r.ms:.2f} | "
             f"{plain[r.key[:3] + r.key[5:]].ms:.2f} | {r.speedup:.2f} | {r.noise:.0%} | {r.cap:.2f} | "

@@ -39,9 +39,9 @@ def measure(model: str, tokens: int, batch: int, dtype: torch.dtype, options: ar
         model, options.keep, batch, cpu, ("dense", "converted", "on_the_fly", "compacted"), dense
     )
     if left:
-        raise RuntimeError("; ".join(f"{way}: {reason}" for way, reason in left))
+        raise RuntimeError("; ".join(f"{variant}: {reason}" for variant, reason in left))
     x, y = images_and_labels(dense, batch, cpu)
-    models = {way: one.model for way, one in built.items()}
+    models = {variant: one.model for variant, one in built.items()}
     steps = {
         "dense": training(copy.deepcopy(models["dense"]), x, y, dtype),
         "converted": training(models["converted"], x, y, dtype),

@@ -107,8 +107,8 @@ def page(results: Path) -> str:
 def seconds(rows: Sequence[Row], model: str) -> tuple[Row, Seconds] | None:
     """What was measured of one model at KEEP: the row on the fly, and seconds per image."""
 
-    def one(what: str, way: str) -> Row | None:
-        found = [r for r in rows if (r.model, r.what, r.way, r.keep) == (model, what, way, KEEP)]
+    def one(what: str, variant: str) -> Row | None:
+        found = [r for r in rows if (r.model, r.what, r.variant, r.keep) == (model, what, variant, KEEP)]
         return min(found, key=lambda row: row.ms / row.batch, default=None)
 
     dense, fly, teacher = one("training", "dense"), one("training", "on_the_fly"), one("inference", "dense")

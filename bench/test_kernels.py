@@ -27,18 +27,19 @@ def test_layer(benchmark, session, model, op, direction, keep):
     if session.quick:
         batch = min(batch, 32)
     shape = layer_variants.SHAPES[model]
-    ways = list(layer_variants.WAYS)
+    variants = list(layer_variants.VARIANTS)
     # What compiling dense gives does not depend on the kept fraction, and it takes its time.
     often = session.on_gpu or model == "deit_tiny" or keep == 0.5
     if session.options.no_compile or not often:
-        ways.remove("compiled")
+        variants.remove("compiled")
     x_bytes = batch * shape.tokens * shape.dim * session.dtype.itemsize
     inputs = max(2, round(CACHE / x_bytes)) if session.on_gpu else 1
+    backward, inputs = direction == "backward", min(inputs, 8)
     made = layer_variants.layer(
-        op, shape, keep, batch, session.device, session.dtype, direction == "backward", min(inputs, 8), ways
+        op, shape, keep, batch, session.device, session.dtype, backward, inputs, variants
     )
-    for way, reason in made.left:
-        session.leave_out(way, reason)
+    for variant, reason in made.left:
+        session.leave_out(variant, reason)
     rounds = 15 if session.on_gpu else 5
     timings = session.time(benchmark, made.calls, min(inputs, 8), rounds, replay=True)
     session.add(
@@ -72,8 +73,8 @@ def test_op(benchmark, session, model, op, direction, keep):
     x_bytes = 4 * shape.depth * shape.dim * (4 * shape.heads * shape.head_dim + 2 * shape.hidden)
     inputs = max(1, min(8, round(CACHE / x_bytes)))
     made = op_variants.op(op, shape, keep, session.device, dtype, direction == "backward", inputs)
-    for way, reason in made.left:
-        session.leave_out(way, reason)
+    for variant, reason in made.left:
+        session.leave_out(variant, reason)
     timings = session.time(benchmark, made.calls, inputs, 15 if session.on_gpu else 5, replay=True)
     session.add(
         benchmark,

@@ -7,7 +7,7 @@ import pytest
 from uvc.bench.models import BESIDE, models
 from uvc.bench.rows import Group
 from uvc.bench.steps import peak_mib
-from uvc.bench.variants import WAYS
+from uvc.bench.variants import VARIANTS
 
 TINY, SMALL, BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
 # Every peer stands beside keep 0.5; at other fractions only what depends on them, and dense.
@@ -27,13 +27,13 @@ def test_model(benchmark, session, phase, model, keep):
     if session.quick and (model, keep) != (TINY, 0.5):
         pytest.skip("--quick measures DeiT-T at keep 0.5 only")
     batch = BATCH[session.device.type][model]
-    ways = list(WAYS if keep == 0.5 else FEW)
+    variants = list(VARIANTS if keep == 0.5 else FEW)
     if model == BASE and not session.on_gpu:
-        ways = list(FEW[:3])  # more, each with its optimiser, would not fit beside one another into 16 GB
+        variants = list(FEW[:3])  # more, each with its optimiser, would not fit beside one another into 16 GB
     if keep == 1.0:
-        ways = ["dense", "converted", "on_the_fly"]
-    if "compiled" in ways and (session.options.no_compile or (model != TINY and not session.on_gpu)):
-        ways.remove("compiled")
+        variants = ["dense", "converted", "on_the_fly"]
+    if "compiled" in variants and (session.options.no_compile or (model != TINY and not session.on_gpu)):
+        variants.remove("compiled")
     gc.collect()  # models of the group before may hang in reference cycles, gigabytes of them
     made = models(
         model,
@@ -42,13 +42,13 @@ def test_model(benchmark, session, phase, model, keep):
         batch,
         session.device,
         session.dtype,
-        ways,
+        variants,
         BESIDE if model == TINY and keep == 0.5 else (),
     )
-    for way, reason in made.left:
-        session.leave_out(way, reason)
+    for variant, reason in made.left:
+        session.leave_out(variant, reason)
     timings = session.time(benchmark, made.steps, rounds=9 if session.on_gpu else 6 if model == TINY else 4)
-    peaks = {way: peak_mib(step, session.device) for way, step in made.steps.items()}
+    peaks = {variant: peak_mib(step, session.device) for variant, step in made.steps.items()}
     session.add(
         benchmark,
         Group(

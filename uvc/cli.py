@@ -336,7 +336,7 @@ def doctor() -> None:
 @click.option("--batch-size", type=click.IntRange(1), help="Images per step.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the products.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads for torch.")
-@click.option("--rounds", type=click.IntRange(3), help="Samples of each way.")
+@click.option("--rounds", type=click.IntRange(3), help="Samples of each variant.")
 @click.option("--out", type=FOLDER, help="Where table and picture go.")
 @click.option("--against", type=FOLDER, help="Fail when slower than the rows of this CSV.")
 @click.option("--against-ref", help="Fail when slower than this git commit, measured side by side.")

@@ -45,9 +45,9 @@ def measured(tmp_path_factory):
 
 def test_it_leaves_rows_and_a_picture(measured):
     rows = read(measured)
-    assert [(row.keep, row.way) for row in rows] == [
+    assert [(row.keep, row.variant) for row in rows] == [
         (1.0, "dense"), (1.0, "converted"), (0.5, "dense"), (0.5, "compacted"), (0.5, "on_the_fly"),
-        (0.5, "solver"), (0.5, "solver_burying"),
+        (0.5, "solver"), (0.5, "solver_removing"),
     ]  # fmt: skip
     fly = rows[-3]
     assert fly.what == "training" and fly.threads == 1 and fly.batch == 4 and fly.rounds == 3

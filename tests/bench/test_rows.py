@@ -25,7 +25,8 @@ def work(flops):
 def measured(suite="models", keep=0.5, fly_ms=60.0, noise=0.0):
     samples = {"dense": 100.0, "compiled": 90.0, "on_the_fly/triton": fly_ms}
     timings = {
-        way: Timing(tuple(ms * (1 + noise * i) for i in range(-2, 3)), "wall") for way, ms in samples.items()
+        name: Timing(tuple(ms * (1 + noise * i) for i in range(-2, 3)), "wall")
+        for name, ms in samples.items()
     }
     works = {"dense": work(int(2e9)), "compiled": work(int(2e9)), "on_the_fly/triton": work(int(1e9))}
     group = Group(
@@ -38,7 +39,7 @@ def measured(suite="models", keep=0.5, fly_ms=60.0, noise=0.0):
 
 def test_a_row_says_how_far_from_the_cap_it_is():
     dense, compiled, fly = measured()
-    assert (fly.way, fly.backend, fly.threads) == ("on_the_fly", "triton", 3)
+    assert (fly.variant, fly.backend, fly.threads) == ("on_the_fly", "triton", 3)
     assert fly.speedup == pytest.approx(100 / 60) and fly.speedup_best == pytest.approx(90 / 60)
     assert fly.cap == pytest.approx(2.0) and fly.cap_fraction == pytest.approx(0.75)
     # 1 GFLOP at 100 GFLOP/s takes 10 ms, and it took 60.
@@ -96,16 +97,16 @@ def test_the_table_has_a_line_per_row_of_a_model_and_per_kernel_of_a_layer():
     lines = table.lines(models + layers)
     assert sum("on_the_fly/triton  " in line for line in lines) == 1
     (kernel,) = [line for line in lines if "deit training, keep 0.5, triton" in line]
-    # Of the layer's other ways only the compiled one; dense is what all is compared with.
+    # Of the layer's other variants only the compiled one; dense is what all is compared with.
     assert kernel.split()[-1] == "1.11"
 
 
 def training_steps(keep=0.5):
     samples = {"dense": 100.0, "compacted": 50.0, "on_the_fly/auto": 52.0, "solver/auto": 1.0}
-    samples["solver_burying/auto"] = 2.0
+    samples["solver_removing/auto"] = 2.0
     group = Group(
         suite="quick", model="deit", what="training", dtype=torch.float32, batch=8, keep=keep,
-        device=torch.device("cpu"), timings={way: Timing((ms,) * 3, "wall") for way, ms in samples.items()},
+        device=torch.device("cpu"), timings={name: Timing((ms,) * 3, "wall") for name, ms in samples.items()},
         works=dict.fromkeys(samples, work(int(1e9))), backends=dict.fromkeys(list(samples)[2:], "auto"),
         peaks={"dense": 100.0, "compacted": 80.0, "on_the_fly/auto": 60.0, "solver/auto": 0.0},
         standing={"dense": 20.0, "compacted": 10.0, "on_the_fly/auto": 20.0, "solver/auto": 20.0},
@@ -115,7 +116,7 @@ def training_steps(keep=0.5):
 
 def test_steps_stand_beside_the_compacted_and_the_dense_one_in_time_and_memory():
     found = table.fractions(training_steps() + training_steps(0.25))
-    assert [(f.row.keep, f.other.way) for f in found] == [
+    assert [(f.row.keep, f.other.variant) for f in found] == [
         (0.5, "compacted"), (0.5, "dense"), (0.25, "compacted"), (0.25, "dense"),
     ]  # fmt: skip
     compacted, dense = found[:2]
@@ -126,8 +127,8 @@ def test_steps_stand_beside_the_compacted_and_the_dense_one_in_time_and_memory()
 
 
 def test_the_solver_works_in_one_step_of_two():
-    shares = {row.way: share for row, share in table.solver_shares(training_steps())}
-    assert shares == pytest.approx({"solver": 0.5 / 52.5, "solver_burying": 1 / 53})
+    shares = {row.variant: share for row, share in table.solver_shares(training_steps())}
+    assert shares == pytest.approx({"solver": 0.5 / 52.5, "solver_removing": 1 / 53})
     lines = table.lines(training_steps())
     assert any("keep 0.5  solver / search step" in line and "0.95%" in line for line in lines)
     assert not any("solver/auto" in line for line in lines)
@@ -178,7 +179,7 @@ def test_a_band_as_wide_as_the_figure_still_tells_a_tenth_from_it():
 
 def test_a_wide_band_is_called_noisy():
     found = regression.compare(measured(fly_ms=70.0, noise=0.2), measured(noise=0.2), Path("x.csv"))
-    # The drift of all ways together is no noise of their ratio.
+    # The drift of all variants together is no noise of their ratio.
     assert all(c.band < 0.03 for c in found)
     assert "noisy" in str(regression.Comparison("x", 1.0, 0.9, 0.5, "x dense"))
 

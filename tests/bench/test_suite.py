@@ -48,8 +48,8 @@ def test_what_can_run_leaves_rows(bare):
     (path,) = (folder / "results").glob("*/kernels.csv")
     rows = read(path)
     layer, op = ([row for row in rows if (row.batch > 0) == yes] for yes in (True, False))
-    assert {"dense", "masked", "pack_torch", "compacted", "on_the_fly"} == {row.way for row in layer}
-    assert {"plain_torch", "kernel"} == {row.way for row in op}
+    assert {"dense", "masked", "pack_torch", "compacted", "on_the_fly"} == {row.variant for row in layer}
+    assert {"plain_torch", "kernel"} == {row.variant for row in op}
     assert all(row.ms > 0 and row.cap >= 1 and row.commit and "torch" in row.versions for row in rows)
 
 

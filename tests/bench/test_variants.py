@@ -1,4 +1,4 @@
-"""The ways that benchmarks compare do the same job, and what cannot be compared is named."""
+"""The variants that benchmarks compare do the same job, and what cannot be compared is named."""
 
 import copy
 import sys
@@ -16,7 +16,7 @@ from uvc.bench.variants import PRUNED, build, gate
 from uvc.solver import Search
 
 CPU = torch.device("cpu")
-EAGER = [way for way in variants.WAYS if way not in ("compiled", "torch_pruning")]
+EAGER = [variant for variant in variants.VARIANTS if variant not in ("compiled", "torch_pruning")]
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def test_pruned_ways_agree_in_outputs_and_gradients(small, keep):
     built, left = build("", keep, 2, CPU, EAGER, dense=small)
     assert list(built) == EAGER and not left
     x, found = torch.randn(2, 3, 16, 16, dtype=torch.float64), {}
-    for way in PRUNED:
-        model = built[way].model.eval()
+    for variant in PRUNED:
+        model = built[variant].model.eval()
         out = model(x)
         (grad,) = torch.autograd.grad(out.square().sum(), [model.blocks[0].norm1.weight])
-        found[way] = torch.cat([out.flatten(), grad.flatten()]).detach()
+        found[variant] = torch.cat([out.flatten(), grad.flatten()]).detach()
     assert gate(found, torch.float64, "test") < 1e-9
     assert not torch.allclose(found["masked"][:10], built["dense"].model(x).flatten())
 
@@ -77,17 +77,17 @@ def test_compilation_without_a_compiler_is_left_out_by_name(small, monkeypatch):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("op", ["attention", "mlp"])
 def test_a_layer_has_every_way_and_backend(op, backward):
-    eager = [way for way in layer_variants.WAYS if way != "compiled"]
+    eager = [variant for variant in layer_variants.VARIANTS if variant != "compiled"]
     shape = LayerShape(dim=128, heads=2, hidden=96, tokens=17)
-    made = layer_variants.layer(op, shape, 0.5, 2, CPU, torch.float32, backward, inputs=3, ways=eager)
+    made = layer_variants.layer(op, shape, 0.5, 2, CPU, torch.float32, backward, inputs=3, variants=eager)
     providers = [name for name in ("cpu", "reference") if f"on_the_fly/{name}" in made.calls]
     assert set(made.calls) == {*eager, *(f"on_the_fly/{name}" for name in providers)}
-    assert {"triton", "cuda-host"} <= {way for way, _ in made.left}
+    assert {"triton", "cuda-host"} <= {variant for variant, _ in made.left}
     assert made.error < 1e-4
-    for way, call in made.calls.items():
+    for variant, call in made.calls.items():
         for i in range(4):
             assert call(i) is not None
-        assert made.works[way].flops > 0
+        assert made.works[variant].flops > 0
     assert made.works["dense"].flops > 1.9 * made.works["on_the_fly/reference"].flops
 
 
@@ -100,7 +100,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"mlp, keep 0\.5: the output of on_the_fly/.* is off by 1\.0e-02"):
         layer_variants.layer(
-            "mlp", LayerShape(128, 2, 96, 17), 0.5, 2, CPU, torch.float32, False, ways=["dense"]
+            "mlp", LayerShape(128, 2, 96, 17), 0.5, 2, CPU, torch.float32, False, variants=["dense"]
         )
 
 
@@ -117,14 +117,14 @@ def test_the_solver_works_beside_a_step_and_keeps_the_structure(small):
     assert not torch.equal(model.blocks[0].mlp.fc1.weight[~removed], weight[~removed])
 
 
-@pytest.mark.parametrize(("way", "parts"), [("solver", 2), ("solver_burying", 3)])
-def test_the_solver_alone_does_its_whole_step_and_keeps_the_structure(small, monkeypatch, way, parts):
+@pytest.mark.parametrize(("variant", "parts"), [("solver", 2), ("solver_removing", 3)])
+def test_the_solver_alone_does_its_whole_step_and_keeps_the_structure(small, monkeypatch, variant, parts):
     model = uvc.apply_structure(small.float(), uvc.Structure.random(small, 0.5))
     structure, done = uvc.structure_of(model), []
     for name in ("observe", "step", "remove_dead"):
         run = getattr(Search, name)
         monkeypatch.setattr(Search, name, lambda *args, run=run, name=name: (done.append(name), run(*args)))
-    step = BESIDE[way](model, *steps.images_and_labels(model, 4, CPU), torch.float32)
+    step = BESIDE[variant](model, *steps.images_and_labels(model, 4, CPU), torch.float32)
     done.clear()
     for i in range(20):
         step(i)
@@ -138,7 +138,7 @@ def test_the_solver_alone_does_its_whole_step_and_keeps_the_structure(small, mon
 def test_an_op_over_all_layers_stands_beside_plain_torch(op, backward, dtype):
     shape = LayerShape(dim=24, heads=2, hidden=20, head_dim=16, depth=3)
     made = op_variants.op(op, shape, 0.5, CPU, dtype, backward, inputs=2)
-    kernel = next(way for way in made.calls if way != "plain_torch")
+    kernel = next(variant for variant in made.calls if variant != "plain_torch")
     assert set(made.calls) == {"plain_torch", kernel} and made.backends == {kernel: kernel.partition("/")[2]}
     assert made.error < 1e-6
     for call in made.calls.values():
@@ -184,11 +184,11 @@ def test_a_group_of_models_steps_in_every_way():
         ["dense", "on_the_fly", "compacted"],
         beside=BESIDE,
     )
-    assert set(made.steps) == {"dense", "compacted", "on_the_fly/auto", *(f"{way}/auto" for way in BESIDE)}
+    assert set(made.steps) == {"dense", "compacted", "on_the_fly/auto", *(f"{name}/auto" for name in BESIDE)}
     assert made.standing["on_the_fly/auto"] == made.standing["dense"] > made.standing["compacted"]
-    for way, step in made.steps.items():
+    for variant, step in made.steps.items():
         step(0)
-        assert made.works[way].flops > 0
+        assert made.works[variant].flops > 0
     assert made.error < 1e-4
 
 

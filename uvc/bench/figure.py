@@ -32,7 +32,7 @@ def speedup_figure(rows: Sequence[Row], title: str | None = None) -> "Figure":
 
 
 def draw(axes: "Axes", rows: Sequence[Row], title: str | None = None) -> None:
-    """One panel: a line per way, bars as wide as the noise band, the cap dashed."""
+    """One panel: a line per variant, bars as wide as the noise band, the cap dashed."""
     first = rows[0]
     threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
     axes.set_title(
@@ -40,15 +40,15 @@ def draw(axes: "Axes", rows: Sequence[Row], title: str | None = None) -> None:
         fontsize=9,
         color=INK,
     )
-    caps = dict(sorted({1.0: 1.0, **{r.keep: r.cap for r in rows if r.way == "on_the_fly"}}.items()))
+    caps = dict(sorted({1.0: 1.0, **{r.keep: r.cap for r in rows if r.variant == "on_the_fly"}}.items()))
     axes.plot(list(caps), list(caps.values()), "--", color=FAINT, linewidth=1.2, label="cap")
     axes.axhline(1.0, color=FAINT, linewidth=0.8)
-    for way, (label, color, marker) in STYLE.items():
-        for backend in dict.fromkeys(r.backend for r in rows if r.way == way):
+    for variant, (label, color, marker) in STYLE.items():
+        for backend in dict.fromkeys(r.backend for r in rows if r.variant == variant):
             points = sorted(
                 (r.keep, r.speedup, r.speedup * r.noise)
                 for r in rows
-                if r.way == way and r.backend == backend
+                if r.variant == variant and r.backend == backend
             )
             keeps, speedups, bands = zip(*points, strict=True)
             name = label if backend in ("torch", "auto") else f"{label}, {backend}"

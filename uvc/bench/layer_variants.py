@@ -1,4 +1,4 @@
-"""Single layers of the ways of `ways`: one attention or MLP layer, forward or backward alone, by backend."""
+"""Single layers of the compared variants: one attention or MLP, forward or backward alone, by backend."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from uvc_kernels import _dispatch
 from uvc.bench.roofline import Kept, Shape, Work, layer_work
 from uvc.bench.variants import DENSE, TOLERANCE, Left, build, fault_of, first_line
 
-# The ways of a layer besides the kernels; torch-pruning cuts whole models.
-WAYS = ("dense", "compiled", "masked", "pack_torch", "compacted")
+# The variants of a layer besides the kernels; torch-pruning cuts whole models.
+VARIANTS = ("dense", "compiled", "masked", "pack_torch", "compacted")
 
 
 class LayerShape(NamedTuple):
@@ -37,7 +37,7 @@ SHAPES = {
 
 
 class Layer(NamedTuple):
-    """The calls of one group, by way; each takes a running number. `error`: the worst of the gate."""
+    """The calls of one group, by variant; each takes a running number. `error`: the worst of the gate."""
 
     calls: dict[str, Callable[[int], object]]
     works: dict[str, Work]
@@ -84,12 +84,12 @@ def layer(
     dtype: torch.dtype,
     backward: bool,
     inputs: int = 1,
-    ways: Sequence[str] = WAYS,
+    variants: Sequence[str] = VARIANTS,
 ) -> Layer:
-    """Everything to time one direction of one layer, after the ways were found to agree.
+    """Everything to time one direction of one layer, after the variants were found to agree.
 
-    op: "attention" or "mlp". `inputs`: how many input tensors the calls rotate among. RuntimeError when ways
-    disagree with plain torch in float64.
+    op: "attention" or "mlp". `inputs`: how many input tensors the calls rotate among. RuntimeError when
+    variants disagree with plain torch in float64.
     """
     model = VisionTransformer(
         embed_dim=shape.dim,
@@ -98,9 +98,9 @@ def layer(
         mlp_ratio=shape.hidden / shape.dim,
         num_classes=10,
     )
-    built, left = build("", keep, batch, device, [*ways, "on_the_fly"], dense=model)
+    built, left = build("", keep, batch, device, [*variants, "on_the_fly"], dense=model)
     name = "attn" if op == "attention" else "mlp"
-    modules = {way: getattr(b.model.blocks[0], name).to(dtype).eval() for way, b in built.items()}
+    modules = {variant: getattr(b.model.blocks[0], name).to(dtype).eval() for variant, b in built.items()}
     if "compiled" in modules:
         # The block was marked for compilation; here it is the layer that runs.
         modules["compiled"].compile(dynamic=False)
@@ -108,7 +108,8 @@ def layer(
     kernel, exact = _kernel(op, converted), copy.deepcopy(converted).double()
     able, without = backends(op, device, dtype)
     runs: dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]] = {
-        way: (module, [p for p in module.parameters() if p.requires_grad]) for way, module in modules.items()
+        variant: (module, [p for p in module.parameters() if p.requires_grad])
+        for variant, module in modules.items()
     }
     for provider in able:
         runs[f"on_the_fly/{provider}"] = (forced(kernel, provider), list(converted.parameters()))
@@ -123,14 +124,14 @@ def layer(
     sizes = Shape(batch, shape.tokens, shape.dim, shape.heads, shape.head_dim, shape.hidden)
     size = torch.empty((), dtype=dtype).element_size()
     works = {}
-    for way in runs:
-        of = built["on_the_fly" if "/" in way else way]
-        works[way] = layer_work(op, sizes, _of(op, of.kept[0]), size, backward, of.full)
+    for variant in runs:
+        of = built["on_the_fly" if "/" in variant else variant]
+        works[variant] = layer_work(op, sizes, _of(op, of.kept[0]), size, backward, of.full)
     calls = {
-        way: (_backward if backward else _forward)(run, xs, grads, parameters)
-        for way, (run, parameters) in runs.items()
+        variant: (_backward if backward else _forward)(run, xs, grads, parameters)
+        for variant, (run, parameters) in runs.items()
     }
-    chosen = {way: way.partition("/")[2] for way in runs if "/" in way}
+    chosen = {variant: variant.partition("/")[2] for variant in runs if "/" in variant}
     return Layer(calls, works, chosen, left + without, error)
 
 
@@ -150,7 +151,7 @@ def _kernel(op: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _agree(op: str, runs: dict, exact: nn.Module, x: Tensor, grad: Tensor, keep: float) -> float:
-    """The worst relative error of any way's output and gradients; RuntimeError beyond rounding."""
+    """The worst relative error of any variant's output and gradients; RuntimeError beyond rounding."""
 
     def results(
         run: Callable[[Tensor], Tensor], parameters: list[Tensor], dtype: torch.dtype
@@ -162,8 +163,8 @@ def _agree(op: str, runs: dict, exact: nn.Module, x: Tensor, grad: Tensor, keep:
     with uvc_kernels.backend("reference"):
         truth = results(_kernel(op, exact), list(exact.parameters()), torch.float64)
     worst = 0.0
-    for way, (run, parameters) in runs.items():
-        if way in DENSE and keep < 1:
+    for variant, (run, parameters) in runs.items():
+        if variant in DENSE and keep < 1:
             continue
         found = results(run, parameters, x.dtype)
         # The gradients of smaller weights have no counterpart.
@@ -174,7 +175,7 @@ def _agree(op: str, runs: dict, exact: nn.Module, x: Tensor, grad: Tensor, keep:
             worst = max(worst, error)
             if not error <= TOLERANCE[x.dtype]:
                 raise RuntimeError(
-                    f"{op}, keep {keep}: the {part} of {way} is off by {error:.1e}, "
+                    f"{op}, keep {keep}: the {part} of {variant} is off by {error:.1e}, "
                     f"allowed {TOLERANCE[x.dtype]:.0e}"
                 )
     return worst

@@ -12,10 +12,10 @@ from uvc.bench.layer_variants import backends, forced
 from uvc.bench.roofline import Work, model_work, solver_work
 from uvc.bench.steps import (
     Step,
-    burying,
     images_and_labels,
     inference,
     precision,
+    removing,
     searching,
     solving,
     standing_mib,
@@ -24,11 +24,11 @@ from uvc.bench.steps import (
 from uvc.bench.variants import PRUNED, Built, Left, build, fault_of, gate
 
 # What may be timed on the fly besides a plain training step.
-BESIDE = {"with_solver": searching, "solver": solving, "solver_burying": burying}
+BESIDE = {"with_solver": searching, "solver": solving, "solver_removing": removing}
 
 
 class Models(NamedTuple):
-    """The steps of one group, by way. `error`: the worst difference among the pruned ways.
+    """The steps of one group, by variant. `error`: the worst difference among the pruned variants.
 
     `standing`: MiB that stay between steps, see `standing_mib`.
     """
@@ -48,19 +48,19 @@ def models(
     batch: int,
     device: torch.device,
     dtype: torch.dtype,
-    ways: Sequence[str],
+    variants: Sequence[str],
     beside: Sequence[str] = (),
 ) -> Models:
-    """Everything to time one phase of timm's model `name`. RuntimeError when the pruned ways do not agree.
+    """Everything to time one phase of timm's model `name`. RuntimeError when pruned variants do not agree.
 
     `beside`: of `BESIDE`, what is also timed on the fly in training: a step with the solver beside it, the
     solver alone. "on_the_fly" runs with the backend that the library chooses ("auto"), and on a GPU with each
     that can serve.
     """
     training_phase = phase == "training"
-    built, left = build(name, keep, batch, device, ways)
+    built, left = build(name, keep, batch, device, variants)
     x, y = images_and_labels(built["dense"].model, batch, device)
-    error = agree({way: b.model for way, b in built.items() if way in PRUNED}, x, y, dtype)
+    error = agree({variant: b.model for variant, b in built.items() if variant in PRUNED}, x, y, dtype)
     chosen: dict[str, str] = {}
     if "on_the_fly" in built:
         fly = built.pop("on_the_fly")
@@ -68,44 +68,44 @@ def models(
         left += without
         forced_ones = [name for name in able if name != "reference"] if device.type == "cuda" else []
         names = [f"on_the_fly/{backend}" for backend in ["auto", *forced_ones]]
-        names += [f"{way}/auto" for way in beside if training_phase]
-        for way in names:
-            chosen[way] = way.partition("/")[2]
-            built[way] = fly._replace(model=copy.deepcopy(fly.model))
+        names += [f"{variant}/auto" for variant in beside if training_phase]
+        for variant in names:
+            chosen[variant] = variant.partition("/")[2]
+            built[variant] = fly._replace(model=copy.deepcopy(fly.model))
     steps = {}
-    for way, b in built.items():
+    for variant, b in built.items():
         if not training_phase:
             step = inference(b.model, x, dtype)
         else:
-            step = BESIDE.get(way.partition("/")[0], training)(b.model, x, y, dtype)
-        steps[way] = forced(step, chosen[way]) if way in chosen else step
+            step = BESIDE.get(variant.partition("/")[0], training)(b.model, x, y, dtype)
+        steps[variant] = forced(step, chosen[variant]) if variant in chosen else step
     if "compiled" in steps and (fault := fault_of(lambda: steps["compiled"](0))):
         del steps["compiled"], built["compiled"]
         left.append(Left("compiled", fault))
-    works = {way: work(way, b, dtype, training_phase) for way, b in built.items()}
-    standing = {way: standing_mib(b.model, training_phase) for way, b in built.items()}
+    works = {variant: work(variant, b, dtype, training_phase) for variant, b in built.items()}
+    standing = {variant: standing_mib(b.model, training_phase) for variant, b in built.items()}
     return Models(steps, works, standing, chosen, left, error)
 
 
-def work(way: str, built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
-    """The least work of a model's step; AdamW goes over all the parameters that the way has."""
-    if way.startswith("solver"):
+def work(variant: str, built: Built, dtype: torch.dtype, training_phase: bool) -> Work:
+    """The least work of a model's step; AdamW goes over all the parameters that the variant has."""
+    if variant.startswith("solver"):
         return solver_work(built.shape, len(built.kept))
     params = sum(p.numel() for p in built.model.parameters())
     return model_work(built.shape, built.kept, dtype.itemsize, training_phase, params, built.full)
 
 
 def agree(pruned: dict[str, nn.Module], x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
-    """The worst relative difference of the pruned ways in logits and in the gradient of the first norm."""
+    """The worst relative difference of the pruned variants in logits and the gradient of the first norm."""
     if len(pruned) < 2:
         return float("nan")
     # Some images say as much as all of them.
     x, y = x[:8], y[:8]
     logits, gradients = {}, {}
-    for way, model in pruned.items():
+    for variant, model in pruned.items():
         weight = model.blocks[0].norm1.weight
         with precision(x, dtype):
             out = model.eval()(x).float()
-        (gradients[way],) = torch.autograd.grad(F.cross_entropy(out, y), [weight])
-        logits[way] = out.detach()
+        (gradients[variant],) = torch.autograd.grad(F.cross_entropy(out, y), [weight])
+        logits[variant] = out.detach()
     return max(gate(logits, dtype, "logits"), gate(gradients, dtype, "the gradient of the first norm"))

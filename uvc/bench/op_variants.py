@@ -101,7 +101,7 @@ def op(
         make |= {f"kernel/{p}": forced(lambda packing: kernel_gather(packing, dtype), p) for p in able}
         error = agree_gather(make, models[0].packing, dtype)
         direction = _backward if backward else _forward
-        calls = {way: direction(run, [m.packing for m in models], dtype) for way, run in make.items()}
+        calls = {variant: direction(run, [m.packing for m in models], dtype) for variant, run in make.items()}
     else:
         plain, kernel = (
             (plain_scores, kernel_scores) if name == "group_scores" else (plain_shrink, kernel_shrink)
@@ -110,9 +110,9 @@ def op(
         make = {"plain_torch": plain, **{f"kernel/{p}": forced(kernel, p) for p in able}}
         error = agree_parts(name, make, models[0].parts, others[0])
         pairs = [(m.parts, other) for m, other in zip(models, others, strict=True)]
-        calls = {way: _rotating(run, pairs) for way, run in make.items()}
-    least = {way: work(name, models[0], dtype, backward, way == "plain_torch") for way in make}
-    chosen = {way: way.partition("/")[2] for way in make if "/" in way}
+        calls = {variant: _rotating(run, pairs) for variant, run in make.items()}
+    least = {variant: work(name, models[0], dtype, backward, variant == "plain_torch") for variant in make}
+    chosen = {variant: variant.partition("/")[2] for variant in make if "/" in variant}
     return Layer(calls, least, chosen, left, error)
 
 
@@ -162,9 +162,9 @@ def kernel_gather(packing: Packing, dtype: torch.dtype) -> list[Tensor]:
 def agree_parts(
     name: str, make: dict[str, Callable], parts: list[Part], other: list[Tensor] | Tensor
 ) -> float:
-    """The worst relative error of any way's scores or shrunk weights; RuntimeError beyond rounding."""
+    """The worst relative error of any variant's scores or shrunk weights; RuntimeError beyond rounding."""
     worst, sizes = 0.0, [len(part.kept) for part in parts]
-    for way, run in make.items():
+    for variant, run in make.items():
         copies = [part._replace(weight=part.weight.clone()) for part in parts]
         result = run(copies, other)
         found = result.split(sizes) if name == "group_scores" else [part.weight for part in copies]
@@ -177,14 +177,14 @@ def agree_parts(
                 truth = product if product.dim() == 1 else product.sum(1 - part.dim)
             else:
                 truth = double * (factor[:, None] if double.dim() == 2 and part.dim == 0 else factor)
-            worst = max(worst, gate({"float64": truth, way: found[i]}, torch.float32, name))
+            worst = max(worst, gate({"float64": truth, variant: found[i]}, torch.float32, name))
     return worst
 
 
 def agree_gather(make: dict[str, Callable], packing: Packing, dtype: torch.dtype) -> float:
-    """The worst relative error of any way's packed weights and gradients, zeros where nothing belongs."""
+    """The worst relative error of any variant's packed weights and gradients, zeros where nothing belongs."""
     worst = 0.0
-    for way, run in make.items():
+    for variant, run in make.items():
         with torch.enable_grad():
             leaves = packing._replace(sources=[s.detach().requires_grad_() for s in packing.sources])
             packed = run(leaves)
@@ -205,7 +205,7 @@ def agree_gather(make: dict[str, Callable], packing: Packing, dtype: torch.dtype
             given = cotangents[i].index_select(dim, here).to(source.dtype)
             whole = torch.zeros_like(source).index_copy(dim, places, given)
             for what, a, b in (("weights", packed[i], truth), ("gradients", gradients[i], whole)):
-                error = gate({"plain_torch": b.detach(), way: a.detach()}, dtype, f"gather, {what}")
+                error = gate({"plain_torch": b.detach(), variant: a.detach()}, dtype, f"gather, {what}")
                 worst = max(worst, error)
     return worst
 

@@ -19,8 +19,8 @@ from uvc.environment import choose_device
 MODEL = "deit_tiny_patch16_224"
 KEEPS = (0.75, 0.5, 0.25)
 ROUNDS = 11
-WAYS = ("dense", "on_the_fly", "compacted")
-BESIDE = ("solver", "solver_burying")
+VARIANTS = ("dense", "on_the_fly", "compacted")
+BESIDE = ("solver", "solver_removing")
 DTYPES = ("float32", "bfloat16", "float16")
 OUT = Path("runs/bench")
 Say = Callable[[str], None]
@@ -95,15 +95,15 @@ def measure(
     highest = ceilings.measure(device, dtype)
     groups = []
     for keep in (1.0, *(keep for keep in keeps if keep < 1)):
-        ways = ("dense", "converted") if keep == 1 else WAYS
-        made = models(model, "training", keep, batch, device, dtype, ways, BESIDE)
-        for way, reason in made.left:
-            if device.type == "cuda" or way not in ("triton", "cuda", "cuda-host"):
-                say(f"left out: {way}: {reason}")
+        variants = ("dense", "converted") if keep == 1 else VARIANTS
+        made = models(model, "training", keep, batch, device, dtype, variants, BESIDE)
+        for variant, reason in made.left:
+            if device.type == "cuda" or variant not in ("triton", "cuda", "cuda-host"):
+                say(f"left out: {variant}: {reason}")
         times = Round(made.steps, device)
         for _ in range(rounds):
             times.run()
-        peaks = {way: peak_mib(step, device) for way, step in made.steps.items()}
+        peaks = {variant: peak_mib(step, device) for variant, step in made.steps.items()}
         highest = highest.raised(ceilings.measure(device, dtype, brief=True))
         groups.append(
             Group(

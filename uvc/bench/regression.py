@@ -66,7 +66,7 @@ def agreement(rows: Iterable[Row]) -> list[Comparison]:
     """The last two rows of each setting that was measured at least twice, in the order of `rows`."""
     pairs: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.way not in BASES:
+        if row.variant not in BASES:
             pairs.setdefault((row.device, row.key), []).append(row)
     return [compared(*found[-2:]) for found in pairs.values() if len(found) > 1]
 
@@ -81,7 +81,7 @@ def compare(rows: Sequence[Row], saved: Sequence[Row], source: Path) -> list[Com
     found = []
     for row in rows:
         old = last.get((row.device, row.key[1:]))
-        if old is None or row.way in BASES:
+        if old is None or row.variant in BASES:
             continue
         found.append(compared(old, row))
     if not found:

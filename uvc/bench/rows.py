@@ -17,13 +17,13 @@ from uvc.bench.timing import Timing, ratio
 
 @dataclass(frozen=True)
 class Row:
-    """One way of one group. What every field means and its unit stand in bench/README.md."""
+    """One variant of one group. What every field means and its unit stand in bench/README.md."""
 
     date: str
     suite: str
     model: str
     what: str
-    way: str
+    variant: str
     backend: str
     dtype: str
     threads: int
@@ -60,8 +60,8 @@ class Row:
     def key(self) -> tuple:
         """What must be equal for two rows to measure the same thing."""
         return (
-            self.suite, self.model, self.what, self.way, self.backend, self.dtype, self.threads, self.batch,
-            self.keep,
+            self.suite, self.model, self.what, self.variant, self.backend, self.dtype, self.threads,
+            self.batch, self.keep,
         )  # fmt: skip
 
 
@@ -73,11 +73,11 @@ MISSING = math.nan
 
 @dataclass(frozen=True)
 class Group:
-    """One group of ways, as measured; `rows` follow once the ceilings are known.
+    """One group of variants, as measured; `rows` follow once the ceilings are known.
 
-    works, backends, peaks, standing: of each way in `timings`. A way of the name "on_the_fly/triton" is the
-    way before the slash, by that backend. `error`: the worst difference that the correctness gate saw.
-    `images`: whether a call serves `batch` images.
+    works, backends, peaks, standing: of each variant in `timings`. "on_the_fly/triton" is the variant before
+    the slash, by that backend. `error`: the worst difference that the correctness gate saw. `images`: whether
+    a call serves `batch` images.
     """
 
     suite: str
@@ -98,12 +98,11 @@ class Group:
 
 
 def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
-    """A row per way; the speed-ups refer to the base, `speedup_best` to the faster of it and `compiled`."""
+    """A row per variant; speed-ups refer to the base, `speedup_best` to the faster of it and `compiled`."""
     timings, works = group.timings, group.works
-    base_way = next(way for way in BASES if way in timings)
-    base = timings[base_way]
-    floor = works[base_way].floor_ms(ceilings)
-    best = min((timings[way] for way in (base_way, "compiled") if way in timings), key=lambda t: t.ms)
+    dense = next(name for name in BASES if name in timings)
+    base, floor = timings[dense], works[dense].floor_ms(ceilings)
+    best = min((timings[name] for name in (dense, "compiled") if name in timings), key=lambda t: t.ms)
     rows = []
     for name, timing in timings.items():
         work = works[name]
@@ -118,7 +117,7 @@ def make_rows(group: Group, ceilings: Ceilings) -> list[Row]:
                 suite=group.suite,
                 model=group.model,
                 what=group.what,
-                way=name.partition("/")[0],
+                variant=name.partition("/")[0],
                 backend=group.backends.get(name, "torch"),
                 dtype=str(group.dtype).removeprefix("torch."),
                 threads=group.threads if group.device.type == "cpu" else 0,
@@ -210,5 +209,5 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 
 
 def labelled(row: Row) -> str:
-    """The way, with its backend where that is not torch."""
-    return row.way if row.backend == "torch" else f"{row.way}/{row.backend}"
+    """The variant, with its backend where that is not torch."""
+    return row.variant if row.backend == "torch" else f"{row.variant}/{row.backend}"

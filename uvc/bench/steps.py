@@ -77,10 +77,10 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
     return step
 
 
-def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, burying: bool = False) -> Step:
+def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, removing: bool = False) -> Step:
     """A step of the solver alone: it reads gradients, prox, primal, dual, snap.
 
-    `burying`: as when groups die in it: weights and optimiser are cleared and the structure is set anew.
+    `removing`: as when groups die in it: weights and optimiser are cleared and the structure is set anew.
     """
     search, optimizer = _search(model, replace(SolverConfig(), every=1))
     with precision(x, dtype):
@@ -93,15 +93,15 @@ def solving(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype, burying:
         search.before()
         search.observe()
         search.step(optimizer)
-        if burying:
+        if removing:
             search.remove_dead(optimizer)
 
     return step
 
 
-def burying(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
-    """`solving` at its dearest."""
-    return solving(model, x, y, dtype, burying=True)
+def removing(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Step:
+    """`solving` with groups that die in every step."""
+    return solving(model, x, y, dtype, removing=True)
 
 
 def _search(model: nn.Module, config: SolverConfig) -> tuple[Search, torch.optim.Optimizer]:

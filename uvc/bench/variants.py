@@ -1,4 +1,4 @@
-"""The ways to run a model that are compared, made from one set of random weights and one random structure.
+"""The variants of a model that are compared, made from one set of random weights and one random structure.
 
 dense          timm, eager, with scaled_dot_product_attention
 compiled       the same, every block under torch.compile
@@ -26,15 +26,15 @@ from uvc.bench.roofline import Kept, Shape, everything, kept_of, shape_of
 
 DENSE = ("dense", "compiled", "converted")
 PRUNED = ("on_the_fly", "compacted", "masked", "pack_torch")
-WAYS = (*DENSE, *PRUNED, "torch_pruning")
+VARIANTS = (*DENSE, *PRUNED, "torch_pruning")
 # Relative errors of outputs and gradients that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class Left(NamedTuple):
-    """A way that could not be built, and why."""
+    """A variant that could not be built, and why."""
 
-    way: str
+    variant: str
     reason: str
 
 
@@ -52,11 +52,11 @@ def build(
     keep: float,
     batch: int,
     device: torch.device,
-    ways: Sequence[str] = WAYS,
+    variants: Sequence[str] = VARIANTS,
     dense: nn.Module | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Built], list[Left]]:
-    """The models of `ways` on `device`, and what was left out; `dense` replaces timm's model of that name."""
+    """The models of `variants` on `device`, and those left out; `dense` replaces timm's model `name`."""
     torch.manual_seed(seed)
     dense = (timm.create_model(name) if dense is None else dense).to(device)
     structure = uvc.Structure.random(dense, keep, seed)
@@ -74,15 +74,15 @@ def build(
         "pack_torch": lambda: pack_with_torch(copy.deepcopy(dense), structure),
     }
     built, left = {}, []
-    for way in ways:
+    for variant in variants:
         try:
-            if way == "torch_pruning":
-                built[way] = _torch_pruning(dense, keep, batch)
+            if variant == "torch_pruning":
+                built[variant] = _torch_pruning(dense, keep, batch)
             else:
-                of = whole if way in DENSE else kept
-                built[way] = Built(make[way](), shape, of, way != "compacted")
+                of = whole if variant in DENSE else kept
+                built[variant] = Built(make[variant](), shape, of, variant != "compacted")
         except (ImportError, RuntimeError) as error:
-            left.append(Left(way, first_line(error)))
+            left.append(Left(variant, first_line(error)))
     return built, left
 
 
@@ -221,7 +221,7 @@ def _torch_pruning(dense: nn.Module, keep: float, batch: int) -> Built:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
         image = torch.randn(1, model.in_chans, *model.patch_embed.img_size, device=device)
-        # The residual stream keeps its width, as in every other way here.
+        # The residual stream keeps its width, as in every other variant here.
         stream = [module for name, module in model.named_modules() if name in ("patch_embed.proj", "head")]
         stream += [part for block in model.blocks for part in (block.attn.proj, block.mlp.fc2)]
         with warnings.catch_warnings():
@@ -252,11 +252,11 @@ def _torch_pruning(dense: nn.Module, keep: float, batch: int) -> Built:
 def gate(outputs: dict[str, Tensor], dtype: torch.dtype, what: str) -> float:
     """The worst relative error among tensors that must agree; RuntimeError when it exceeds rounding."""
     worst, (first, *others) = 0.0, outputs
-    for way in others:
-        a, b = (outputs[w].double() for w in (way, first))
+    for variant in others:
+        a, b = (outputs[w].double() for w in (variant, first))
         error = float((a - b).norm() / b.norm().clamp_min(1e-30))
         worst = max(worst, error)
         if not error <= TOLERANCE[dtype]:
             allowed = f"allowed {TOLERANCE[dtype]:.0e}"
-            raise RuntimeError(f"{what}: {way} and {first} disagree by {error:.1e}, {allowed}")
+            raise RuntimeError(f"{what}: {variant} and {first} disagree by {error:.1e}, {allowed}")
     return worst

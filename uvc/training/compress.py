@@ -177,7 +177,7 @@ def compress(
             structure.json; None = nothing is written.
         log: where to report; None = a new ``RunLog(out)``.
         resume: continue from the checkpoint in ``out``, if there is one.
-        latency: what prices latency, from ``uvc.latency_table.measure`` on the device to be fast on; None =
+        latency: what prices latency, from ``uvc.latency_table.measure`` on the target device; None =
             measured here and now, for batches of one image on the model's device.
         teacher_cache: folder that keeps the teacher's answers, for other budgets and resumed runs; only for
             loaders of ``uvc.training.data``; None = the teacher answers in every step.
