@@ -10,7 +10,6 @@ import torch
 
 import uvc
 import uvc.models
-from uvc.app.run_dir import save_weights
 from uvc.app.summary import draw_structure
 from uvc.io.files import write_json, write_tensors, write_text
 from uvc.training.checkpoint import save_run
@@ -27,7 +26,6 @@ def draw(folder: Path, model: torch.nn.Module) -> None:
 WRITERS = {
     "a model": (lambda d, m: uvc.save(m, d), "model.safetensors"),
     "a checkpoint": (lambda d, m: save_run(d / "run", {"model": m.state_dict()}, {"step": 1}), "run"),
-    "a teacher": (lambda d, m: save_weights(m, d / "teacher"), "teacher"),
     "a picture": (draw, "structure.png"),
     "a text": (lambda d, m: write_text(d / "table", "1" * 9999), "table"),
     "a record": (lambda d, m: write_json(d / "run.json", {"many": [1] * 9999}), "run.json"),
