@@ -2,6 +2,8 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/loops.h"
+
 // A backward op returns an empty tensor for each gradient that `needs` (one bit each, in order) does not ask for.
 STABLE_TORCH_LIBRARY(uvc_kernels, m) {
   m.def(
@@ -41,9 +43,14 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
   m.def("cuda_prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
 }
 
+static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(uvc::instruction_set()); }
+
 // `import uvc_kernels._C` only has to load this library: its static initialisers register the ops.
 PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                      nullptr};
+  static PyMethodDef functions[] = {
+      {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU loops chose."},
+      {nullptr, nullptr, 0, nullptr}};
+  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, functions, nullptr, nullptr,
+                                      nullptr,               nullptr};
   return PyModule_Create(&module);
 }

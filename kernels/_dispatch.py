@@ -45,6 +45,15 @@ def _load_extension() -> str | None:
 extension_error = _load_extension()
 
 
+def instruction_set() -> str | None:
+    """What the CPU kernels run with: avx512_bf16, avx512, avx2 or baseline, no more than UVC_CPU_ISA names;
+    None where they are not built.
+    """
+    if extension_error is not None:
+        return None
+    return importlib.import_module("uvc_kernels._C").instruction_set()
+
+
 def provide_reference(op: str, run: Callable) -> None:
     """Make `run` the plain-torch implementation of `op`."""
     _references[op] = run

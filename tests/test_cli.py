@@ -142,11 +142,3 @@ def test_a_folder_without_a_run_is_one_line(command, folder, tmp_path, capsys):
 def test_no_command_shows_help(capsys):
     assert cli.run([]) == 0
     assert "compress" in capsys.readouterr().out
-
-
-def test_doctor_tells_versions_and_backends(capsys):
-    assert cli.run(["doctor"]) == 0
-    shown = capsys.readouterr().out
-    assert all(
-        text in shown for text in (torch.__version__.split("+")[0], "attention", "reference", "bfloat16")
-    )

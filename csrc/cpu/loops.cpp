@@ -102,6 +102,15 @@ Isa chosen_isa() {
 
 }  // namespace
 
+const char* instruction_set() {
+  switch (chosen_isa()) {
+    case Isa::kAvx512Bf16: return "avx512_bf16";
+    case Isa::kAvx512: return "avx512";
+    case Isa::kAvx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
 template <class T>
 const Loops<T>& loops() {
 #if UVC_X86

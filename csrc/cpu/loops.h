@@ -86,5 +86,7 @@ template <class T>
 const Loops<T>& loops();
 template <class Out, class In>
 const Copies<Out, In>& copies();
+// Its name, as UVC_CPU_ISA has it; avx512_bf16: with the products of bfloat16 pairs.
+const char* instruction_set();
 
 }  // namespace uvc
