@@ -124,10 +124,15 @@ _exporting._dynamo_marked_constant = True
 
 
 def _key(case: tuple) -> str:
+    return _spelled(case, torch.get_num_threads())
+
+
+@functools.lru_cache(4096)
+def _spelled(case: tuple, threads: int) -> str:
     op, dtype, shape, *fields, grad = case
     # Batches count by powers of two, everything else as it is.
     fields = (op, dtype, torch.Size(shape[:-1]).numel().bit_length(), *shape[1:], *fields)
-    fields += ("train" if grad else "infer", f"{torch.get_num_threads()} threads")
+    fields += ("train" if grad else "infer", f"{threads} threads")
     return " ".join(str(field) for field in fields)
 
 
@@ -200,12 +205,16 @@ def _times(op: str, names: Sequence[str], arguments: Sequence) -> dict[str, list
 
 def cache_file(device: torch.device) -> Path | None:
     """Where the choices for this device are kept; None for a user who has no home and names no folder."""
-    folder, base = os.environ.get("UVC_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}"
+    return _cache_file(name, *(os.environ.get(at) for at in ("UVC_CACHE_DIR", "XDG_CACHE_HOME", "HOME")))
+
+
+@functools.lru_cache
+def _cache_file(name: str, folder: str | None, base: str | None, home: str | None) -> Path | None:
     try:
         folder = Path(folder) if folder else Path(base or Path.home() / ".cache", "uvc")
     except RuntimeError:
         return None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}"
     return folder / f"fastest-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 

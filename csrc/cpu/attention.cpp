@@ -45,11 +45,11 @@ Tensor pack_qkv(const Tensor& weight, const Shape& s) {
   return packed;
 }
 
-// Turned: [V, Dout], as the products with it run faster that way.
+// [Dout, V]
 template <class T>
 Tensor pack_proj(const Tensor& weight, const Shape& s) {
-  Tensor packed = empty_of<T>(weight, {s.V(), s.Dout});
-  take_columns(packed, Lies::kTurned, weight, Lies::kPlain, s.columns.data(), s.Dout, s.V(), s.A);
+  Tensor packed = empty_of<T>(weight, {s.Dout, s.V()});
+  take_columns(packed, weight, s.columns.data(), s.Dout, s.V(), s.A);
   return packed;
 }
 
@@ -122,7 +122,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor x, Tensor qkv_weight
                                            data<Accumulator<T>>(stats)), scratch);
     });
     // out [M, Dout] = heads^T Wproj[:, kept]^T
-    multiply_into(matrix(out, s.M, s.Dout), matrix(heads, s.V(), s.M, true), pack_proj<T>(proj_weight, s));
+    multiply_into(matrix(out, s.M, s.Dout), matrix(heads, s.V(), s.M, true),
+                  matrix(pack_proj<T>(proj_weight, s), s.Dout, s.V(), true));
     add_bias<T>(out, proj_bias, s.M, s.Dout);
     return std::make_tuple(cast(out, type), recompute ? empty(x, {0, s.M}) : qkv, heads, stats);
   });
@@ -144,18 +145,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_proj = none(), grad_proj_bias = none();
     if (needs & kNeedBias2) grad_proj_bias = column_sums<T>(proj_weight, grad, s.M, s.Dout);
     if (needs & kNeedWeight2) {
-      // dWproj[:, kept]^T [V, Dout] = heads grad
-      Tensor packed = empty(x, {s.V(), s.Dout});
-      multiply_into(packed, heads, matrix(grad, s.M, s.Dout));
+      // dWproj[:, kept] [Dout, V] = grad^T heads^T
+      Tensor packed = empty(x, {s.Dout, s.V()});
+      multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(heads, s.V(), s.M, true));
       grad_proj = empty(proj_weight, {s.Dout, s.A});
       const Index where = inverse(s.columns, s.A);
-      take_columns(grad_proj, Lies::kPlain, packed, Lies::kTurned, where.data(), s.Dout, s.A, s.V());
+      take_columns(grad_proj, packed, where.data(), s.Dout, s.A, s.V());
     }
     if (needs & (kNeedX | kNeedWeight1 | kNeedBias1)) {
       if (qkv.size(0) != s.S()) qkv = project<T>(x, qkv_weight, s);
       // dheads [V, M] = Wproj[:, kept]^T grad^T
       Tensor grad_heads = empty(x, {s.V(), s.M}), grad_qkv = empty(x, {s.S(), s.M});
-      multiply_into(grad_heads, pack_proj<T>(proj_weight, s), matrix(grad, s.M, s.Dout, true));
+      multiply_into(grad_heads, matrix(pack_proj<T>(proj_weight, s), s.Dout, s.V(), true),
+                    matrix(grad, s.M, s.Dout, true));
       const auto bias = pack_bias<T>(qkv_bias, s.rows, 3 * s.A, kBiasShape);
       for_heads<T>(s, [&](int64_t image, int64_t h, A* scratch) {
         Head<T> head = head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads), data<A>(stats));

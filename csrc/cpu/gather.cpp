@@ -28,7 +28,7 @@ std::vector<Tensor> gather(std::vector<Tensor> sources, std::vector<Tensor> indi
     if (source.dim() == 2) shape = by_column ? std::vector<int64_t>{rows, n} : std::vector<int64_t>{n, source.size(1)};
     outs.push_back(torch::stable::new_empty(in, shape, type));
     if (by_column)
-      take_columns(outs.back(), Lies::kPlain, in, Lies::kPlain, list, rows, n, size);
+      take_columns(outs.back(), in, list, rows, n, size);
     else
       take_rows(outs.back(), in, list, n, source.size(1));
   }

@@ -171,21 +171,35 @@ inline void take_rows(const Tensor& out, const Tensor& in, const int32_t* index,
   });
 }
 
-// How a matrix [rows, columns] lies in memory: row by row, or turned, column by column.
-enum class Lies { kPlain, kTurned };
-
 // out[:, j] = in[:, index[j]], zeros where index is -1; `rows` rows, `n` columns of out and `width` of in.
-inline void take_columns(const Tensor& out, Lies out_lies, const Tensor& in, Lies in_lies, const int32_t* index,
-                         int64_t rows, int64_t n, int64_t width) {
-  const bool out_turned = out_lies == Lies::kTurned, in_turned = in_lies == Lies::kTurned;
-  const int64_t out_row = out_turned ? 1 : n, out_step = out_turned ? rows : 1;
-  const int64_t in_row = in_turned ? 1 : width, in_step = in_turned ? rows : 1;
+inline void take_columns(const Tensor& out, const Tensor& in, const int32_t* index, int64_t rows, int64_t n,
+                         int64_t width) {
+  // Nearly always the columns are chosen in their order, or spread again.
+  std::vector<uint64_t> chosen((width + 63) / 64), spread((n + 63) / 64);
+  bool ascend = true, next = true;
+  int64_t last = -1, count = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t i = index[j];
+    ascend &= i > last;
+    if (i < 0) continue;
+    next &= i == count++;
+    last = i;
+    chosen[i / 64] |= uint64_t{1} << (i % 64);
+    spread[j / 64] |= uint64_t{1} << (j % 64);
+  }
+  next &= count == width;
   for_storage(out, "gather", [&]<class Out>() {
     for_storage(in, "gather", [&]<class In>() {
       const auto& copy = copies<Out, In>();
-      for_rows(rows, n, 16, [&](int64_t begin, int64_t end) {
-        copy.columns(data<In>(in) + begin * in_row, in_row, in_step, index, data<Out>(out) + begin * out_row, out_row,
-                     out_step, end - begin, n);
+      for_rows(rows, std::max(n, width), 1, [&](int64_t begin, int64_t end) {
+        const In* from = data<In>(in) + begin * width;
+        Out* to = data<Out>(out) + begin * n;
+        if (ascend)
+          copy.compress(from, width, chosen.data(), to, n, end - begin);
+        else if (next)
+          copy.expand(from, width, spread.data(), to, n, end - begin);
+        else
+          copy.columns(from, width, index, to, n, end - begin);
       });
     });
   });

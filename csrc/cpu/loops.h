@@ -75,9 +75,12 @@ template <class Out, class In>
 struct Copies {
   // out[i] = in[i]
   void (*row)(const In* in, Out* out, int64_t n);
-  // out[r * out_row + j * out_step] = in[r * in_row + index[j] * in_step] for `rows` rows r and n columns j
-  void (*columns)(const In* in, int64_t in_row, int64_t in_step, const int32_t* index, Out* out, int64_t out_row,
-                  int64_t out_step, int64_t rows, int64_t n);
+  // out[r * n + j] = in[r * width + index[j]] for `rows` rows r and n columns j
+  void (*columns)(const In* in, int64_t width, const int32_t* index, Out* out, int64_t n, int64_t rows);
+  // The same where n columns are chosen in their order: bit i % 64 of chosen[i / 64] is set if column i is.
+  void (*compress)(const In* in, int64_t width, const uint64_t* chosen, Out* out, int64_t n, int64_t rows);
+  // The way back: column i of `width` is the next one of n if it is chosen, else zero.
+  void (*expand)(const In* in, int64_t n, const uint64_t* chosen, Out* out, int64_t width, int64_t rows);
 };
 
 // The loops for the best instruction set of this machine. UVC_CPU_ISA=avx512|avx2|baseline (avx512: without its products

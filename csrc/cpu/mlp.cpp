@@ -47,11 +47,11 @@ Tensor pack_in(const Weights& w, const Shape& s) {
   return packed;
 }
 
-// The kept columns of fc2, turned: [F', Dout], as the products with it run faster that way.
+// The kept columns of fc2: [Dout, F'].
 template <class T>
 Tensor pack_out(const Weights& w, const Shape& s) {
-  Tensor packed = empty_of<T>(w.fc2, {s.n(), s.Dout});
-  take_columns(packed, Lies::kTurned, w.fc2, Lies::kPlain, s.kept.data(), s.Dout, s.n(), s.F);
+  Tensor packed = empty_of<T>(w.fc2, {s.Dout, s.n()});
+  take_columns(packed, w.fc2, s.kept.data(), s.Dout, s.n(), s.F);
   return packed;
 }
 
@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor> mlp(Tensor x, Tensor fc1_weight, MaybeTensor fc1_bias
       }
     });
     // out [M, Dout] = act^T W2[:, kept]^T
-    multiply_into(matrix(out, s.M, s.Dout), matrix(active, s.n(), s.M, true), pack_out<T>(w, s));
+    multiply_into(matrix(out, s.M, s.Dout), matrix(active, s.n(), s.M, true),
+                  matrix(pack_out<T>(w, s), s.Dout, s.n(), true));
     add_bias<T>(out, fc2_bias, s.M, s.Dout);
     return std::make_tuple(cast(out, type), recompute ? empty(x, {0, s.M}) : hidden);
   });
@@ -122,7 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
       if (hidden.size(0) != s.hidden_rows()) hidden = project<T>(x, w, s);
       // dact [F', M] = W2[:, kept]^T grad^T, then in place the gradient of the hidden layer; the gate's stands below
       Tensor grad_hidden = empty(x, {s.hidden_rows(), s.M}), active = empty(x, {n, s.M});
-      multiply_into(part(grad_hidden, 0, {n, s.M}), pack_out<T>(w, s), matrix(grad, s.M, s.Dout, true));
+      multiply_into(part(grad_hidden, 0, {n, s.M}), matrix(pack_out<T>(w, s), s.Dout, n, true),
+                    matrix(grad, s.M, s.Dout, true));
       const Biases<T> bias(w, s);
       const Activation act = static_cast<Activation>(activation);
       std::vector<A> sums(n), gate_sums(n);
@@ -141,11 +143,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
       if (s.gated && needs & kNeedGateBias) grad_gate_bias = unpack_bias(w.fc1, gate_sums, s.kept, s.F);
       const Index where = inverse(s.kept, s.F);
       if (needs & kNeedWeight2) {
-        // dW2[:, kept]^T [F', Dout] = act grad
-        Tensor packed = empty(x, {n, s.Dout});
-        multiply_into(packed, active, matrix(grad, s.M, s.Dout));
+        // dW2[:, kept] [Dout, F'] = grad^T act^T
+        Tensor packed = empty(x, {s.Dout, n});
+        multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(active, n, s.M, true));
         grad_fc2 = empty(w.fc2, {s.Dout, s.F});
-        take_columns(grad_fc2, Lies::kPlain, packed, Lies::kTurned, where.data(), s.Dout, s.F, n);
+        take_columns(grad_fc2, packed, where.data(), s.Dout, s.F, n);
       }
       if (needs & (kNeedWeight1 | kNeedGateWeight)) {
         // (dW1[kept], dWgate[kept]) [F' or 2F', D] = dhidden x

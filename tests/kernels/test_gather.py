@@ -56,6 +56,23 @@ def test_many_matrices_in_one_call_equal_plain_torch(source, out):
         assert a.dtype == out and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 63, 64, 65, 200])
+@pytest.mark.parametrize("source, out", [(a, b) for a in DTYPES for b in DTYPES])
+def test_columns_in_their_order_are_picked_and_spread(width, source, out):
+    """As a kept list gives them: whole registers are compressed and expanded."""
+    matrix = torch.randn(5, width).to(source)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        index = (torch.rand(width) < share).nonzero().flatten().int()
+        inverse = torch.full((width,), -1, dtype=torch.int32)
+        inverse[index.long()] = torch.arange(len(index), dtype=torch.int32)
+        (picked,) = op([matrix], [index], [inverse], [1], out)
+        assert torch.equal(picked, matrix[:, index.long()].to(out))
+        (spread,) = op([picked], [inverse], [index], [1], source)
+        wanted = torch.zeros_like(matrix)
+        wanted[:, index.long()] = picked.to(source)
+        assert torch.equal(spread, wanted)
+
+
 @pytest.mark.parametrize(
     "values", [[0.0, -0.0, 1e-7, 6e-8, 65504.0, 65520.0, 1e30, float("nan"), float("-inf")]]
 )
