@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _dispatch, _dtypes, autotune
-from .indices import KeptHeads
+from .indices import KeptHeads, align
 from .weights import AttentionWeights, Packed
 
 
@@ -56,7 +56,7 @@ def _fake(x, *arguments):
     return (
         x.new_empty(B, N, weights.proj_weight.shape[0]),
         x.new_empty(0 if recompute else 2 * qk.shape[0] + v.shape[0], B * N, dtype=dtype),
-        x.new_empty(v.shape[0], B * N, dtype=dtype),
+        x.new_empty(align(v.shape[0]), B * N, dtype=dtype),
         x.new_empty(v_offsets.shape[0] - 1, 2, B * N, dtype=_dtypes.statistics_dtype(x.dtype)),
     )
 

@@ -1,5 +1,5 @@
 // Attention over kept heads and dims. B images, N tokens, D width, A = heads * head dim, M = B*N.
-// Packed rows: kept q dims, kept k dims, kept v dims; `qkv` [2Q + V, M] and `heads` [V, M] are channel-major, so every
+// Packed rows: kept q dims, kept k dims, kept v dims; `qkv` [2Q + V, M] and `heads` [V.., M] are channel-major, so every
 // matrix product is one vendor call on strided views and each (image, head) is a block of contiguous rows. `stats`
 // [heads, 2, M] keeps each query's largest score and 1 / sum of exp(score - largest).
 #include "cpu/host.h"
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor x, Tensor qkv_weight
   const ScalarType type = x.scalar_type();
   return for_type(x, "attention", [&]<class T>() {
     x = as<T>(x);
-    Tensor out = empty(x, {s.B, s.N, s.Dout}), heads = empty(x, {s.V(), s.M});
+    Tensor out = empty(x, {s.B, s.N, s.Dout}), heads = padded_rows<T>(x, s.V(), s.M);
     Tensor stats = empty_of<Accumulator<T>>(x, {s.heads, 2, s.M});
     Tensor qkv = project<T>(x, qkv_weight, s);
     const auto bias = pack_bias<T>(qkv_bias, s.rows, 3 * s.A, kBiasShape);
@@ -146,11 +146,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     if (needs & kNeedBias2) grad_proj_bias = column_sums<T>(proj_weight, grad, s.M, s.Dout);
     if (needs & kNeedWeight2) {
       // dWproj[:, kept] [Dout, V] = grad^T heads^T
-      Tensor packed = empty(x, {s.Dout, s.V()});
-      multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(heads, s.V(), s.M, true));
+      Tensor packed = empty(x, {s.Dout, padded(s.V())});
+      multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(heads, padded(s.V()), s.M, true));
       grad_proj = empty(proj_weight, {s.Dout, s.A});
       const Index where = inverse(s.columns, s.A);
-      take_columns(grad_proj, packed, where.data(), s.Dout, s.A, s.V());
+      take_columns(grad_proj, packed, where.data(), s.Dout, s.A, padded(s.V()));
     }
     if (needs & (kNeedX | kNeedWeight1 | kNeedBias1)) {
       if (qkv.size(0) != s.S()) qkv = project<T>(x, qkv_weight, s);

@@ -171,6 +171,16 @@ inline void take_rows(const Tensor& out, const Tensor& in, const int32_t* index,
   });
 }
 
+// `n` rounded up to a width that products are fast at, as `align` of kernels/indices.py does.
+inline int64_t padded(int64_t n) { return (n + 7) / 8 * 8; }
+// Rows [padded(n), columns], of which those behind the first n are zero.
+template <class T>
+Tensor padded_rows(const Tensor& like, int64_t n, int64_t columns) {
+  Tensor rows = empty(like, {padded(n), columns});
+  if (columns > 0) std::memset(data<T>(rows) + n * columns, 0, (padded(n) - n) * columns * sizeof(T));
+  return rows;
+}
+
 // out[:, j] = in[:, index[j]], zeros where index is -1; `rows` rows, `n` columns of out and `width` of in.
 inline void take_columns(const Tensor& out, const Tensor& in, const int32_t* index, int64_t rows, int64_t n,
                          int64_t width) {
@@ -187,7 +197,7 @@ inline void take_columns(const Tensor& out, const Tensor& in, const int32_t* ind
     chosen[i / 64] |= uint64_t{1} << (i % 64);
     spread[j / 64] |= uint64_t{1} << (j % 64);
   }
-  next &= count == width;
+  next &= count <= width;
   for_storage(out, "gather", [&]<class Out>() {
     for_storage(in, "gather", [&]<class In>() {
       const auto& copy = copies<Out, In>();

@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
     if (needs & ~kNeedBias2) {
       if (hidden.size(0) != s.hidden_rows()) hidden = project<T>(x, w, s);
       // dact [F', M] = W2[:, kept]^T grad^T, then in place the gradient of the hidden layer; the gate's stands below
-      Tensor grad_hidden = empty(x, {s.hidden_rows(), s.M}), active = empty(x, {n, s.M});
+      Tensor grad_hidden = empty(x, {s.hidden_rows(), s.M}), active = padded_rows<T>(x, n, s.M);
       multiply_into(part(grad_hidden, 0, {n, s.M}), matrix(pack_out<T>(w, s), s.Dout, n, true),
                     matrix(grad, s.M, s.Dout, true));
       const Biases<T> bias(w, s);
@@ -144,10 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlp_backward(
       const Index where = inverse(s.kept, s.F);
       if (needs & kNeedWeight2) {
         // dW2[:, kept] [Dout, F'] = grad^T act^T
-        Tensor packed = empty(x, {s.Dout, n});
-        multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(active, n, s.M, true));
+        Tensor packed = empty(x, {s.Dout, padded(n)});
+        multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(active, padded(n), s.M, true));
         grad_fc2 = empty(w.fc2, {s.Dout, s.F});
-        take_columns(grad_fc2, packed, where.data(), s.Dout, s.F, n);
+        take_columns(grad_fc2, packed, where.data(), s.Dout, s.F, padded(n));
       }
       if (needs & (kNeedWeight1 | kNeedGateWeight)) {
         // (dW1[kept], dWgate[kept]) [F' or 2F', D] = dhidden x

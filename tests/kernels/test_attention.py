@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import uvc_kernels
 from accuracy import DTYPES, check, random, with_gradients
+from uvc_kernels.indices import align
 
 op = torch.ops.uvc_kernels.attention.default
 backward = torch.ops.uvc_kernels.attention_backward.default
@@ -175,7 +176,8 @@ def test_what_is_saved_for_the_backward_pass_shrinks_with_the_structure():
     given = {t.untyped_storage().data_ptr() for t in (x, qkv, bias, proj, *kept)}
     made = sum(t.numel() for t in saved if t.untyped_storage().data_ptr() not in given)
     heads = len(kept.v_offsets) - 1
-    assert made == 2 * 17 * (2 * len(kept.qk) + 2 * len(kept.v) + 2 * heads)
+    v = len(kept.v), align(len(kept.v))  # the products behind the core take whole groups of 8
+    assert made == 2 * 17 * (2 * len(kept.qk) + sum(v) + 2 * heads)
 
 
 def test_strided_inputs_are_read_as_what_they_show():
