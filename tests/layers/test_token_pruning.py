@@ -27,15 +27,17 @@ def by_hand(model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         if kept.attn:
             y = x if post else block.norm1(x)
             q, k, v = attn.qkv(y).split(A, -1)
-            branch = torch.zeros_like(x)
+            out, mask = x.new_zeros(*x.shape[:2], A), x.new_zeros(A)
             for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
-                qk, columns = [head * K + d for d in qk_dims], [head * K + d for d in v_dims]
-                logits = attn.scale * q[..., qk] @ k[..., qk].transpose(1, 2)
-                branch = branch + logits.softmax(-1) @ v[..., columns] @ attn.proj.weight[:, columns].T
-                if qk:
+                columns, dims = [head * K + d for d in v_dims], slice(head * K, head * K + K)
+                one, other = attn.q_norm(q[..., dims])[..., qk_dims], attn.k_norm(k[..., dims])[..., qk_dims]
+                logits = attn.scale * one @ other.transpose(1, 2)
+                out = out.index_add(-1, torch.tensor(columns), logits.softmax(-1) @ v[..., columns])
+                mask[columns] = 1
+                if qk_dims:
                     row = logits[:, 0] if model.global_pool == "token" else logits.mean(1)
                     scores = scores + row.softmax(-1)
-            branch = branch if attn.proj.bias is None else branch + attn.proj.bias
+            branch = attn.proj(attn.norm(out) * mask)
             x = x + (block.norm1(branch) if post else block.ls1(branch))
         if kept.tokens is not None:
             scores = scores if scores.any() else x.norm(dim=-1)
