@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from runs import SHORT, uvc_test_vit
 from safetensors.torch import save_file
 
@@ -137,6 +138,18 @@ def test_a_folder_without_a_run_is_one_line(command, folder, tmp_path, capsys):
     assert cli.run([command, str(tmp_path / folder)]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and folder in shown
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_a_command(tmp_path):
+    for part in ("train", "val"):
+        for name in ("çà", "猫"):
+            (tmp_path / "ö" / part / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / "ö" / part / name / f"{part}.png")
+    command = [sys.executable, "-m", "uvc", "data", str(tmp_path / "ö")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "problem: " in done.stdout and "\\u732b" in done.stdout
 
 
 def test_no_command_shows_help(capsys):

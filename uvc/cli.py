@@ -368,6 +368,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors that a user can cause become one line on stderr, and so
     do warnings.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
     warnings.formatwarning = lambda message, *_, **__: f"uvc: {' '.join(str(message).split())}\n"
     try:
         arguments = _join_numbers(sys.argv[1:] if arguments is None else arguments)

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import warnings
 
 import pytest
 import timm
@@ -137,6 +138,54 @@ def test_what_cannot_be_rebuilt_is_refused_before_anything_is_written(make, says
     with pytest.raises(ValueError, match=says):
         uvc.save(model, tmp_path)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ("mlp.act", r"blocks\.1\.mlp\.act is a Hardswish where timm makes a GELU"),
+        ("norm1", r"blocks\.1\.norm1 is a Identity where timm makes a LayerNorm"),
+        ("attn.proj", r"blocks\.1\.attn\.proj has out_features 23"),
+    ],
+)
+def test_a_change_to_a_compacted_block_is_refused_and_not_forgotten(part, says, tmp_path):
+    new = {
+        "mlp.act": torch.nn.Hardswish(),
+        "norm1": torch.nn.Identity(),
+        "attn.proj": torch.nn.Linear(24, 23),
+    }
+    model = uvc.compact(small_vit())
+    model.blocks[1].set_submodule(part, new[part])
+    with pytest.raises(ValueError, match=says):
+        uvc.save(model, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("compacted", [True, False], ids=["compacted", "full size"])
+def test_weights_that_two_layers_share_are_saved_for_both(compacted, tmp_path):
+    model = pruned(small_vit())
+    model = uvc.compact(model) if compacted else model
+    model.blocks[2].norm1 = model.blocks[0].norm1
+    flat = torch.arange(48.0)
+    model.norm.weight.data, model.norm.bias.data = flat[:24], flat[24:]  # views of one memory
+    uvc.save(model, tmp_path)
+    assert stored(uvc.load(tmp_path)) == stored(model)
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(uvc.load(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("compacted", [True, False], ids=["compacted", "full size"])
+def test_hooks_and_forwards_that_are_not_saved_are_said(compacted, tmp_path):
+    model = uvc.compact(small_vit()) if compacted else uvc.convert(small_vit())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uvc.save(model, tmp_path)
+    model.head.register_forward_hook(lambda module, args, out: 2 * out)
+    forward = model.forward
+    model.forward = lambda x: 2 * forward(x)
+    with pytest.warns(UserWarning, match="are not saved: the model, head, 2 in all"):
+        uvc.save(model, tmp_path)
 
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path):

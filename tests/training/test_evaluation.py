@@ -1,10 +1,17 @@
 """Top-1 counts each image once, whatever form its label has; what has no accuracy is refused in one line."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from uvc.config import Config
+from uvc.training.compress import compress
 from uvc.training.evaluation import count_right, evaluate, targets
 
 
@@ -94,6 +101,28 @@ def test_logits_that_are_not_finite_have_no_accuracy(value):
 def test_batches_of_another_kind_are_refused_in_one_line(batch, says):
     with pytest.raises(ValueError, match=f"val_loader: .*{says}"):
         evaluate(Lookup(LOGITS), [batch])
+
+
+@pytest.mark.parametrize("loader", ["train_loader", "val_loader"])
+@pytest.mark.parametrize("shape", [(4, 3, 6, 6), (4, 1, 8, 8), (4, 3, 8), (4, 8, 8, 3)])
+def test_images_of_another_size_than_the_models_are_refused_in_one_line(shape, loader):
+    model = VisionTransformer(img_size=8, patch_size=4, num_classes=4, embed_dim=12, depth=1, num_heads=2)
+    good, bad = ([(torch.randn(s), torch.arange(4))] for s in ((4, 3, 8, 8), shape))
+    loaders = (bad, good) if loader == "train_loader" else (good, bad)
+    says = re.escape(f"{loader}: images are {list(shape)}, the model takes [B, 3, 8, 8]")
+    with pytest.raises(ValueError, match=says):
+        compress(model, *loaders, 0.7, config=Config(warmup_epochs=1, search_epochs=1, post_epochs=0))
+
+
+@pytest.mark.parametrize("options", [{"dynamic_img_size": True}, {"strict_img_size": False}], ids=str)
+def test_a_model_for_any_size_takes_any_size(options):
+    stem = partial(PatchEmbed, **options) if "strict_img_size" in options else PatchEmbed
+    options = {} if "strict_img_size" in options else options
+    sizes = dict(
+        img_size=8, patch_size=4, num_classes=4, embed_dim=12, depth=1, num_heads=2, pos_embed="none"
+    )
+    model = VisionTransformer(**sizes, **options, embed_layer=stem)
+    assert count_right(model, [(torch.randn(4, 3, 12, 12), torch.arange(4))])[1] == 4
 
 
 def test_a_model_that_gives_no_logits_and_a_loader_without_images_are_refused():

@@ -158,6 +158,13 @@ def test_splits_that_differ_in_their_classes_name_the_odd_one(folder):
         load(folder)
 
 
+def test_data_of_one_class_are_refused(tmp_path):
+    for split in ("train", "val"):
+        picture(tmp_path / split / "only" / "0.png")
+    with pytest.raises(ValueError, match="has one class, 'only'; there is nothing to tell apart"):
+        load(tmp_path)
+
+
 def test_a_class_of_nothing_but_other_files_says_what_they_are(folder):
     for path in (folder / "train" / "b").iterdir():
         path.rename(path.with_suffix(".dat"))

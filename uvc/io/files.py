@@ -37,6 +37,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all; on the CPU, whatever the device of the tensors."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # A tensor that two names share, or a view of a larger one, becomes one of its own.
+    seen: set[int] = set()
+    for name, tensor in held.items():
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() > tensor.nbytes:
+            held[name] = tensor.clone()
+        seen.add(memory.data_ptr())
     write_whole(path, lambda part: save_file(held, part, metadata))
 
 

@@ -7,6 +7,7 @@ structure, what the model expects of its images, and the names of its classes.
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     refuse_not_finite(model.state_dict(), f"cannot save to {folder}")
     text = json.dumps(describe(model))
+    if changed := [name or "the model" for name, module in model.named_modules() if has_own_calls(module)]:
+        said = (
+            f"hooks and forwards of their own are not saved: {', '.join(changed[:3])}, {len(changed)} in all"
+        )
+        warnings.warn(said, stacklevel=2)
     # The weights carry the digest of their config, so that files of two saves are never taken for one model.
     metadata = {"config": hashlib.sha256(text.encode()).hexdigest()}
     folder = Path(folder)
@@ -172,7 +178,17 @@ def describe(model: nn.Module) -> dict[str, Any]:
             raise
         config["architecture"] = name
         compare(dense, rebuild_dense(config, len(dense.blocks)))
+    if config["compacted"]:
+        # What its blocks were made from is known; here, that they are still what was made.
+        compare(model, rebuild(config)[1])
     return config
+
+
+def has_own_calls(module: nn.Module) -> bool:
+    """Whether calling a module does what its class does not: a hook from outside, or a forward of its own."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    mine = (str(getattr(hook, "__module__", "")).startswith("uvc.") for hook in hooks)
+    return "forward" in vars(module) or not all(mine)
 
 
 def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
@@ -284,8 +300,8 @@ def name_of(module: nn.Module, path: str, table: dict[str, Callable[..., nn.Modu
 
 def compare(saved: nn.Module, rebuilt: nn.Module) -> None:
     """ValueError, naming the first module that differs in type, settings or sizes."""
-    modules = dict(saved.named_modules())
-    for name, module in rebuilt.named_modules():
+    modules = dict(saved.named_modules(remove_duplicate=False))
+    for name, module in rebuilt.named_modules(remove_duplicate=False):
         mine, where = modules.get(name), name or "the model"
         if type(mine) is not type(module):
             made = type(module).__name__

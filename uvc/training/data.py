@@ -227,6 +227,10 @@ def _image_data(
     names = _numbered(train)
     if not names:
         raise ValueError(f"data: {name!r} does not say how many classes it has; use an image folder")
+    if len(names) < 2:
+        raise ValueError(
+            f"data: {name!r} has one class, {next(iter(names))!r}; there is nothing to tell apart"
+        )
     if not isinstance(val, ShardReader) and names != _numbered(val):
         raise ValueError(f"data: {name!r}: the splits differ in their classes; give both the same ones")
     if not 0 < views.scale[0] <= views.scale[-1] <= 1 or len(views.scale) != 2:

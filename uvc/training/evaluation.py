@@ -32,6 +32,21 @@ def unpack(batch: Any, loader: str) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+def check_size(model: nn.Module, images: Tensor, loader: str) -> None:
+    """ValueError, naming the loader, unless images are of the channels and the size that a timm ViT takes."""
+    channels, stem = getattr(model, "in_chans", None), getattr(model, "patch_embed", None)
+    if channels is None:
+        return
+    size = getattr(stem, "img_size", None) if getattr(stem, "strict_img_size", False) else None
+    found = tuple(images.shape[1:])
+    if len(found) != 3 or found[0] != channels or found[1:] != tuple(size or found[1:]):
+        wanted = [channels, *(size or "HW")]
+        raise ValueError(
+            f"{loader}: images are {list(images.shape)}, the model takes [B, {', '.join(map(str, wanted))}]; "
+            "prepare them so, or make the model for them"
+        )
+
+
 def targets(labels: Tensor, classes: int, loader: str) -> Tensor:
     """Labels as cross-entropy takes them: int64 [B], or floating probabilities [B, C].
 
@@ -78,6 +93,7 @@ def count_right(
         with torch.no_grad():
             for number, batch in enumerate(loader):
                 images, labels = unpack(batch, "val_loader")
+                check_size(model, images, "val_loader")
                 logits = model(images.to(device, dtype))
                 if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
                     found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

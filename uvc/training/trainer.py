@@ -25,7 +25,7 @@ from uvc.training.checkpoint import (
     optimizer_tensors,
     save_run,
 )
-from uvc.training.evaluation import evaluate, input_dtype, targets, unpack
+from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, unpack
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.freezing import train_mode
@@ -149,6 +149,7 @@ class Trainer:
         check: FiniteCheck,
     ) -> dict[str, Any]:
         images, labels = unpack(batch, "train_loader")
+        check_size(self.model, images, "train_loader")
         labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
         images = images.to(self.device, self.dtype, non_blocking=True)
         shown = getattr(self.train_loader, "shown", None)
