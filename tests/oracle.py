@@ -102,7 +102,8 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
     def run(x: Tensor, **arguments) -> Tensor:
         parameters, handles = dict(model.named_parameters()), []
         for i, (block, kept) in enumerate(zip(model.blocks, structure.blocks, strict=True)):
-            K, A = block.attn.head_dim, block.attn.num_heads * block.attn.head_dim
+            A = block.attn.proj.in_features
+            K = A // block.attn.num_heads
             q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc2.in_features)
             q[A:] = 1  # the dot product loses a term when its q is zero; k and v rows stay as they are
             for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
@@ -112,6 +113,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
                     v[head * K + d] = 1
             neurons[list(kept.neurons)] = 1
             masks = {"attn.qkv.weight": q[:, None], "attn.qkv.bias": q, "attn.proj.weight": v}
+            masks |= {"attn.q_bias": q[:A], "attn.q_proj.weight": q[:A, None], "attn.q_proj.bias": q[:A]}
             for name, mask in {**masks, "mlp.fc2.weight": neurons}.items():
                 path = f"blocks.{i}.{name}"
                 if path in parameters:

@@ -109,7 +109,7 @@ def test_cuda_that_is_absent_is_one_line(tmp_path, capsys):
 
 
 def test_a_model_that_could_not_be_saved_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("uvc.io.serialization.CLASSES", {})
+    monkeypatch.setattr("uvc.io.serialization.MAKERS", {})
     assert cli.run(["compress", "--out", str(tmp_path / "out"), "--data", "digits"]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "VisionTransformer" in shown

@@ -141,7 +141,8 @@ def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Pr
         # A v dim: rows, N^2 products, a column. A q/k dim: rows, a term of N^2 dot products, and where tokens
         # are dropped one more row of them, which ranks the tokens.
         rank = N if M < N else 0
-        rows.append((0, 0, N * qk + N * N + rank, N * v + N * N, M * neuron))
+        halves = pair[0].half_macs(N), pair[1].half_macs(M)
+        rows.append((*halves, N * qk + N * N + rank, N * v + N * N, M * neuron))
     return Prices(fixed, *zip(*rows, strict=True))
 
 
@@ -157,7 +158,7 @@ class _FirstTokens(nn.Module):
         super().__init__()
         self.tokens = tokens
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **arguments) -> Tensor:
         return x[:, : self.tokens]
 
 

@@ -38,7 +38,7 @@ UNSUPPORTED = {
     ),
     r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
     r"the model is a ResNet without one list of transformer blocks": lambda: timm.create_model("resnet18"),
-    r"blocks\.0 is a EvaBlock": lambda: timm.create_model("eva02_tiny_patch14_224"),
+    r"blocks\.0 is a Block of convit": lambda: timm.create_model("convit_tiny"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
     r"the model is a Sequential without one list of transformer blocks": lambda: nn.Sequential(
         nn.Linear(2, 2)

@@ -17,16 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import create_model, is_model
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
 from uvc.compaction import compacted
+from uvc.io.arguments import MAKERS
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.preprocessing import cfg_of, check_preprocessing, preprocessing_of, take_preprocessing
-from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, is_compacted, meta_copy
-from uvc.models import T2TVisionTransformer
+from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, is_compacted, like, meta_copy
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-3"
@@ -42,22 +40,7 @@ FIELDS = {
 }
 # fmt: on
 
-# fmt: off
-ARGUMENTS = {
-    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "num_heads",
-    "mlp_ratio", "qkv_bias", "proj_bias", "init_values", "class_token", "pos_embed", "no_embed_class",
-    "reg_tokens", "pre_norm", "final_norm", "fc_norm", "pool_include_prefix", "dynamic_img_size",
-    "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate",
-    "drop_path_rate",
-}
-# fmt: on
-
-CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled, T2TVisionTransformer)}
-# Arguments that are only written where a layer has them, as older files know nothing of them.
-INNER_NORMS = {"qk_norm", "scale_attn_norm", "scale_mlp_norm"}
-# Arguments that only one class takes.
-OWN_ARGUMENTS = {"T2TVisionTransformer": {"form"}}
-BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
+BLOCKS = ("Block", "ResPostBlock")
 NORMS = {
     "LayerNorm": nn.LayerNorm,
     "timm.LayerNorm": timm.layers.LayerNorm,
@@ -140,18 +123,32 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {weights_path}: {one_line(error)}") from None
     model.load_state_dict(tensors, assign=True)
+    fill_buffers(model, device)
     if not is_compacted(model):
         apply_structure(model, structure)
     return model.eval()
 
 
+def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
+    """Compute, on `device`, the buffers of a loaded model that are in no file: tables of positions."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for module in model.modules():
+        missing = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in missing:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if missing:
+            module.init_non_persistent_buffers()
+            module.to(dtype)
+
+
 def describe(model: nn.Module) -> dict[str, Any]:
     """The config of `model`; ValueError, naming the part, unless a rebuild from it gives the same modules."""
-    if type(model) not in CLASSES.values():
-        raise ValueError(f"cannot save a {type(model).__name__}; {' and '.join(CLASSES)} can be saved")
+    maker = MAKERS.get(type(model).__name__)
+    if maker is None or maker.make is not type(model):
+        raise ValueError(f"cannot save a {type(model).__name__}; {', '.join(MAKERS)} can be saved")
     check_children(model, hooks=False)
     if is_compacted(model):
-        blocks = nn.Sequential(*(block.origin for block in model.blocks))
+        blocks = like(model.blocks, [block.origin for block in model.blocks])
         dense = meta_copy(model, {id(model.blocks): blocks})
     else:
         dense = convert(meta_copy(model))
@@ -164,7 +161,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "norm": {"name": name_of(block.norm1, "blocks.0.norm1", NORMS), "eps": block.norm1.eps},
         "mlp": name_of(block.mlp, "blocks.0.mlp", MLPS),
         "activation": name_of(block.mlp.act, "blocks.0.mlp.act", ACTIVATIONS),
-        "arguments": arguments_of(dense),
+        "arguments": maker.read(dense),
         "compacted": is_compacted(model),
         "structure": json.loads(structure_of(model).to_json()),
         "preprocessing": preprocessing_of(model),
@@ -191,54 +188,6 @@ def has_own_calls(module: nn.Module) -> bool:
     return "forward" in vars(module) or not all(mine)
 
 
-def arguments_of(dense: VisionTransformer) -> dict[str, Any]:
-    """The constructor arguments that gave `dense`, as far as they travel as JSON, read off its modules."""
-    block, stem = dense.blocks[0], dense.patch_embed
-    D, F = dense.embed_dim, next(block.mlp.children()).out_features
-    # timm rounds width * ratio down, which for some ratios loses a neuron; half a neuron more is safe.
-    ratio = F / D if int(D * (F / D)) == F else (F + 0.5) / D
-    has_fc_norm = not isinstance(dense.fc_norm, nn.Identity)
-    scale = block if block.norm_last else block.ls1
-    return {
-        "img_size": stem.img_size,
-        "patch_size": stem.patch_size,
-        "in_chans": dense.in_chans,
-        "num_classes": dense.num_classes,
-        "global_pool": dense.global_pool,
-        "embed_dim": D,
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": ratio,
-        "qkv_bias": block.attn.qkv.bias is not None,
-        **norms_inside(block),
-        "proj_bias": block.attn.proj.bias is not None,
-        "init_values": getattr(scale, "init_values", None),
-        "class_token": dense.has_class_token,
-        "pos_embed": "none" if dense.pos_embed is None else "learn",
-        "no_embed_class": dense.no_embed_class,
-        "reg_tokens": dense.num_reg_tokens,
-        "pre_norm": not isinstance(dense.norm_pre, nn.Identity),
-        "final_norm": has_fc_norm or not isinstance(dense.norm, nn.Identity),
-        "fc_norm": has_fc_norm,
-        "pool_include_prefix": dense.pool_include_prefix,
-        "dynamic_img_size": dense.dynamic_img_size,
-        "dynamic_img_pad": getattr(stem, "dynamic_img_pad", False),
-        "drop_rate": dense.head_drop.p,
-        "pos_drop_rate": dense.pos_drop.p,
-        "patch_drop_rate": getattr(dense.patch_drop, "prob", 0.0),
-        "proj_drop_rate": block.attn.proj_drop.p,
-        "attn_drop_rate": block.attn.attn_drop.p,
-        "drop_path_rate": getattr(dense.blocks[-1].drop_path1, "drop_prob", 0.0),
-        **{name: getattr(stem, name) for name in OWN_ARGUMENTS.get(type(dense).__name__, ())},
-    }
-
-
-def norms_inside(block: nn.Module) -> dict[str, bool]:
-    """The constructor arguments that put norms into attention and MLP, where there are any."""
-    attn, mlp = block.attn, block.mlp
-    norms = {"qk_norm": attn.q_norm, "scale_attn_norm": attn.norm, "scale_mlp_norm": mlp.norm}
-    return {name: True for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
-
-
 def rebuild(config: object) -> tuple[Structure, nn.Module]:
     """The structure and the model, on the meta device, that a config describes; an exception if none."""
     if isinstance(config, dict):
@@ -258,32 +207,31 @@ def rebuild(config: object) -> tuple[Structure, nn.Module]:
 
 def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
     """The converted model without weights, on the meta device, of `depth` blocks."""
-    tables = {"class": CLASSES, "block": BLOCKS, "mlp": MLPS, "activation": ACTIVATIONS}
+    tables = {"class": MAKERS, "block": BLOCKS, "mlp": MLPS, "activation": ACTIVATIONS}
     for field, table in tables.items():
         if config[field] not in table:
             raise ValueError(f"{field} must be one of {', '.join(table)}, got {config[field]!r}")
     if config["norm"]["name"] not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
-    known = ARGUMENTS | OWN_ARGUMENTS.get(config["class"], set())
-    for name in sorted(known ^ (arguments.keys() - INNER_NORMS)):
-        raise ValueError(f"{'missing' if name in known else 'unknown'} argument {name}")
-    make, name = CLASSES[config["class"]], config["architecture"]
+    maker, name = MAKERS[config["class"]], config["architecture"]
+    for argument in sorted(maker.arguments ^ (arguments.keys() - maker.optional)):
+        raise ValueError(f"{'missing' if argument in maker.arguments else 'unknown'} argument {argument}")
+    make = maker.make
     if name is not None:
         # Only a registered name: timm would take others for addresses of code and weights.
         if not isinstance(name, str) or not is_model(name):
             raise ValueError(f"architecture must be a model of timm, got {name!r:.60}")
         make = functools.partial(create_model, name)
     with torch.device("meta"):
-        model = make(
-            **arguments,
-            depth=depth,
-            weight_init="skip",
-            norm_layer=functools.partial(NORMS[config["norm"]["name"]], eps=config["norm"]["eps"]),
-            mlp_layer=MLPS[config["mlp"]],
-            act_layer=ACTIVATIONS[config["activation"]],
-            block_fn=BLOCKS[config["block"]],
-        )
+        parts = {
+            "weight_init": "skip",
+            "norm_layer": functools.partial(NORMS[config["norm"]["name"]], eps=config["norm"]["eps"]),
+            "mlp_layer": MLPS[config["mlp"]],
+            "act_layer": ACTIVATIONS[config["activation"]],
+            "block_fn": maker.blocks[BLOCKS.index(config["block"])],
+        }
+        model = make(**arguments, depth=depth, **{part: parts[part] for part in maker.parts})
     return convert(model)
 
 

@@ -3,7 +3,7 @@
 # torch's flop counter knows our ops from here on.
 import uvc_kernels.flops  # noqa: F401
 
-from uvc.layers._surgery import meta_copy
+from uvc.layers._surgery import like, meta_copy
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
@@ -32,6 +32,7 @@ __all__ = [
     "families_of",
     "is_compacted",
     "layers_of",
+    "like",
     "meta_copy",
     "set_recompute",
     "slimming",

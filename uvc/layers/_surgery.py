@@ -1,6 +1,7 @@
 """What the layers share: taking a module over, and copying one without weights."""
 
 import copy
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -24,3 +25,8 @@ def meta_copy(module: M, memo: dict[int, object] | None = None) -> M:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if is_parameter else meta
     return copy.deepcopy(module, memo)
+
+
+def like(blocks: nn.Sequential | nn.ModuleList, others: Sequence[nn.Module]) -> nn.Module:
+    """Other blocks in the kind of list that `blocks` is."""
+    return nn.Sequential(*others) if isinstance(blocks, nn.Sequential) else nn.ModuleList(others)

@@ -5,16 +5,15 @@ B batch, N tokens, D width.
 
 from typing import Any
 
-from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from uvc.layers._surgery import take_over
-from uvc.layers.kinds import ATTENTIONS, MLPS, prunable
+from uvc.layers.kinds import ATTENTIONS, MLPS, NORM_LAST, prunable
 from uvc.layers.token_pruning import Slimming, due, slim
 
 
 class UVCBlock(nn.Module):
-    """The children of a timm `Block` (norm first) or `ResPostBlock` (norm last) under the same names.
+    """The children of one of timm's blocks of two halves, norm first or norm last, under the same names.
 
     A skipped half is its residual alone: its branch, bias included, does not run. Gates are scalar tensors
     that multiply a half's branch, for gradients with respect to skipping; None means no multiplication.
@@ -23,7 +22,7 @@ class UVCBlock(nn.Module):
     """
 
     @classmethod
-    def take_over(cls, block: Block | ResPostBlock) -> "UVCBlock":
+    def take_over(cls, block: nn.Module) -> "UVCBlock":
         """A UVCBlock on the children and hooks of `block`, with attention and MLP taken over, all running."""
         new = take_over(cls, block)
         if type(new.attn) in ATTENTIONS:
@@ -68,27 +67,37 @@ class UVCBlock(nn.Module):
         """Multiply the branch of each half by a scalar tensor; None leaves it as it is."""
         self._gates = (attn, mlp)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, D] -> [B, N', D], fewer if it slims; `attn_mask` and `is_causal` go to the attention."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **positions
+    ) -> Tensor:
+        """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
         slimming, scores = due(self._slimming, x, attn_mask, is_causal), None
         if not self._skip[0]:
             y = x if self.norm_last else self.norm1(x)
             if slimming is not None:
                 scores = self.attn.token_scores(y, slimming)
-            branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
-            branch = self.norm1(branch) if self.norm_last else self.ls1(branch)
+            branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
+            branch = self.norm1(branch) if self.norm_last else scaled(self, "1", branch)
             x = x + self.drop_path1(gated(branch, self._gates[0]))
         if slimming is not None:
             x = slim(x, scores, slimming)
         if not self._skip[1]:
-            branch = self.norm2(self.mlp(x)) if self.norm_last else self.ls2(self.mlp(self.norm2(x)))
+            branch = self.norm2(self.mlp(x)) if self.norm_last else scaled(self, "2", self.mlp(self.norm2(x)))
             x = x + self.drop_path2(gated(branch, self._gates[1]))
         return x
 
 
 def norm_last(block: nn.Module) -> bool:
-    """Whether a block normalises the branch's output (`ResPostBlock`) instead of its input (`Block`)."""
-    return getattr(block, "norm_last", isinstance(block, ResPostBlock))
+    """Whether a block normalises the branch's output instead of its input."""
+    return getattr(block, "norm_last", isinstance(block, NORM_LAST))
+
+
+def scaled(block: nn.Module, half: str, branch: Tensor) -> Tensor:
+    """The branch of half "1" or "2" times the layer scale of its block: a child, a parameter, or none."""
+    if (scale := block._modules.get(f"ls{half}")) is not None:
+        return scale(branch)
+    gamma = block._parameters.get(f"gamma_{half}")
+    return branch if gamma is None else gamma * branch
 
 
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import copy
 from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
-from uvc.layers.block import UVCBlock, norm_last
+from uvc.layers.block import UVCBlock, norm_last, scaled
 from uvc.layers.children import carry_hooks, drop_hooks
 from uvc.layers.kinds import prunable
 from uvc.layers.token_pruning import Slimming, due, slim
@@ -34,26 +34,31 @@ class CompactBlock(nn.Module):
         carry_hooks(getattr(dense, name), small)
         self.add_module(name, small)
         for part in ("norm", "ls", "drop_path"):
-            self.add_module(part + digit, copy.deepcopy(getattr(dense, part + digit, nn.Identity())))
+            if (child := dense._modules.get(part + digit)) is not None:
+                self.add_module(part + digit, copy.deepcopy(child))
+        if (gamma := dense._parameters.get(f"gamma_{digit}")) is not None:
+            self.register_parameter(f"gamma_{digit}", copy.deepcopy(gamma))
 
     @property
     def origin(self) -> UVCBlock:
         """The dense block on the meta device."""
         return self._origin[0]
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, D] -> [B, N', D], fewer if it slims; `attn_mask` and `is_causal` go to the attention."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **positions
+    ) -> Tensor:
+        """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
         slimming, scores = due(self.slimming, x, attn_mask, is_causal), None
         if self.record.attn:
             y = x if self.norm_last else self.norm1(x)
             if slimming is None:
-                branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal)
+                branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             else:
                 branch, scores = self.attn.scored(y, slimming)
-            x = x + self.drop_path1(self.norm1(branch) if self.norm_last else self.ls1(branch))
+            x = x + self.drop_path1(self.norm1(branch) if self.norm_last else scaled(self, "1", branch))
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
             branch = self.mlp(x if self.norm_last else self.norm2(x))
-            x = x + self.drop_path2(self.norm2(branch) if self.norm_last else self.ls2(branch))
+            x = x + self.drop_path2(self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
         return x

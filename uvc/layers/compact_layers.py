@@ -23,7 +23,11 @@ class HeadGroup(NamedTuple):
 
 
 class CompactAttention(nn.Module):
-    """Attention over kept rows and columns only. The rows of qkv lie group by group: its q, its k, its v."""
+    """Attention over kept rows and columns only.
+
+    Where q, k and v have one weight and one bias, their kept rows lie group by group in `qkv`: its q, its k,
+    its v; else group by group in `q`, `k` and `v`. A kind of attention with positions overrides what they do.
+    """
 
     def __init__(self, dense: nn.Module, record):
         super().__init__()
@@ -32,51 +36,91 @@ class CompactAttention(nn.Module):
         for head, qk, v in zip(record.heads, record.qk_dims, record.v_dims, strict=True):
             dims.setdefault((len(qk), len(v)), []).append((head, qk, v))
         self.groups = tuple(HeadGroup(tuple(m[0] for m in members), *key) for key, members in dims.items())
-        rows, columns = [], []
-        for members in dims.values():
-            q = [head * dense.head_dim + d for head, qk, _ in members for d in qk]
-            v = [head * dense.head_dim + d for head, _, v in members for d in v]
-            rows += q + [dense.attn_dim + i for i in q] + [2 * dense.attn_dim + i for i in v]
-            columns += v
-        self.qkv = smaller(dense.qkv, rows=rows)
+        rows = [([], [], []) for _ in dims]
+        for found, members in zip(rows, dims.values(), strict=True):
+            for head, qk, v in members:
+                for part, kept in zip(found, (qk, qk, v), strict=True):
+                    part += [head * dense.head_dim + d for d in kept]
+        columns = [row for found in rows for row in found[2]]
+        if type(getattr(dense, "qkv", None)) is nn.Linear and getattr(dense, "q_bias", None) is None:
+            A = dense.dims
+            self.qkv = smaller(
+                dense.qkv, rows=[i * A + row for f in rows for i, part in enumerate(f) for row in part]
+            )
+        else:
+            for i, (name, source) in enumerate(zip("qkv", dense.sources(), strict=True)):
+                kept = [row for found in rows for row in found[i]]
+                weight = select(source.weight, 0, [source.row + row for row in kept])
+                bias = source.bias
+                bias = None if bias is None else select(bias, 0, [source.bias_row + row for row in kept])
+                self.add_module(name, linear_of(weight, bias))
         # A norm of the output has weights of its own for every dim, head after head.
-        natural = type(dense.norm) is not nn.Identity
+        natural = type(getattr(dense, "norm", None)) not in (type(None), nn.Identity)
         self._order = sorted(range(len(columns)), key=columns.__getitem__) if natural else None
         columns = sorted(columns) if natural else columns
         self.proj = smaller(dense.proj, columns=columns)
-        for name in ("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"):
-            self.add_module(name, copy.deepcopy(getattr(dense, name)))
+        for name in ("q_norm", "k_norm", "norm"):
+            self.add_module(name, copy.deepcopy(getattr(dense, name, nn.Identity())))
+        self.attn_drop = copy.deepcopy(dense.attn_drop)
+        self.proj_drop = copy.deepcopy(dense.proj_drop)
         gate = getattr(dense, "gate", None)
         self.gate = None if gate is None else smaller(gate, rows=columns)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; masks as in timm, over the heads of the dense layer."""
-        return self.scored(x, None, attn_mask, is_causal)[0]
+    def positioned(self, q: Tensor, k: Tensor, heads: tuple[int, ...], **positions) -> tuple[Tensor, Tensor]:
+        """q and k of these heads [B, h, N, dq] as they are multiplied."""
+        return self.q_norm(q), self.k_norm(k)
+
+    def bias(self, heads: list[int], **positions) -> Tensor | None:
+        """What positions add to the scores of these heads, [..., h, N, N]; None: nothing."""
+        return None
+
+    def _projected(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        """q, k and v of each group, [B, N, h * dims]."""
+        if hasattr(self, "qkv"):
+            parts = self.qkv(x).split(
+                [len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1
+            )
+            return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
+        qk, v = [len(g.heads) * g.dq for g in self.groups], [len(g.heads) * g.dv for g in self.groups]
+        parts = self.q(x).split(qk, -1), self.k(x).split(qk, -1), self.v(x).split(v, -1)
+        return list(zip(*parts, strict=True))
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **positions
+    ) -> Tensor:
+        """x [B, N, D] -> [B, N, D]; masks and positions as in timm, over the heads of the dense layer."""
+        return self.scored(x, None, attn_mask, is_causal, **positions)[0]
 
     def scored(
-        self, x: Tensor, slimming: Slimming | None, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        slimming: Slimming | None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **positions,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `forward`, and the tokens' scores as in `UVCAttention.token_scores`; None without `slimming`."""
+        """As `forward`, and the tokens' scores as in `Heads.token_scores`; None without `slimming`."""
         B, N, _ = x.shape
         if not self.groups:
+            self.bias([], **positions)  # what stays whatever is removed is computed, as the cost counts it
             return self.proj_drop(without_inputs(self.proj, x)), None
-        parts = iter(
-            self.qkv(x).split([len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1)
-        )
         dropout = drop_rate(self.attn_drop)
         outputs, scores = [], None
-        for group in self.groups:
-            h = len(group.heads)
+        widths = [len(group.heads) for group in self.groups]
+        bias = self.bias([head for group in self.groups for head in group.heads], **positions)
+        biases = [None] * len(widths) if bias is None else bias.split(widths, dim=-3)
+        for group, parts, h, bias in zip(self.groups, self._projected(x), widths, biases, strict=True):
             q, k, v = (
-                next(parts).reshape(B, N, h, d).transpose(1, 2) for d in (group.dq, group.dq, group.dv)
+                part.reshape(B, N, h, d).transpose(1, 2)
+                for part, d in zip(parts, (group.dq, group.dq, group.dv), strict=True)
             )
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.positioned(q, k, group.heads, **positions)
             if slimming is not None and group.dq:
                 reader = self.scale * slimming.reader(q.detach())
                 row = row_scores((reader @ k.detach().transpose(-2, -1)).squeeze(2))
                 scores = row if scores is None else scores + row
             mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
-            out = attend(q, k, v, self.scale, mask, is_causal, dropout)
+            out = attend(q, k, v, self.scale, added(mask, bias), is_causal, dropout)
             outputs.append(out.transpose(1, 2).reshape(B, N, h * group.dv))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         out = self.norm(out if self._order is None else out[..., self._order])
@@ -162,6 +206,13 @@ def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) ->
     return attn_mask[..., heads, :, :]
 
 
+def added(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask that is bool (True stays) or added, and a bias that is added, as one; None: neither."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+
+
 def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """Scores [B, H, N, N] under a bool mask (True stays), one that is added, or the causal one."""
     if is_causal:
@@ -173,22 +224,31 @@ def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
-def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] | None = None) -> nn.Linear:
-    """A copy of the given rows, or columns, of `dense`; without columns the bias stays."""
-    weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
-    if rows is not None:
-        index = torch.tensor(rows, dtype=torch.int64, device=weight.device)
-        weight, bias = weight.index_select(0, index), None if bias is None else bias.index_select(0, index)
-    else:
-        index = torch.tensor(columns, dtype=torch.int64, device=weight.device)
-        weight, bias = weight.index_select(1, index), None if bias is None else bias.clone()
+def select(tensor: Tensor, dim: int, index: list[int]) -> Tensor:
+    """A copy of the given rows or columns, detached; frozen if `tensor` is."""
+    kept = tensor.detach().index_select(dim, torch.tensor(index, dtype=torch.int64, device=tensor.device))
+    return nn.Parameter(kept, requires_grad=tensor.requires_grad)
+
+
+def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear layer of this weight and bias."""
     # Made with one feature on meta and filled after, as torch's initialisation warns about zero features.
     linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
     linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight, requires_grad=dense.weight.requires_grad)
+    linear.weight = weight
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=dense.bias.requires_grad)
+        linear.bias = bias
     return linear
+
+
+def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] | None = None) -> nn.Linear:
+    """A copy of the given rows, or columns, of `dense`; without columns the bias stays."""
+    if rows is not None:
+        bias = None if dense.bias is None else select(dense.bias, 0, rows)
+        return linear_of(select(dense.weight, 0, rows), bias)
+    bias = dense.bias
+    bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return linear_of(select(dense.weight, 1, columns), bias)
 
 
 def without_inputs(linear: nn.Module, x: Tensor) -> Tensor:

@@ -1,21 +1,18 @@
 """Which timm models the layers can serve, and the swap in place."""
 
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 
-from uvc.layers.attention import attention_fault
 from uvc.layers.block import UVCBlock
 from uvc.layers.children import LINEARS, first_change
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.families import families_of, layers_of
-from uvc.layers.kinds import ATTENTIONS, MLPS
-from uvc.layers.mlp import mlp_fault
+from uvc.layers.kinds import ATTENTIONS, MLPS, MODELS, NORM_FIRST, NORM_LAST, kind_of_layer
 from uvc.layers.prepack import pack_ahead
 from uvc.layers.prunable import Prunable
 
 SUPPORTED = (
-    "supported are VisionTransformers built of vision_transformer's Block or ResPostBlock with Attention and "
-    "Mlp, GluMlp or SwiGLU"
+    "supported are timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos with their blocks of two "
+    "halves, their attention and Mlp, GluMlp or SwiGLU"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
@@ -23,19 +20,16 @@ WHY = {
     "ParallelScalingBlock": "its attention and MLP are one layer",
     "DiffParallelScalingBlock": "its attention and MLP are one layer",
     "ParallelThingsBlock": "it adds several attentions and MLPs",
-    "beit": "its attention adds relative position biases",
     "cait": "its attention mixes all heads",
     "convit": "its attention adds gated positions",
     "crossvit": "it has branches of several widths",
     "deepseek_vit": "rotary positions tie its q/k dims in pairs",
-    "eva": "rotary positions tie its q/k dims in pairs",
     "gemma4_vit": "rotary positions tie its q/k dims in pairs",
     "hiera": "its width grows from block to block",
     "hieradet_sam2": "its width grows from block to block",
     "mlp_mixer": "it mixes tokens without attention",
     "naflexvit": "it takes images of any size, so that it has no one cost",
     "tnt": "it holds a transformer for each patch",
-    "vision_transformer_relpos": "its attention adds relative position biases",
     "vision_transformer_sam": "its attention adds relative position biases in windows",
     "xcit": "it attends between channels, not tokens",
 }
@@ -51,7 +45,8 @@ def convert(model: nn.Module) -> nn.Module:
     for index, block in enumerate(model.blocks):
         if type(block) is not UVCBlock:
             model.blocks[index] = UVCBlock.take_over(block)
-    pack_ahead(model.blocks)
+    if isinstance(model.blocks, nn.Sequential):  # a list is never called as one
+        pack_ahead(model.blocks)
     return model
 
 
@@ -85,7 +80,7 @@ def check(model: nn.Module) -> None:
     shapes = {}
     for index, block in enumerate(blocks):
         name = f"blocks.{index}"
-        if type(block) not in (Block, ResPostBlock, UVCBlock):
+        if type(block) not in (*NORM_FIRST, *NORM_LAST, UVCBlock):
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
         for path, module in ((name, block), (f"{name}.attn", block.attn), (f"{name}.mlp", block.mlp)):
             if type(block) is not UVCBlock and ("forward" in vars(module) or module._compiled_call_impl):
@@ -97,14 +92,14 @@ def check(model: nn.Module) -> None:
             raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
         if type(block.mlp) not in (*MLPS, *MLPS.values()):
             raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
-        if fault := attention_fault(block.attn):
+        if fault := kind_of_layer(block.attn).fault(block.attn):
             raise ValueError(f"{name}.attn.{fault}")
-        if fault := mlp_fault(block.mlp):
+        if fault := kind_of_layer(block.mlp).fault(block.mlp):
             raise ValueError(f"{name}.mlp.{fault}")
         shape = (block.attn.num_heads, *sizes(block))
         if shapes.setdefault("first", shape) != shape:
             raise ValueError(f"{name} differs in size from blocks.0; all blocks must have one size")
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, MODELS):
         raise ValueError(f"the model is {described(model)}; {SUPPORTED}")
 
 

@@ -1,18 +1,42 @@
 """Which layer takes the place of which of timm's: a new kind is a file of its own, and a line here."""
 
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.models import beit
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import (
+    RelPosAttention,
+    RelPosBlock,
+    ResPostRelPosBlock,
+    VisionTransformerRelPos,
+)
 from torch import nn
 
 from uvc.layers.attention import UVCAttention
+from uvc.layers.biased import UVCBeitAttention, UVCRelPosAttention
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
+from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
 
-ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {Attention: UVCAttention}
+MODELS = (VisionTransformer, Eva, beit.Beit, VisionTransformerRelPos)
+# Blocks of two halves, each a residual branch, by where its norm stands.
+NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock)
+NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
+ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
+    Attention: UVCAttention,
+    AttentionRope: UVCAttentionRope,
+    EvaAttention: UVCEvaAttention,
+    beit.Attention: UVCBeitAttention,
+    RelPosAttention: UVCRelPosAttention,
+}
 MLPS: dict[type[nn.Module], type[Prunable]] = {Mlp: UVCMlp, GluMlp: UVCGluMlp, SwiGLU: UVCSwiGLU}
+
+
+def kind_of_layer(layer: nn.Module) -> type[Prunable]:
+    """The class that takes the place of a layer's; its own if it can leave parts out."""
+    return type(layer) if isinstance(layer, Prunable) else (ATTENTIONS | MLPS)[type(layer)]
 
 
 def prunable(layer: nn.Module) -> Prunable:
     """A layer that can leave parts out, on the children of `layer`, which stays as it is; or `layer`."""
-    if isinstance(layer, Prunable):
-        return layer
-    return (ATTENTIONS | MLPS)[type(layer)].take_over(layer)
+    return layer if isinstance(layer, Prunable) else kind_of_layer(layer).take_over(layer)

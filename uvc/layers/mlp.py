@@ -37,6 +37,11 @@ class Neurons(Prunable):
 
     LINEARS = ("fc1", "fc2")
 
+    @classmethod
+    def fault(cls, mlp: nn.Module) -> str | None:
+        """Why neurons of `mlp`, timm's or one of these, cannot be removed; None when they can."""
+        return linear_fault(mlp, *cls.LINEARS)
+
     def ties(self) -> dict[str, str]:
         """A norm over the neurons ties them."""
         if type(self.norm) is nn.Identity:
@@ -79,7 +84,7 @@ class Neurons(Prunable):
             raise ValueError(f"neurons must be a bool mask of shape {whole}, got {got}")
         if neurons.all():
             return self._be_dense()
-        if fault := mlp_fault(self) or self.torn((neurons,)):
+        if fault := self.fault(self) or self.torn((neurons,)):
             raise ValueError(f"cannot remove neurons of this {type(self).__name__}: {fault}")
         self._masks = (neurons.cpu().clone(),)
         self._kept = self._index(device_of(self))
@@ -234,8 +239,3 @@ def activation_name(act: nn.Module) -> str | None:
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     return FAST.get(type(act))
-
-
-def mlp_fault(mlp: Mlp | GluMlp | SwiGLU) -> str | None:
-    """Why neurons of `mlp` cannot be removed, naming the child that forbids it; None when they can."""
-    return linear_fault(mlp, *(("fc1_g", "fc1_x", "fc2") if isinstance(mlp, SwiGLU) else ("fc1", "fc2")))

@@ -87,6 +87,11 @@ class Prunable(nn.Module):
         """Use these packed weights (see `packing`) from now on; None packs in every call."""
         self._packed = packed
 
+    @classmethod
+    def fault(cls, module: nn.Module) -> str | None:
+        """Why one of these cannot take the place of `module`, naming the child that forbids it, or None."""
+        raise NotImplementedError
+
     def ties(self) -> dict[str, str]:
         """Families of which all units stay ("heads", "qk", "v", "neurons"), each with what ties them."""
         return {}
@@ -119,6 +124,10 @@ class Prunable(nn.Module):
             if p.family == family
         ]
         return UnitCost(sum(n for _, n in sides), sum(n for dims, n in sides if dims == 2))
+
+    def half_macs(self, tokens: int) -> int:
+        """Multiply-accumulates of an image of so many tokens that stay whatever is removed."""
+        return 0
 
     def fixed_params(self) -> int:
         """Parameters that stay whatever is removed."""

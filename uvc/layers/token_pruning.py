@@ -36,6 +36,10 @@ def slimming(model: nn.Module, tokens: int | None) -> Slimming | None:
             f"tokens: the {type(model).__name__} has global_pool '' and returns every token, so none can be "
             "left out; give it a pooled head"
         )
+    if (own := next((b.attn for b in model.blocks if not getattr(b.attn, "slims", True)), None)) is not None:
+        raise ValueError(
+            f"tokens: positions are part of {type(own).__name__}, so none can be left out; keep all tokens"
+        )
     return Slimming(tokens, model.num_prefix_tokens, model.global_pool == "token")
 
 

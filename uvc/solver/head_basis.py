@@ -28,22 +28,30 @@ def balance_heads(model: nn.Module) -> None:
 
 
 def _balance(attn: nn.Module) -> None:
-    heads, weight, bias, out = attn.num_heads, attn.qkv.weight, attn.qkv.bias, attn.proj.weight
-    rows = weight.double() if bias is None else torch.cat([weight, bias[:, None]], 1).double()
-    q, k, v = rows.view(3, heads, -1, rows.shape[1])  # [H, K, D + bias] each
+    heads, out = attn.num_heads, attn.proj.weight
+    sources = attn.sources()
+    q, k, v = (_rows(source, attn.dims).view(heads, attn.head_dim, -1) for source in sources)
     if "qk" in attn.free_bases:
         # A bias of k shifts all scores of a query alike, which softmax does not see.
-        a, a_inverse = balancing(q @ q.mT, k[..., : weight.shape[1]] @ k[..., : weight.shape[1]].mT)
+        a, a_inverse = balancing(q @ q.mT, k[..., :-1] @ k[..., :-1].mT)
         q, k = a @ q, a_inverse.mT @ k
     if "v" in attn.free_bases:
         columns = out.double().view(len(out), heads, -1).movedim(0, -1)  # [H, K, D]
         b, b_inverse = balancing(v @ v.mT, columns @ columns.mT)
         v = b @ v
         out.copy_((b_inverse.mT @ columns).flatten(0, 1).T)
-    rows = torch.cat([q, k, v]).flatten(0, 1)
-    weight.copy_(rows[:, : weight.shape[1]])
-    if bias is not None:
-        bias.copy_(rows[:, -1])
+    for source, rows in zip(sources, (q, k, v), strict=True):
+        rows = rows.flatten(0, 1)
+        source.weight[source.row :][: attn.dims].copy_(rows[:, :-1])
+        if source.bias is not None:
+            source.bias[source.bias_row :][: attn.dims].copy_(rows[:, -1])
+
+
+def _rows(source, dims: int) -> Tensor:
+    """The rows of one source with their bias, zero without one, as a last column [A, D + 1], in float64."""
+    weight = source.weight[source.row :][:dims].double()
+    bias = weight.new_zeros(dims) if source.bias is None else source.bias[source.bias_row :][:dims].double()
+    return torch.cat([weight, bias[:, None]], 1)
 
 
 def balancing(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,129 @@
+"""Every kind of attention and block that is served, against timm's own with contributions absent."""
+
+import copy
+
+import pytest
+import torch
+from oracle import absent, error, gradient_error, gradients, images, stored, structures
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+
+import uvc
+from uvc.costs import count_macs
+from uvc.structure import Structure
+
+SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5, mlp_ratio=1.25)
+ROPE = dict(use_rot_pos_emb=True)
+FREE = {"heads": 1, "qk": 1, "v": 1, "neurons": 1}
+TURNED = {**FREE, "qk": 0}
+KINDS = {
+    "eva": (Eva, dict(init_values=0.5), TURNED),
+    "eva02": (Eva, dict(**ROPE, swiglu_mlp=True, qkv_fused=False, scale_mlp=True), TURNED | {"neurons": 0}),
+    "eva02 small": (Eva, dict(**ROPE, swiglu_mlp=True), TURNED),
+    "eva02 clip": (
+        Eva,
+        dict(**ROPE, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True),
+        {"heads": 0, "qk": 0, "v": 0, "neurons": 0},
+    ),
+    "eva02 enormous": (Eva, dict(use_post_norm=True), TURNED),
+    "dinov3": (
+        Eva,
+        dict(
+            rope_type="dinov3",
+            rope_rotate_half=True,
+            use_abs_pos_emb=False,
+            num_reg_tokens=2,
+            qkv_bias=False,
+            init_values=0.5,
+            swiglu_mlp=True,
+            swiglu_align_to=8,
+            **ROPE,
+        ),
+        TURNED,
+    ),
+    "perception encoder": (Eva, dict(attn_type="rope", global_pool="map", use_fc_norm=False, **ROPE), TURNED),
+    "mixed rotary positions": (
+        Eva,
+        dict(attn_type="rope", rope_type="mixed", class_token=False, **ROPE),
+        TURNED,
+    ),
+    "rotary positions, q/k norms": (Eva, dict(attn_type="rope", qk_norm=True, **ROPE), TURNED),
+    "beit": (Beit, dict(use_rel_pos_bias=True, init_values=0.5, use_abs_pos_emb=False), FREE),
+    "beit, one bias for all": (Beit, dict(use_shared_rel_pos_bias=True, use_rel_pos_bias=True), FREE),
+    "relative positions": (VisionTransformerRelPos, dict(rel_pos_type="bias", class_token=True), FREE),
+    "relative positions by an MLP": (VisionTransformerRelPos, dict(rel_pos_dim=24), FREE),
+    "relative positions, post-norm": (
+        VisionTransformerRelPos,
+        dict(shared_rel_pos=True, block_fn=ResPostRelPosBlock),
+        FREE,
+    ),
+    "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), TURNED),
+}
+
+
+def made(name: str) -> torch.nn.Module:
+    """A small model of the kind, in evaluation, all its weights random."""
+    cls, own, _ = KINDS[name]
+    torch.manual_seed(5)
+    model = cls(**SIZES, **own).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_converted_model_is_the_timm_one_bit_for_bit(name):
+    model = made(name)
+    x, keys = images(model), list(model.state_dict())
+    expected = model(x)
+    assert torch.equal(uvc.convert(model)(x), expected)
+    assert list(model.state_dict()) == keys
+    assert uvc.families(model) == [{**KINDS[name][2], "halves": ("attn", "mlp")}] * 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_outputs_gradients_costs_and_files_are_those_of_dense_with_contributions_absent(name, tmp_path):
+    model = made(name).double()
+    x = images(model, dtype=torch.float64)
+    for i, (kind, structure) in enumerate(structures(model).items()):
+        truth = absent(model, structure)(x)
+        expected = gradients(model, truth)
+        pruned = uvc.apply_structure(copy.deepcopy(model), structure)
+        out = pruned(x)
+        assert uvc.structure_of(pruned) == structure
+        assert error(out, truth) < 1e-10, kind
+        assert gradient_error(gradients(pruned, out), expected) < 1e-9, kind
+        small, cost = uvc.compact(pruned), uvc.cost(pruned)
+        assert error(small(x), truth) < 1e-10, kind
+        assert cost.macs == count_macs(small, x[:1]), kind
+        assert cost.params == sum(p.numel() for p in small.parameters()), kind
+        if i < 2:
+            for saved in (small, pruned):
+                uvc.save(saved, tmp_path)
+                loaded = uvc.load(tmp_path)
+                assert stored(loaded) == stored(saved)
+                assert error(loaded(x), truth) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["eva02", "dinov3", "beit", "relative positions"])
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_children_that_are_more_than_linear_layers_are_called_on_all_heads(name):
+    model = made(name).double()
+    structure, x = Structure.random(model, 0.5, seed=2), images(model, dtype=torch.float64)
+    for block in model.blocks:
+        linears = [block.attn.proj, *(m for n in ("qkv", "q_proj") if (m := getattr(block.attn, n, None)))]
+        for linear in linears:
+            linear.register_forward_hook(lambda module, inputs, out: out * 1.5)
+    truth = absent(model, structure)(x)
+    assert error(uvc.apply_structure(copy.deepcopy(model), structure)(x), truth) < 1e-10
+
+
+def test_tokens_stay_where_positions_are_part_of_the_attention():
+    model = made("eva02")
+    with pytest.raises(
+        ValueError, match="tokens: positions are part of UVCEvaAttention, so none can be left out"
+    ):
+        uvc.apply_structure(uvc.convert(model), Structure.dense(model).with_tokens(model, 0.5))
