@@ -28,6 +28,16 @@ def with_gradients(
     return [out.detach(), *(t.grad for t in inputs if t is not None)]
 
 
+def forced(provider: str, function: Callable) -> Callable:
+    """`function` with every op forced to the provider."""
+
+    def run(*tensors):
+        with uvc_kernels.backend(provider):
+            return function(*tensors)
+
+    return run
+
+
 def check(
     function: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import uvc_kernels
 from uvc_kernels import cuda
 
 if not cuda.built("CPU"):
@@ -26,13 +25,3 @@ def statistics(dtype: torch.dtype) -> torch.dtype:
 def poisoned(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     """NaN wherever a kernel forgets to write."""
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-
-def forced(provider, function):
-    """`function` with every op forced to the provider."""
-
-    def run(*tensors):
-        with uvc_kernels.backend(provider):
-            return function(*tensors)
-
-    return run

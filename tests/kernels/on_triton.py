@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from functools import partial
 
 import accuracy
 import pytest
@@ -74,16 +75,5 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(DEVICE)
 
 
-def check(function, inputs, dtype: torch.dtype) -> None:
-    """The triton kernel's output and gradients are at most twice as wrong as plain torch's in `dtype`."""
-    accuracy.check(function, inputs, dtype, "triton")
-
-
-def forced(function):
-    """`function` with every op forced to triton."""
-
-    def run(*tensors):
-        with uvc_kernels.backend("triton"):
-            return function(*tensors)
-
-    return run
+check = partial(accuracy.check, provider="triton")
+forced = partial(accuracy.forced, "triton")

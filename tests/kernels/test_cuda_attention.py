@@ -4,7 +4,7 @@ import accuracy
 import pytest
 import torch
 import uvc_kernels
-from on_cuda import CASES, PROVIDERS, forced, on_every_build, on_every_type, ops, poisoned, statistics
+from on_cuda import CASES, PROVIDERS, on_every_build, on_every_type, ops, poisoned, statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 from uvc_kernels import cuda
 from uvc_kernels.indices import counts_of
@@ -182,19 +182,11 @@ def test_the_whole_op_is_as_exact_as_plain_torch(provider, dtype):
     accuracy.check(lambda *t: uvc_kernels.attention(*t, kept, 0.25), inputs, dtype, provider)
 
 
-def test_without_heads_only_the_output_bias_is_left():
-    none = torch.zeros(3, 8, dtype=torch.bool)
-    kept = uvc_kernels.kept_heads(~none, none)
-    inputs = [torch.randn(shape) for shape in ((2, 5, 12), (72, 12), (72,), (7, 24), (7,))]
-    out = forced("cuda-host", lambda *t: uvc_kernels.attention(*t, kept, 0.3))(*inputs)
-    assert torch.equal(out, inputs[-1].expand_as(out))
-
-
 def test_gradcheck_and_opcheck_pass():
     kept = ragged(2, 3)
     shapes = ((1, 3, 2), (18, 2), (18,), (2, 6), (2,))
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    attend = forced("cuda-host", lambda *t: uvc_kernels.attention(*t, kept, 0.5))
+    attend = accuracy.forced("cuda-host", lambda *t: uvc_kernels.attention(*t, kept, 0.5))
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
     packs = (
         leaves[1].detach().new_empty(len(kept.rows), 2).normal_(),

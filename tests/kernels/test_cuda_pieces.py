@@ -4,7 +4,7 @@ import accuracy
 import pytest
 import torch
 import uvc_kernels
-from on_cuda import CASES, PROVIDERS, forced, on_every_build, on_every_type, ops, poisoned, statistics
+from on_cuda import CASES, PROVIDERS, on_every_build, on_every_type, ops, poisoned, statistics
 from uvc_kernels import cuda
 from uvc_kernels.mlp import ACTIVATIONS
 
@@ -99,17 +99,6 @@ def test_activations_are_as_exact_as_plain_torch(activation, gated, provider, dt
         assert error <= allowed
 
 
-@pytest.mark.parametrize("neurons", [0, 1, 7, 100, 1536])
-def test_the_whole_mlp_is_as_exact_as_plain_torch(neurons):
-    mask = torch.zeros(1536, dtype=torch.bool)
-    mask[torch.randperm(1536)[:neurons]] = True
-    kept = uvc_kernels.kept_neurons(mask)
-    shapes = ((2, 5, 12), (1536, 12), (1536,), (12, 1536), (12,))
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    for dtype in (torch.float32, torch.bfloat16):
-        accuracy.check(lambda *t: uvc_kernels.mlp(*t, kept), inputs, dtype, "cuda-host")
-
-
 @on_every_type
 def test_scores_of_many_matrices_are_exact(provider, dtype):
     device = PROVIDERS[provider]
@@ -169,7 +158,7 @@ def test_the_gathered_weights_have_the_gradient_of_plain_torch(provider, dtype):
         return torch.cat([p.flatten() for p in packed])
 
     accuracy.check(gather, sources, dtype, provider)
-    forced(provider, gather)(*(s.to(dtype) for s in sources))
+    accuracy.forced(provider, gather)(*(s.to(dtype) for s in sources))
 
 
 @pytest.mark.parametrize(

@@ -8,49 +8,11 @@ import accuracy
 import pytest
 import torch
 import uvc_kernels
+from backends import BACKENDS, GPU, HALF, on_every_backend, on_triton
 
-try:
-    import on_triton
-except pytest.skip.Exception:
-    on_triton = None
-
-GPU = torch.cuda.is_available()
-BACKENDS = {
-    "reference": "cpu",
-    "cpu": "cpu",
-    "cuda-host": "cpu",
-    "triton": "cuda" if GPU else "cpu",
-    "cuda": "cuda",
-}
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "reference": (torch.float32,)}
 TOKENS, HEADS, NEURONS = (1, 17, 50, 63, 196, 197, 198, 577), (1, 3, 6, 12, 16), (0, 1, 7, 100, 1536)
+PRODUCTS = [("cpu", torch.float64), ("cpu", torch.float16)]  # what attention and MLP take besides
 WIDTH = 72  # of a token; above 64, so that no result is so short that its error must be pooled
-
-
-def case(backend, dtype, *size, slow=False):
-    """One test's parameters, skipped with its reason where it cannot run."""
-    marks = [pytest.mark.slow, pytest.mark.timeout(3000)] if slow else []
-    if BACKENDS[backend] == "cuda" and not GPU:
-        marks.append(pytest.mark.skip(reason="no GPU"))
-    if backend == "triton" and on_triton is None:
-        marks.append(pytest.mark.skip(reason="Triton is not installed"))
-    words = (backend, str(dtype).removeprefix("torch."), *map(str, size))
-    return pytest.param(backend, dtype, *([size] if size else ()), id="-".join(words), marks=marks)
-
-
-def on_every_backend(quick=None, interpreted=None, all_of=None):
-    """Parametrizes (backend, dtype) and, with sizes, size: the `quick` ones, `interpreted` in Triton's slow
-    interpreter; the others of `all_of` are marked slow.
-    """
-    pairs = [(b, d) for b in BACKENDS for d in DTYPES.get(b, (torch.float32, *HALF))]
-    if quick is None:
-        return pytest.mark.parametrize(("backend", "dtype"), [case(*pair) for pair in pairs])
-    cases = []
-    for backend, dtype in pairs:
-        chosen = interpreted if backend == "triton" and not GPU else quick
-        cases += [case(backend, dtype, *size, slow=size not in chosen) for size in all_of]
-    return pytest.mark.parametrize(("backend", "dtype", "size"), cases)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +47,10 @@ def attention_case(tokens, heads, device, width=WIDTH, dims=64):
 quick_attention = [(t, 3) for t in TOKENS if t < 577] + [(17, h) for h in HEADS]
 
 
-@on_every_backend(quick_attention, [(1, 1), (17, 3), (197, 1)], [(t, h) for t in TOKENS for h in HEADS])
+all_attention = [(t, h) for t in TOKENS for h in HEADS]
+
+
+@on_every_backend(quick_attention, [(1, 1), (17, 3), (17, 6), (197, 1)], all_attention, PRODUCTS)
 def test_attention_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size):
     tensors, kept = attention_case(*size, BACKENDS[backend])
     accuracy.check(lambda *t: uvc_kernels.attention(*t, kept, 0.125), tensors, dtype, backend)
@@ -103,7 +68,10 @@ def mlp_case(neurons, tokens, gated, device, width=WIDTH):
 quick_mlp = [(n, 17) for n in NEURONS] + [(100, t) for t in (1, 63, 197)]
 
 
-@on_every_backend(quick_mlp, [(0, 17), (7, 17), (100, 17)], [(n, t) for n in NEURONS for t in TOKENS])
+all_mlp = [(n, t) for n in NEURONS for t in TOKENS]
+
+
+@on_every_backend(quick_mlp, [(0, 17), (7, 17), (100, 17)], all_mlp, PRODUCTS)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_mlp_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size, gated):
     tensors, mlp = mlp_case(*size, gated, BACKENDS[backend])

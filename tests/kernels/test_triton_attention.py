@@ -54,33 +54,6 @@ def test_ragged_attention_is_as_exact_as_plain_torch(tokens, dtype):
     check(attend(ragged(3, 24, 0.6)), inputs(tokens, 3, 24, batch=1 + 3 // tokens), dtype)
 
 
-@pytest.mark.parametrize(
-    ("heads", "dtype"),
-    [(1, torch.float32), (6, torch.bfloat16), *(slow(h, d) for h in (1, 3, 6, 12, 16) for d in DTYPES)],
-    ids=str,
-)
-def test_every_head_of_every_image_is_its_own(heads, dtype):
-    dims = max(8, 72 // heads)
-    check(attend(ragged(heads, dims, 0.7)), inputs(17, heads, dims, batch=3), dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [50, 197])
-def test_heads_of_the_size_of_real_ones_are_right(tokens, dtype):
-    check(attend(ragged(3, 64, 0.7), 0.125), inputs(tokens, 3, 64), dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_hundred_repeats_are_bit_equal(dtype):
-    tensors, kept = [t.to(dtype) for t in inputs(17, 2, 8)], ragged(2, 8)
-    first = with_gradients(forced(attend(kept)), tensors)
-    for _ in range(200):
-        again = with_gradients(forced(attend(kept)), tensors)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_negative_scale_is_fine(dtype):
     check(attend(ragged(3, 24, 0.7), -0.25), inputs(17, 3, 24), dtype)
@@ -110,48 +83,6 @@ def test_heads_of_very_different_widths_share_a_launch():
     check(attend(kept, 0.125), inputs(33, 4, 64), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_heads_only_the_output_bias_is_left(dtype):
-    none = torch.zeros(3, 8, dtype=torch.bool, device=DEVICE)
-    kept = uvc_kernels.kept_heads(~none, none)
-    tensors = [t.to(dtype) for t in inputs(17, 3, 8)]
-    out, *grads = with_gradients(forced(attend(kept)), tensors)
-    assert torch.equal(out, tensors[4].expand_as(out))
-    assert all(torch.count_nonzero(grad) == 0 for grad in grads[:4]) and grads[4].abs().min() > 0
-
-
-def test_the_other_width_of_the_output_and_missing_biases_are_fine():
-    check(attend(ragged(3, 8)), inputs(17, 3, 8, width=20, out=11, biases=False), torch.float32)
-
-
-def test_an_empty_batch_gives_empty_output_and_zero_gradients():
-    tensors = [t.float() for t in inputs(17, 3, 8, batch=0)]
-    out, *grads = with_gradients(forced(attend(ragged(3, 8))), tensors)
-    assert out.shape == (0, 17, 64)
-    assert all(torch.count_nonzero(grad) == 0 for grad in grads)
-
-
-def test_gradients_of_removed_rows_and_columns_are_exactly_zero():
-    kept = ragged(3, 16)
-    tensors = [t.float() for t in inputs(37, 3, 16)]
-    _, _, qkv, bias, proj, _ = with_gradients(forced(attend(kept)), tensors)
-    rows = torch.cat([kept.qk, kept.qk + 48, kept.v + 96])
-    removed = torch.ones(144, dtype=torch.bool)
-    removed[rows.cpu()] = False
-    columns = torch.ones(48, dtype=torch.bool)
-    columns[kept.v.cpu()] = False
-    assert torch.count_nonzero(qkv[removed]) == torch.count_nonzero(bias[removed]) == 0
-    assert torch.count_nonzero(proj[:, columns]) == 0
-    assert qkv[kept.v + 96].abs().sum(1).min() > 0 and proj[:, ~columns].abs().sum(0).min() > 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeats_are_bit_equal(dtype):
-    tensors, kept = [t.to(dtype) for t in inputs(65, 2, 16)], ragged(2, 16)
-    first, second = (with_gradients(forced(attend(kept)), tensors) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_scores_of_any_size_neither_overflow_nor_vanish():
     x, qkv, *rest = inputs(17, 2, 8)
     tensors, kept = [x * 30, qkv * 3, *rest], ragged(2, 8, keep=0.9)
@@ -168,40 +99,6 @@ def test_scores_of_any_size_neither_overflow_nor_vanish():
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_sharp_attention_is_as_exact_as_plain_torch(scale):
     check(attend(ragged(2, 8, keep=0.9), scale), inputs(17, 2, 8), torch.float32)
-
-
-def test_nan_in_the_input_reaches_the_output_of_its_image_only():
-    tensors = [t.float() for t in inputs(17, 3, 8, batch=2)]
-    tensors[0][1, 5, 2] = float("nan")
-    out = forced(attend(dense(3, 8)))(*tensors)
-    assert out[1].isnan().all() and not out[0].isnan().any()
-
-
-@pytest.mark.parametrize("frozen", range(5), ids=["x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"])
-def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
-    tensors, kept = [t.float() for t in inputs(9, 2, 8)], ragged(2, 8)
-    whole = with_gradients(forced(attend(kept)), tensors)[1:]
-    leaves = [t.detach().requires_grad_(i != frozen) for i, t in enumerate(tensors)]
-    out = forced(attend(kept))(*leaves)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out.backward(cotangent.bfloat16().to(out))
-    for i, (leaf, grad) in enumerate(zip(leaves, whole, strict=True)):
-        assert leaf.grad is None if i == frozen else torch.equal(leaf.grad, grad)
-
-
-def test_strided_inputs_are_read_as_what_they_show():
-    x, qkv, bias, proj, proj_bias = (t.float() for t in inputs(9, 2, 8, batch=2))
-    strided = [
-        x.transpose(0, 1).contiguous().transpose(0, 1),
-        qkv.t().contiguous().t(),
-        bias,
-        proj,
-        proj_bias,
-    ]
-    kept = ragged(2, 8)
-    expected = with_gradients(forced(attend(kept)), [x, qkv, bias, proj, proj_bias])
-    for found, wanted in zip(with_gradients(forced(attend(kept)), strided), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_read_from_the_device(monkeypatch):
@@ -245,23 +142,6 @@ def test_gradcheck_passes(kind):
     tensors = inputs(3, 2, 3, width=2, out=2, biases=kind != "no biases")
     leaves = [None if t is None else t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(forced(attend(kept)), leaves, fast_mode=True)
-
-
-def test_compiles_as_one_graph():
-    kept, tensors = ragged(3, 8), [t.float() for t in inputs(17, 3, 8)]
-    with uvc_kernels.backend("triton"):
-        compiled = torch.compile(attend(kept), fullgraph=True, backend="aot_eager")
-        found = with_gradients(compiled, tensors)
-        expected = with_gradients(attend(kept), tensors)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_second_derivative_is_a_clear_error():
-    x, *rest = (t.float() for t in inputs(5, 2, 4))
-    leaf = x.requires_grad_()
-    out = forced(attend(ragged(2, 4)))(leaf, *rest)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(out.sum(), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize(
