@@ -64,10 +64,6 @@ def test_opcheck_passes():
     torch.library.opcheck(torch.ops.uvc_kernels.prox_shrink.default, (weights, factors, dims))
 
 
-def test_nothing_to_shrink_is_fine():
-    uvc_kernels.prox_shrink([], torch.zeros(0), [])
-
-
 @pytest.mark.parametrize(
     ("shapes", "count", "dims", "message"),
     [

@@ -7,7 +7,7 @@ from functools import partial
 import loops
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from loops import batch, small_vit
 
 import uvc
 from uvc.config import Config, SolverConfig
@@ -15,19 +15,6 @@ from uvc.constraints import limits
 from uvc.costs import cost
 from uvc.solver import Search
 from uvc.training.compress import compress
-
-
-def small_vit():
-    torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=12, depth=3, num_heads=3, mlp_ratio=2.0
-    )
-
-
-def batch(seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 5, (8,), generator=generator)
-
 
 train = partial(loops.train, batch)
 

@@ -22,21 +22,21 @@ STYLE = {
 }
 
 
-def speedup_figure(rows: Sequence[Row], title: str | None = None) -> "Figure":
+def speedup_figure(rows: Sequence[Row]) -> "Figure":
     """A matplotlib figure of the rows of one model and phase; no window, no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.4), facecolor="white", layout="constrained")
-    draw(figure.add_subplot(), rows, title)
+    draw(figure.add_subplot(), rows)
     return figure
 
 
-def draw(axes: "Axes", rows: Sequence[Row], title: str | None = None) -> None:
+def draw(axes: "Axes", rows: Sequence[Row]) -> None:
     """One panel: a line per variant, bars as wide as the noise band, the cap dashed."""
     first = rows[0]
     threads = f", {first.threads} thread{'s' * (first.threads > 1)}" if first.threads else ""
     axes.set_title(
-        title or f"{first.model}, {first.what}, batch {first.batch}, {first.dtype}\n{first.device}{threads}",
+        f"{first.model}, {first.what}, batch {first.batch}, {first.dtype}\n{first.device}{threads}",
         fontsize=9,
         color=INK,
     )

@@ -54,12 +54,11 @@ def build(
     device: torch.device,
     variants: Sequence[str] = VARIANTS,
     dense: nn.Module | None = None,
-    seed: int = 0,
 ) -> tuple[dict[str, Built], list[Left]]:
     """The models of `variants` on `device`, and those left out; `dense` replaces timm's model `name`."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     dense = (timm.create_model(name) if dense is None else dense).to(device)
-    structure = uvc.Structure.random(dense, keep, seed)
+    structure = uvc.Structure.random(dense, keep, seed=0)
     shape = shape_of(dense, batch)
     kept = tuple(kept_of(block) for block in structure.blocks)
     whole = (everything(shape),) * len(kept)
