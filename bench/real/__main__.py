@@ -68,9 +68,8 @@ def fetch(folder: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Rows that are missing; stopped by SIGTERM, the same command goes on."""
-    setup = Setup(
-        options.folder.absolute(), options.part, replace(CONFIG, learning_rate=options.lr), options.teacher_lr
-    )
+    config, folder = replace(CONFIG, learning_rate=options.lr), options.folder.absolute()
+    setup = Setup(folder, options.part, config, teacher_rate=options.teacher_lr)
     wanted = harness.jobs(setup, options.arms, options.budgets, options.seeds)
     left = harness.run(setup, wanted, options.minutes, options.results)
     print(f"{len(wanted) - left} of {len(wanted)} rows are done")
