@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from bench.real import __main__ as command
 from bench.real import arms, harness, packages, page, pictures, weights
 from bench.real.setup import CONFIG, Setup
 from bench.real.teacher import teacher
@@ -247,3 +248,14 @@ def test_the_page_says_what_is_missing_and_pairs_by_seed():
     assert "75.0 (80.0, 70.0)" in texts["results"]
     assert "global_taylor at 0.5 of seed 0" in texts["stand"] and "uvc at 0.5 of seed 0" not in texts["stand"]
     assert "| 0.5 | 80.0, 70.0 | 71.0 |" in texts["short"]
+
+
+def test_the_command_line_hands_every_option_to_its_field(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(harness, "run", lambda setup, *rest: given.append(setup) or 0)
+    options = ["--part", "tune", "--lr", "3e-4", "--teacher-lr", "2e-4"]
+    monkeypatch.setattr("sys.argv", ["bench.real", "run", str(tmp_path), *options])
+    command.main()
+    (setup,) = given
+    assert (setup.folder, setup.part, setup.teacher_rate) == (tmp_path, "tune", 2e-4)
+    assert setup.config.learning_rate == 3e-4 and setup.views == Setup(tmp_path).views
