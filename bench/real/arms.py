@@ -95,7 +95,7 @@ def uvc(setup: Setup, seed: int, budget: float) -> dict[str, object]:
     out = setup.folder / "runs" / f"{setup.part}-{seed}-{budget:g}-{config.learning_rate:g}"
     begun = (out / "run.json").is_file()
     options = ["--resume"] if begun else command(setup, seed, budget, weights)
-    with timed(out.with_suffix(".seconds")) as seconds:
+    with timed(out.with_name(f"{out.name}.seconds")) as seconds:
         said = run_to_end([sys.executable, "-m", "uvc", "compress", *options, "--out", str(out), "--quiet"])
     if not (out / "summary.json").is_file():
         raise RuntimeError(f"uvc compress --out {out}: {said}")

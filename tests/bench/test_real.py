@@ -189,6 +189,14 @@ def test_uvc_and_its_rivals_share_the_teacher(setup):
     assert first["teacher_top1"] == second["teacher_top1"] == round(teacher(setup, 0)[1]["top1"], 5)
 
 
+def test_each_budget_has_seconds_of_its_own(setup, monkeypatch):
+    monkeypatch.setattr(arms, "run_to_end", lambda program: "stopped at once")
+    for budget in (0.6, 0.65):
+        with pytest.raises(RuntimeError, match="stopped at once"):
+            arms.uvc(setup, 0, budget)
+    assert len(list((setup.folder / "runs").glob("*.seconds"))) == 2
+
+
 def test_a_command_that_was_stopped_is_resumed(setup, monkeypatch):
     ran, real = [], arms.run_to_end
     monkeypatch.setattr(arms, "run_to_end", lambda program: ran.append(program) or real(program))
