@@ -74,16 +74,20 @@ def short(rows: list[Row]) -> str:
     arms = [arm for arm in ARMS if arm != "dense_extra" and any(row["arm"] == arm for row in rows)]
     if not arms:
         return "No row yet."
-    out = ["| MACs kept | " + " | ".join(NAMES[arm] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    out = [
+        "| MACs kept | teacher | " + " | ".join(NAMES[arm] for arm in arms) + " |",
+        "|---" * (len(arms) + 2) + "|",
+    ]
     for budget in BUDGETS:
-        cells = []
-        for arm in arms:
-            own = [r for r in rows if r["arm"] == arm and float(r["budget"]) == budget]
-            cells.append(
-                ", ".join(_short(r["after_top1"]) for r in sorted(own, key=lambda r: int(r["seed"])))
-            )
-        out.append(f"| {budget:g} | " + " | ".join(cells) + " |")
+        found = {arm: _by_seed(rows, arm, budget, "after_top1") for arm in arms}
+        cells = [f"{budget:g}", _by_seed(rows, OURS, budget, "teacher_top1"), *found.values()]
+        out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def _by_seed(rows: list[Row], arm: str, budget: float, field: str) -> str:
+    own = [row for row in rows if row["arm"] == arm and float(row["budget"]) == budget]
+    return ", ".join(_short(row[field]) for row in sorted(own, key=lambda row: int(row["seed"])))
 
 
 def stand(rows: list[Row]) -> str:

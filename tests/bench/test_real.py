@@ -255,7 +255,7 @@ def test_the_page_says_what_is_missing_and_pairs_by_seed():
     assert "| 0.5 | global Taylor, once | 1 | 1.0 | 71.0 (71.0) | -1.0 |" in texts["results"]
     assert "75.0 (80.0, 70.0)" in texts["results"]
     assert "global_taylor at 0.5 of seed 0" in texts["stand"] and "uvc at 0.5 of seed 0" not in texts["stand"]
-    assert "| 0.5 | 80.0, 70.0 | 71.0 |" in texts["short"]
+    assert "| 0.5 | 1.0, 1.0 | 80.0, 70.0 | 71.0 |" in texts["short"]
 
 
 def test_the_command_line_hands_every_option_to_its_field(tmp_path, monkeypatch):
