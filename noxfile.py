@@ -28,6 +28,7 @@ OLDEST = (
     "triton==3.6.0",
     "timm==1.0.26",
     "torchdata==0.11.0",
+    "accelerate==1.2.1",
     "numpy==2.3.5",
 )
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -152,7 +152,7 @@ def test_the_public_names_are_pinned():
         uvc.nothing  # noqa: B018
 
 
-EXTRAS = ("triton", "sklearn", "tensorboard", "matplotlib", "click", "rich")
+EXTRAS = ("accelerate", "triton", "sklearn", "tensorboard", "matplotlib", "click", "rich")
 FRESH = """
 import sys, warnings
 warnings.simplefilter("error")

@@ -20,6 +20,11 @@ import click
 from uvc.settings import BadSetting, to_toml
 
 FOLDER = click.Path(path_type=Path)
+# Accelerate's launcher takes its torchrun for GPUs alone, unless it is told to.
+ONE_OF_NONE = (
+    "uvc: accelerate has started one process; on a CPU it starts several by accelerate launch --multi_gpu "
+    "--num_processes N -m uvc compress --device cpu, or use torchrun --nproc_per_node N"
+)
 SEVERAL = ("--input-size", "--mean", "--std", "--scale")  # options that take several numbers
 
 
@@ -206,7 +211,12 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")
 @click.option("--distill", metavar="none|soft|hard", help="How the teacher teaches.")
 @click.option("--distill-features", type=float, help="Weight of the distance of pooled features; 0.")
+@click.option("--accumulate", type=int, help="Parts in which a batch goes through the model; 1.")
+@click.option(
+    "--grad-checkpointing", is_flag=True, default=None, help="Keep less for the backward pass, compute again."
+)
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints inside an epoch; 0: none.")
+@click.option("--checkpoint-minutes", type=float, help="Minutes between checkpoints, as well; 0: none.")
 @click.option(
     "--resume", is_flag=True, default=None, help="Continue the run in --out, with the options it began with."
 )
@@ -215,24 +225,30 @@ def compress(config: Path | None, show_config: bool, quiet: bool, **options: Any
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.app.pipeline import compress_run
     from uvc.app.resolve import resolve
+    from uvc.environment import launched_as, one_of_none
     from uvc.training.signals import Stopped, stop_on_signals
 
     run = resolve(options, config)
     if show_config:
         click.echo(to_toml(run), nl=False)
         return
-    say = (lambda line: None) if quiet else partial(click.echo, err=True)
+    main = launched_as() == 0
+    say = partial(click.echo, err=True) if main and not quiet else lambda line: None
+    if one_of_none():
+        click.echo(ONE_OF_NONE, err=True)
     try:
         with stop_on_signals():
             summary = compress_run(run, progress=not quiet, say=say)
     except Stopped as stopped:
-        click.echo(f"{stopped}; continue with: uvc compress --resume --out {run.out}", err=True)
+        if main:
+            click.echo(f"{stopped}; continue with: uvc compress --resume --out {run.out}", err=True)
         return
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted{_how_to_continue(run.out)}") from None
     except OSError as error:
         raise click.UsageError(f"{error}{_how_to_continue(run.out)}") from None
-    _print_report(Path(run.out), summary)
+    if main:
+        _print_report(Path(run.out), summary)
 
 
 def _how_to_continue(out: str | None) -> str:
@@ -366,11 +382,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; errors that a user can cause become one line on stderr, and so
-    do warnings.
+    do warnings. Of several processes one speaks.
     """
+    from uvc.environment import launched_as
+
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding does not have
+    if launched_as() > 0:
+        warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *_, **__: f"uvc: {' '.join(str(message).split())}\n"
     try:
         arguments = _join_numbers(sys.argv[1:] if arguments is None else arguments)
@@ -398,5 +418,8 @@ def _is_bug(error: BaseException) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"uvc: {' '.join(message.split())}", err=True)
+    from uvc.training.processes import speaks
+
+    if speaks():
+        click.echo(f"uvc: {' '.join(message.split())}", err=True)
     return code

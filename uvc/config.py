@@ -145,7 +145,12 @@ class Config:
     # *, ? and [abc] as in a shell. They get no gradient and stay as they are, and so do groups with a part in
     # them.
     freeze: tuple[str, ...] = ()
+    # A batch goes through the model in so many parts, whose gradients add up, where it does not fit whole.
+    accumulate: Size = 1
+    # Blocks are computed again in the backward pass instead of being kept: less memory, a third more time.
+    grad_checkpointing: bool = False
     checkpoint_every: Count = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
+    checkpoint_minutes: Weight = 0.0  # as well; 0: none
     threads: Size | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)

@@ -1,8 +1,10 @@
 """Where a run or a measurement takes place: the device, the processor's name, versions, the commit."""
 
+import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +12,10 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("uvc-vit", "torch", "timm", "triton")
+# How many processes there are, and which this one is: as torchrun says, and the MPIs with which Accelerate
+# starts processes on CPUs.
+COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def processor() -> str:
@@ -85,3 +91,24 @@ def choose_device(name: str | None, threads: int | None) -> torch.device:
             f"--device: {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use cpu"
         )
     return device
+
+
+def launched() -> int:
+    """How many processes a launcher has started, this one among them; 1 without a launcher."""
+    return max(_number(COUNTS), 1)
+
+
+def launched_as() -> int:
+    """The rank that a launcher has given to this process; 0 without a launcher."""
+    return _number(RANKS) if launched() > 1 else 0
+
+
+def one_of_none() -> bool:
+    """Whether `accelerate launch` was asked for several processes and has started one, as it does on CPUs."""
+    return launched() == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()
+
+
+def _number(names: Sequence[str]) -> int:
+    """The first of these environment variables that is set, as a number; 0 without one."""
+    text = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    return int(text) if text.isdecimal() else 0

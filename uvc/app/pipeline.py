@@ -16,7 +16,7 @@ from uvc.app.resolve import known_model, stored_run
 from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, open_out, read_json
 from uvc.app.summary import draw_structure
 from uvc.compaction import compact
-from uvc.config import Config, DataConfig, RunConfig
+from uvc.config import DataConfig, RunConfig
 from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
@@ -34,6 +34,7 @@ from uvc.training.compress import Plan, Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
+from uvc.training.processes import here
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
@@ -42,8 +43,8 @@ TEACHER = "teacher"  # folder in the folder of a run
 
 def compress_run(
     run: RunConfig, *, progress: bool = False, say: Callable[[str], object] = lambda line: None
-) -> dict[str, Any]:
-    """Compress as `run` says, write the folder `run.out`, return the summary.
+) -> dict[str, Any] | None:
+    """Compress as `run` says, write the folder `run.out`, return the summary; of several processes in rank 0.
 
     `say` gets a line for each metric: what budgets can be reached. All that can be wrong is checked before
     `out` is touched: ValueError or RuntimeError, one line each.
@@ -55,6 +56,9 @@ def compress_run(
     if run.resume and (out / SUMMARY).is_file():
         return read_summary(out)
     device = choose_device(run.device, run.threads)
+    processes = here(device.type)
+    processes.wait()  # what is in `out` has been looked at by all before one writes there
+    device = processes.device or device
     data = _data(run, _model_input(run))
     torch.manual_seed(run.seed)
     model, trained = _begin(run, data, out)
@@ -72,24 +76,30 @@ def compress_run(
         latency=LatencyTable.load(Path(run.latency_table)) if run.latency_table else None,
         latency_batch=run.latency_batch,
         teacher_cache=Path(run.teacher_cache) if run.teacher_cache else None,
+        processes=processes,
     )
-    open_out(out, run)
+    with processes.in_turn():
+        open_out(out, run)
     for line in reachable(model, plan.latency, run.training.solver.round_to):
         say(f"reachable {line}")
     aim = AIMS.get(run.recipe)
     if aim and aim.model == run.model:
         say(f"published by others, not ours: {aim.published}")
 
-    with RunLog(out, progress) as log:
+    with RunLog(out, progress) if processes.main else RunLog(None) as log:
         plan.begin(log)
         if not trained:
-            _make_teacher(model, data, plan.config, out, log)
-        elif run.pretrained:
+            _make_teacher(model, data, plan, out, log)
+        elif run.pretrained and processes.main:
             save(model, out / TEACHER)  # a resumed run needs no hub
         # A run that is resumed after its teacher sees the batches of a run in one go.
         data.train.load_state_dict({"epoch": run.training.teacher_epochs, "batch": 0})
         result = carry_out(plan, log)
-    summary = _summary(run, plan, data, result) | {"seconds": time.monotonic() - started}
+    small = compact(result.model)
+    top1 = evaluate(small, data.val, device, processes.total)
+    if not processes.main:
+        return None
+    summary = _summary(run, plan, data, result, small, top1) | {"seconds": time.monotonic() - started}
     draw_run(out, summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
@@ -280,17 +290,20 @@ def _check_time(run: RunConfig, why: str) -> None:
         )
 
 
-def _make_teacher(model: nn.Module, data: Data, config: Config, out: Path, log: RunLog) -> None:
+def _make_teacher(model: nn.Module, data: Data, plan: Plan, out: Path, log: RunLog) -> None:
     """Train the teacher and keep it for a run that goes on."""
     checkpoint = out / TEACHER / CHECKPOINT
-    train_teacher(model, data.train, data.val, config, log, checkpoint)
-    save(model, out / TEACHER)
-    checkpoint.unlink(missing_ok=True)
+    train_teacher(model, data.train, data.val, plan.config, log, checkpoint, plan.processes)
+    if plan.processes.main:
+        save(model, out / TEACHER)
+        checkpoint.unlink(missing_ok=True)
 
 
-def _summary(run: RunConfig, plan: Plan, data: Data, result: Result) -> dict[str, Any]:
-    """The figures of a finished run."""
-    small, device = compact(result.model), next(result.model.parameters()).device
+def _summary(
+    run: RunConfig, plan: Plan, data: Data, result: Result, small: nn.Module, top1: float
+) -> dict[str, Any]:
+    """The figures of a finished run. small: the compacted model, of which top1 was counted."""
+    device = next(result.model.parameters()).device
     return {
         "model": run.model,
         "data": data.name,
@@ -304,8 +317,9 @@ def _summary(run: RunConfig, plan: Plan, data: Data, result: Result) -> dict[str
         "final_params": result.cost.params,
         "teacher_top1": result.teacher_top1,
         "before_post_top1": result.before_post_top1,
-        "final_top1": evaluate(small, data.val, device),
+        "final_top1": top1,
         "steps": result.steps,
+        "processes": plan.processes.count,
         "precision": result.precision,
         "device": device_name(device) if device.type == "cuda" else "cpu",
         "latency": _latency(result.teacher, small, data, device),

@@ -50,6 +50,12 @@ class Pruner:
     def before(self) -> None:
         """Prepares the model for the coming forward and backward pass; called anew where that is repeated."""
 
+    def evidence(self) -> list[Tensor]:
+        """What ``observe`` reads of a batch beside the gradients of the model's parameters: tensors, which
+        become means over the processes, in place.
+        """
+        return []
+
     def observe(self, scale: float = 1.0) -> None:
         """Reads the gradients, which are ``scale`` times those of the loss."""
 

@@ -92,6 +92,10 @@ class PublishedSearch(Pruner):
         for block, gate in zip(self.groups.blocks, self._sample[:, 1].unbind(), strict=True):
             block.set_gates(gate, gate)
 
+    def evidence(self) -> list[Tensor]:
+        """The gradients of the gates."""
+        return [self._logits.grad]
+
     def observe(self, scale: float = 1.0) -> None:
         """Adds the task's gradient of the gates and the cost's, whose gates are the same noisy ones."""
         gradient = self._logits.grad / scale

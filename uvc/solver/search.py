@@ -125,6 +125,13 @@ class Search(Pruner):
                 block.set_gates(None, None)
                 block.set_skip(False, False)
 
+    def evidence(self) -> list[Tensor]:
+        """The gradients of the gates, and what halves read of tokens."""
+        for gate in self._gates or ():
+            if gate.grad is None:
+                gate.grad = torch.zeros_like(gate)
+        return [*(gate.grad for gate in self._gates or ()), *self.tokens.evidence()]
+
     def observe(self, scale: float = 1.0) -> None:
         """Reads gradients: first-order importance of every group, and of the gates."""
         config, state = self.config, self.state

@@ -59,6 +59,10 @@ class AllTokens:
     def watch(self) -> None:
         """Until `observe`, backward passes tell what the halves read of each token."""
 
+    def evidence(self) -> list[Tensor]:
+        """What `observe` reads."""
+        return []
+
     def observe(self, scale: float, decay: float) -> None:
         """If watched: the importance of every bucket follows the square of its gate's gradient."""
 
@@ -143,6 +147,9 @@ class Tokens(AllTokens):
         # dloss/dg of a gate g = 1 on the token in place n: the sum over images of x[n] . dloss/dx[n]
         gates = (x * grad).sum(-1, dtype=self._read.dtype).sum(0)[self.sizes.prefix :]
         self._read[interval, : len(gates)] += gates
+
+    def evidence(self) -> list[Tensor]:
+        return [self._read] if self._hooks else []
 
     def observe(self, scale: float, decay: float) -> None:
         if not self._hooks:

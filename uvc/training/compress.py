@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -26,13 +27,13 @@ from uvc.layers import check, check_children, convert
 from uvc.solver import method_of
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.checkpoint import set_seed
-from uvc.training.evaluation import evaluate
 from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
 from uvc.training.precision import PRECISION, Precision, settle
+from uvc.training.processes import ALONE, Alone, here
 from uvc.training.teacher_cache import CachedDistillation, check_cache
-from uvc.training.trainer import Trainer
+from uvc.training.trainer import Trainer, set_checkpointing
 
 LATENCY = "latency.json"  # the table, in the folder of a run
 
@@ -63,16 +64,18 @@ def train_teacher(
     config: Config,
     log: RunLog,
     file: Path | None = None,
+    processes: Alone = ALONE,
 ) -> float:
     """Trains a dense model on labels, in place, for ``config.teacher_epochs``; returns top-1 in percent."""
     freeze(model, config.freeze)
-    trainer = Trainer(model, train_loader, val_loader, config, log, file)
+    trainer = Trainer(model, train_loader, val_loader, config, log, file, processes)
     if file is not None and file.exists():
         trainer.load()
     set_seed(config.seed, bool(trainer.mix))
+    processes.seed(config.seed)
     task = Classification(config.label_smoothing, config.precision)
     trainer.phase("teacher", config.teacher_epochs, task, trainer.optimizer(config.learning_rate))
-    return evaluate(model, val_loader)
+    return trainer.evaluate(model)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Plan:
     latency: LatencyTable | None = None
     latency_batch: int | None = None
     teacher_cache: Path | None = None
+    processes: Alone = ALONE
     limits: tuple[Limit, ...] = field(init=False)  # what the budget comes to
     precision: Precision = field(init=False)
 
@@ -107,22 +111,29 @@ class Plan:
         check_dtype(model, "model")
         check_multiples(model, config.solver.round_to)
         check_loader(self.train_loader)
+        self.processes.check(self.train_loader, bool(config.mixup or config.cutmix), model)
         if self.teacher is not None:
             check_teacher(model, self.teacher, config.distill)
             check_dtype(self.teacher, "teacher")
         if self.out is not None:
             describe(model)  # what could not be saved is refused now, not after the training
         with frozen(model, config.freeze):
-            precision = settle(model, self.train_loader, config, self.out if self.resume else None)
+            # One process measures for all.
+            found = self.processes.told(lambda: json.dumps(self._settled()._asdict()))
+        precision = Precision(**json.loads(found))
         object.__setattr__(self, "precision", precision)
         object.__setattr__(self, "config", replace(config, precision=precision.used))
         if self.teacher_cache is not None:
             check_cache(self.teacher_cache, self.train_loader, self.config, self.teacher)
         if "latency" in named:
-            object.__setattr__(self, "latency", self._latency_table())
+            found = self.processes.told(lambda: self._latency_table().to_json())
+            object.__setattr__(self, "latency", LatencyTable.from_json(found))
         object.__setattr__(self, "limits", limits(model, self.budget, self.metric, self.latency))
         with frozen(model, config.freeze):
             method.check(model, self.limits, config.solver)
+
+    def _settled(self) -> Precision:
+        return settle(self.model, self.train_loader, self.config, self.out if self.resume else None)
 
     def _latency_table(self) -> LatencyTable:
         """The one that is given, that of the run to resume, or one measured here."""
@@ -136,6 +147,8 @@ class Plan:
     def begin(self, log: RunLog) -> None:
         """Keeps what was measured in the folder of the run, and says it once."""
         precision, out = self.precision, self.out
+        if not self.processes.main:
+            return
         if self.latency is not None and out:
             write_text(out / LATENCY, self.latency.to_json())
         if precision.asked == "float32" or (self.resume and out and (out / PRECISION).exists()):
@@ -182,10 +195,14 @@ def compress(
         teacher_cache: folder that keeps the teacher's answers, for other budgets and resumed runs; only for
             loaders of ``uvc.training.data``; None = the teacher answers in every step.
 
+    Under a launcher every process calls this, on its own device; batches are the global ones, rank 0 alone
+    writes.
+
     Raises:
         ValueError: a bad argument, named; a budget below the smallest reachable one; a model that ``out``
             could not hold. All of it before any training.
     """
+    processes = here(next(model.parameters()).device.type)
     plan = Plan(
         model,
         train_loader,
@@ -198,7 +215,10 @@ def compress(
         resume,
         latency,
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
+        processes=processes,
     )
+    if not processes.main:
+        log = RunLog(None)
     with nullcontext(log) if log is not None else RunLog(plan.out) as log:
         plan.begin(log)
         return carry_out(plan, log)
@@ -207,20 +227,25 @@ def compress(
 def carry_out(plan: Plan, log: RunLog) -> Result:
     """`compress`, once its arguments have been checked and the plan has begun."""
     model, config, out = plan.model, plan.config, plan.out
+    plan.processes.copy(model)
     teacher = copy.deepcopy(model) if plan.teacher is None else plan.teacher
     teacher.eval().requires_grad_(False)
     freeze(model, config.freeze)
     dense_cost = cost(model, Structure.dense(model))
     trainer = _trainer(plan, log)
-    task = _task(plan, teacher)
-    teacher_top1 = evaluate(teacher, plan.val_loader)
+    with plan.processes.in_turn():
+        task = _task(plan, teacher)
+    teacher_top1 = trainer.evaluate(teacher)
     before_post = _searched(trainer) if trainer.finished("search") else _search(plan, trainer, task)
     # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
     trainer.phase("post-train", config.post_epochs, task, trainer.optimizer(config.learning_rate))
     model.eval()
-    if out:
+    if config.grad_checkpointing:
+        set_checkpointing(model, False)
+    if out and plan.processes.main:
         save(compact(model), out)
         write_text(out / "structure.json", structure_of(model).to_json() + "\n")
+    plan.processes.wait()
     return Result(
         model=model,
         structure=structure_of(model),
@@ -230,7 +255,7 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
         teacher=teacher,
         teacher_top1=teacher_top1,
         before_post_top1=before_post,
-        final_top1=evaluate(model, plan.val_loader),
+        final_top1=trainer.evaluate(model),
         steps=trainer.steps,
         history=trainer.history,
     )
@@ -246,12 +271,14 @@ def _trainer(plan: Plan, log: RunLog) -> Trainer:
         plan.config,
         log,
         file,
+        plan.processes,
         budget=plan.budget,
         metric=plan.metric,
     )
     if plan.resume and file is not None and file.exists():
         trainer.load()
     set_seed(plan.config.seed, bool(trainer.mix))
+    plan.processes.seed(plan.config.seed)
     method_of(plan.config.solver.method).prepare(plan.model, plan.config.solver)
     return trainer
 
@@ -265,7 +292,8 @@ def _task(plan: Plan, teacher: nn.Module) -> Classification:
         return Classification(config.label_smoothing, config.precision)
     if plan.teacher_cache is not None:
         return CachedDistillation(teacher, config, plan.teacher_cache, plan.train_loader)
-    return Distillation(teacher, config.distill, config.label_smoothing, config.precision)
+    mean = plan.processes.mean
+    return Distillation(teacher, config.distill, config.label_smoothing, config.precision, mean)
 
 
 def _search(plan: Plan, trainer: Trainer, task: Classification) -> float:
@@ -278,7 +306,7 @@ def _search(plan: Plan, trainer: Trainer, task: Classification) -> float:
     pruner = method_of(config.solver.method)(model, plan.limits, steps, config.solver, config.seed)
     trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
     pruner.harden()
-    top1 = evaluate(model, plan.val_loader)
+    top1 = trainer.evaluate(model)
     trainer.history.append({"phase": "harden", "top1": top1})
     trainer.log.note(event="harden", top1=top1)
     return top1

@@ -5,7 +5,7 @@ B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -75,10 +75,14 @@ def targets(labels: Tensor, classes: int, loader: str) -> Tensor:
 
 
 def count_right(
-    model: nn.Module, loader: Iterable, device: torch.device | str | None = None
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device | str | None = None,
+    total: Callable[[list[int]], list[int]] = list,
 ) -> tuple[int, int]:
     """How many images of ``loader`` the model answers right, and how many there are, each counted once.
 
+    total: adds up over the processes that share the loader.
     The model runs in eval mode, on images in its own dtype; its mode is restored. A soft label asks for its
     most probable class. ValueError for labels that do not fit the model, RuntimeError for logits that are not
     finite: neither has an accuracy.
@@ -88,7 +92,7 @@ def count_right(
     device = device or ("cpu" if first is None else first.device)
     was_training = model.training
     model.eval()
-    right = total = 0
+    right = seen = 0
     try:
         with torch.no_grad():
             for number, batch in enumerate(loader):
@@ -109,18 +113,24 @@ def count_right(
                         f"val_loader: batch {number}: the model's logits are NaN or infinite, so "
                         "there is no accuracy; look for such values in its weights and in these images"
                     )
-                right, total = right + found, total + len(images)
+                right, seen = right + found, seen + len(images)
     finally:
         model.train(was_training)
-    if total == 0:
+    right, seen = total([right, seen])
+    if seen == 0:
         raise ValueError("val_loader: it yields no images; top-1 needs at least one")
-    return right, total
+    return right, seen
 
 
-def evaluate(model: nn.Module, loader: Iterable, device: torch.device | str | None = None) -> float:
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device | str | None = None,
+    total: Callable[[list[int]], list[int]] = list,
+) -> float:
     """Top-1 accuracy in percent over ``loader``; see ``count_right``."""
-    right, total = count_right(model, loader, device)
-    return 100.0 * right / total
+    right, seen = count_right(model, loader, device, total)
+    return 100.0 * right / seen
 
 
 def _kind(tensor: Tensor) -> str:

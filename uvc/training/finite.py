@@ -26,6 +26,10 @@ class FiniteCheck:
         """The step that comes next."""
         self.epoch, self.batch = epoch, batch
 
+    def where(self) -> str:
+        """The step, for a message."""
+        return f"{self.phase}: epoch {self.epoch}, batch {self.batch}"
+
     def see(self, loss: Tensor, norm: Tensor, images: Tensor) -> None:
         """loss, norm: scalars of this step, before its update. RuntimeError if one is not finite."""
         pair = torch.stack([loss.detach().float(), norm.float()])

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvc.training.images import Unreadable, read_picture
+from uvc.training.shares import Share
 
 # How many images in a row may be unreadable before training gives up on finding another one.
 TRIES = 10
@@ -46,9 +47,11 @@ class Loader(ABC):
 
     identity: dict[str, Any]
     images_count: int
+    batch_size: int  # of all processes together
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.own = Share()  # of each batch
         self.shown: Shown | None = None
         self._epoch = 0
         self._batch = 0
@@ -74,6 +77,10 @@ class Loader(ABC):
             if self._batch == len(self):
                 self._epoch, self._batch = epoch + 1, 0
             yield images, labels
+
+    def take_share(self, rank: int, count: int) -> None:
+        """From now on each batch has the rows of one of `count` processes alone."""
+        self.own = Share(rank, count)
 
     def state_dict(self) -> dict[str, int]:
         """The next batch, as its epoch and its place in that epoch."""
@@ -143,7 +150,9 @@ class TensorLoader(Loader):
             images, labels = self._augment(images[order], generator), labels[order]
         for batch in range(start, len(self)):
             rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield self._resize(images[rows]), labels[rows], order[rows]
+            mine = self.own.rows(len(order[rows]), self.training)
+            if len(order[rows][mine]):
+                yield self._resize(images[rows][mine]), labels[rows][mine], order[rows][mine]
 
     def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if self.warp:
@@ -242,6 +251,7 @@ class _Batches:
     def __init__(self, images: int, batch_size: int, training: bool, seed: int) -> None:
         self.images, self.batch_size, self.training, self.seed = images, batch_size, training, seed
         self.epoch = self.start = 0
+        self.own = Share()
 
     def __len__(self) -> int:
         return _batch_count(self.images, self.batch_size, self.training)
@@ -253,7 +263,8 @@ class _Batches:
         # Evaluation always sees the same view, whatever the epoch.
         epoch = self.epoch if self.training else 0
         for batch in order.split(self.batch_size)[self.start : len(self)]:
-            yield [(epoch, index) for index in batch.tolist()]
+            mine = batch[self.own.rows(len(batch), self.training)]
+            yield [(epoch, index) for index in mine.tolist()]
 
 
 def _collate(
@@ -297,6 +308,7 @@ class ImageLoader(Loader):
         self.reader, self.split, self.training = reader, split, training
         self._sampler = _Batches(len(reader), batch_size, training, seed)
         self._view, self.images_count = f"{mode} {transform}", len(reader)
+        self.batch_size = batch_size
         self._said: dict[str, set[int]] = {}
         self._first: dict[str, Remark] = {}
         with warnings.catch_warnings():
@@ -324,7 +336,7 @@ class ImageLoader(Loader):
         images = f"{len(self.reader)} {own} {seen.hexdigest()[:32]}"
         return {
             "images": images,
-            "batch_size": self._sampler.batch_size,
+            "batch_size": self.batch_size,
             "seed": self.seed,
             "view": re.sub(r" at 0x\w+", "", " ".join(self._view.split())),
         }
@@ -333,7 +345,7 @@ class ImageLoader(Loader):
         return len(self._sampler)
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        self._sampler.epoch, self._sampler.start = epoch, start
+        self._sampler.epoch, self._sampler.start, self._sampler.own = epoch, start, self.own
         new = False
         for images, labels, indices, remarks in self._loader:
             for remark in remarks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,8 +114,11 @@ class Distillation(Classification):
         config: DistillConfig,
         label_smoothing: float = 0.0,
         precision: str = "float32",
+        mean: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
+        """mean: over the processes that share a batch."""
         super().__init__(label_smoothing, precision)
+        self.mean = mean
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
 
@@ -154,7 +158,7 @@ class Distillation(Classification):
                 f"distill features: the model's are {list(student.shape)}, the teacher's "
                 f"{list(teacher.shape)}; take a teacher as wide as the model, or features 0"
             )
-        return (student - teacher).square().mean() / teacher.square().mean()
+        return (student - teacher).square().mean() / self.mean(teacher.square().mean())
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         """soft: batch-mean KL of the tempered distributions times temperature^2; hard: cross-entropy with the

@@ -32,6 +32,7 @@ from uvc.training.freezing import train_mode
 from uvc.training.logger import RunLog
 from uvc.training.loss_scale import LossScale
 from uvc.training.losses import Classification, Mixing
+from uvc.training.processes import ALONE, Alone
 from uvc.training.signals import Stopped, asked
 
 LOG_EVERY = 5  # steps
@@ -49,9 +50,11 @@ class Trainer:
         config: Config,
         log: RunLog,
         file: Path | None,
+        processes: Alone = ALONE,
         **settings: Any,
     ) -> None:
-        self.model, self.train_loader, self.val_loader = model, train, val
+        self.model, self.processes = model, processes
+        self.train_loader, self.val_loader = processes.share(train, True), processes.share(val, False)
         self.config, self.log, self.file = config, log, file
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
@@ -59,10 +62,17 @@ class Trainer:
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
         # A checkpoint belongs to one set of them; how often one is written is none of it.
         self.settings = _json_like({**asdict(config), **settings})
-        del self.settings["checkpoint_every"]
-        self.feed = Feed(train, self.device)
+        for name in ("checkpoint_every", "checkpoint_minutes"):
+            del self.settings[name]
+        processes.compare(lambda: {"the version of torch": torch.__version__, **self.settings})
+        processes.settle("before training")
+        processes.copy(model)
+        if config.grad_checkpointing:
+            set_checkpointing(model, True)
+        self.reduction = processes.reduction(model)
+        self.feed = Feed(self.train_loader, self.device)
         self.history: list[dict[str, Any]] = []
-        self.steps = 0
+        self.steps, self.saved = 0, time.monotonic()
         self.resumed: dict[str, Any] = {}
         self.tensors: dict[str, dict[str, Tensor]] = {}
 
@@ -104,32 +114,35 @@ class Trainer:
                 step = epoch * steps + i
                 scheduler.step_update(before * steps + step)
                 check.at(epoch, i)
-                out = self._train_step(task, batch, optimizer, pruner, check)
+                loss = self._train_step(task, batch, optimizer, pruner, check)
                 if self.average:
                     self.average.update(self.model, step=step + 1)
                 if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
                     check.read()
-                    scalars = {"loss": out["loss"].item(), "lr": optimizer.param_groups[0]["lr"]}
+                    scalars = {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}
                     self.log.step(step, **scalars, **pruner.metrics())
                 self.steps += 1
                 done = i + 1
                 if done == steps:
                     continue
-                if asked():
+                stop, late = self.processes.joined(self._flags())
+                if stop:
                     break
-                if self.config.checkpoint_every and (step + 1) % self.config.checkpoint_every == 0:
+                every = self.config.checkpoint_every
+                if late or (every and (step + 1) % every == 0):
                     check.read()
                     self._save(name, epoch, optimizer, pruner, done)
             check.read()
-            task.end_epoch()
+            with self.processes.in_turn():
+                task.end_epoch()
             seconds = time.perf_counter() - start
-            if asked():
+            if self.processes.joined(self._flags())[0]:
                 self._save(name, epoch, optimizer, pruner, done)
                 raise Stopped(f"stopped in {name}, epoch {epoch}, after {done} of {steps} batches")
             entry = {
                 "phase": name,
                 "epoch": epoch,
-                "top1": evaluate(self.average.module if self.average else self.model, self.val_loader),
+                "top1": self.evaluate(self.average.module if self.average else self.model),
                 "step_ms": 1e3 * seconds / max(done - had, 1),
             }
             self.history.append({**entry, **pruner.metrics()})
@@ -147,7 +160,8 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         pruner: Pruner,
         check: FiniteCheck,
-    ) -> dict[str, Any]:
+    ) -> Tensor:
+        """Returns the loss of the whole batch."""
         images, labels = unpack(batch, "train_loader")
         check_size(self.model, images, "train_loader")
         labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
@@ -157,19 +171,55 @@ class Trainer:
         images, labels = self.mix(images, labels, seed)
         while True:
             pruner.before()
-            out = task(self.model, images, labels)
-            self.scale.backward(out["loss"])
+            self.processes.compare(lambda: self._facts(pruner), self._flags())
+            loss = self._gradients(task, images, labels, pruner, check)
             if self.scale.fits(self.model.parameters()):
                 break
             optimizer.zero_grad(set_to_none=True)
         pruner.observe(self.scale.value)
         self.scale.unscale(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-        check.see(out["loss"], norm, images)
+        check.see(loss, norm, images)
         optimizer.step()
         pruner.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return out
+        return loss
+
+    def _gradients(
+        self, task: Classification, images: Tensor, labels: Tensor, pruner: Pruner, check: FiniteCheck
+    ) -> Tensor:
+        """The gradients of the global batch, from a mean over parts and over processes; returns its loss."""
+        size = -(-len(images) // self.config.accumulate)
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        whole = 0.0
+        for number, (some, theirs) in enumerate(parts, 1):
+            loss = task(self.model, some, theirs)["loss"] * (len(some) / len(images))
+            whole = whole + loss.detach()
+            if number == len(parts):
+                # Only what runs the same structure everywhere may be reduced.
+                self.processes.settle(check.where())
+                self.reduction.begin()
+            self.scale.backward(loss)
+        self.reduction.finish([whole, *pruner.evidence()])
+        return whole
+
+    def _facts(self, pruner: Pruner) -> dict[str, Any]:
+        """What is equal in all processes at the beginning of a step."""
+        return {
+            "steps": self.steps,
+            "loss scale": self.scale.state(),
+            **self.reduction.facts(),
+            **pruner.state_dict(),
+        }
+
+    def _flags(self) -> tuple[bool, bool]:
+        """Whether the run is asked to end, and whether a checkpoint is due."""
+        minutes = self.config.checkpoint_minutes
+        return asked(), 0 < minutes <= (time.monotonic() - self.saved) / 60
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Top-1 in percent of a model on the validation images."""
+        return evaluate(model, self.val_loader, total=self.processes.total)
 
     def _cosine(self, optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
         config = self.config
@@ -197,6 +247,9 @@ class Trainer:
             return
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
         tensors["random"], loader = self.feed.state()
+        for name in tensors["random"].keys() & {"torch", "cuda"}:
+            states = self.processes.gather(tensors["random"][name])
+            tensors["random"] |= {f"rank{rank}/{name}": states[rank] for rank in range(1, len(states))}
         if self.average:
             tensors["average"] = self.average.module.state_dict()
         tensors["search"] = pruner.state_dict()
@@ -214,6 +267,9 @@ class Trainer:
             "loss_scale": self.scale.state(),
         }
         structure = structure_of(self.model).to_json() if phase == "post-train" else None
+        self.saved = time.monotonic()
+        if not self.processes.main:
+            return
         save_run(self.file, tensors, {**facts, "structure": structure, "settings": self.settings})
 
     def load(self) -> None:
@@ -254,9 +310,29 @@ class Trainer:
             self.scale.load_state(self.resumed["loss_scale"])
         done = self.resumed.get("done", 0)
         inside = 0 < done < len(self.train_loader)
-        self.feed.load_state(self.tensors["random"], self.resumed["loader"], inside)
+        self.feed.load_state(self._random(), self.resumed["loader"], inside)
         epoch, self.resumed, self.tensors = self.resumed["epoch"], {}, {}
         return epoch, done
+
+    def _random(self) -> dict[str, Tensor]:
+        """The random states that were saved of this process; of one that there was not, new ones."""
+        saved, rank = self.tensors["random"], self.processes.rank
+        own = {name: state for name, state in saved.items() if not name.startswith("rank")}
+        if rank == 0:
+            return own
+        seed = hash((self.config.seed, self.steps, rank)) % (1 << 63)
+        new = {"torch": torch.Generator().manual_seed(seed).get_state()}
+        return own | {name: saved.get(f"rank{rank}/{name}", new.get(name)) for name in own.keys() & {"torch"}}
+
+
+def set_checkpointing(model: nn.Module, on: bool) -> None:
+    """Whether blocks are computed again in the backward pass; ValueError for a model that cannot."""
+    try:
+        model.set_grad_checkpointing(on)
+    except (AttributeError, AssertionError):
+        raise ValueError(
+            f"grad_checkpointing: {type(model).__name__} does not offer it; leave it out"
+        ) from None
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

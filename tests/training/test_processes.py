@@ -1,0 +1,204 @@
+"""Several processes train as one does: one global batch, one structure, gradients of kept rows alone."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from gang import gang
+from test_compress import CONFIG, digits_model
+from torch.utils.data import DataLoader, TensorDataset
+
+from uvc.costs import cost
+from uvc.layers import convert
+from uvc.solver.search import Search
+from uvc.structure import Structure, apply_structure, structure_of
+from uvc.training.compress import compress
+from uvc.training.data import load_data
+from uvc.training.loaders import TensorLoader
+from uvc.training.reduction import Reduction
+from uvc.training.shares import Share, check_share
+
+# 6 steps in an epoch.
+SEARCH = dataclasses.replace(CONFIG, warmup_epochs=0, search_epochs=10, post_epochs=1, batch_size=160)
+SHORT = dataclasses.replace(SEARCH, search_epochs=2)
+# What a weight moves if AdamW pushes it one way in all of the 66 steps: about 60 x 1e-3 / 2 + 6 x 2e-3 / 2.
+REACH = 0.036
+
+
+def digits(batch_size=160):
+    return load_data("digits", model_input=(1, 8, 8), batch_size=batch_size, seed=0, validation="val")
+
+
+def watch(do):
+    """Calls `do(search)` after each of its steps."""
+    step = Search.step
+
+    def watched(self, optimizer):
+        step(self, optimizer)
+        do(self)
+
+    Search.step = watched
+
+
+def search(changes):
+    """A run of 60 search steps and 6 more: the structure after each step, the weights, what was counted."""
+    seen, data = [], digits()
+    watch(lambda self: seen.append(structure_of(self.model).to_json()))
+    config = dataclasses.replace(SEARCH, **changes)
+    result = compress(digits_model(), data.train, data.val, 0.5, config=config)
+    return seen, weights(result), result.structure, result.teacher_top1, result.final_top1
+
+
+def weights(result):
+    return {name: tensor.numpy() for name, tensor in result.model.state_dict().items()}
+
+
+def farthest(a, b):
+    return max(float(abs(a[name] - b[name]).max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"mixup": 0.8, "cutmix": 1.0, "ema_decay": 0.9}], ids=["plain", "mixed"]
+)
+def test_processes_agree_in_every_step_and_with_one_process(changes):
+    (alone,) = gang(1, search, changes)
+    assert len(alone[0]) == 60 and len(set(alone[0])) > 5
+    for count in (2, 4) if not changes else (2,):
+        ranks = gang(count, search, changes)
+        for rank in ranks:
+            assert rank[0] == ranks[0][0]
+            assert farthest(rank[1], ranks[0][1]) == 0 and rank[2:] == ranks[0][2:]
+        assert ranks[0][0] == alone[0] and ranks[0][2] == alone[2]
+        print(f"{count} processes: farthest weight {farthest(ranks[0][1], alone[1]):.1e}")
+        assert farthest(ranks[0][1], alone[1]) < 0.05 * REACH
+        assert ranks[0][3] == alone[3]  # each image counts once
+
+
+def users(workers):
+    """A user's own loaders, whose order comes from torch's global generator."""
+    images, labels = (t[:700] for t in (digits().train.images, digits().train.labels))
+    train = DataLoader(TensorDataset(images, labels), 100, shuffle=True, drop_last=True)
+    val = DataLoader(TensorDataset(images[:333], labels[:333]), 50, shuffle=True)
+    torch.manual_seed(0)
+    result = compress(digits_model(), train, val, 0.6, config=SHORT)
+    return weights(result), result.structure, result.teacher_top1
+
+
+def test_users_loaders_are_read_once_and_handed_out():
+    (alone,), ranks = gang(1, users, 0), gang(2, users, 0)
+    assert ranks[0][1:] == ranks[1][1:] == alone[1:]
+    assert farthest(ranks[0][0], alone[0]) < 0.05 * REACH
+
+
+def meddle(field):
+    """Rank 1 goes its own way after the sixth step."""
+
+    def change(self):
+        if self.count != 6 or os.environ["RANK"] != "1":
+            return
+        if field == "structure":
+            self.groups.blocks[0].mlp.set_kept(torch.arange(96) > 3)
+        elif field == "z":
+            self.state.z += 1e-7
+        elif field == "generator":
+            self.generator.manual_seed(5)
+
+    watch(change)
+    seed = int(os.environ["RANK"]) if field == "seed" else 0
+    data, config = digits(), dataclasses.replace(SHORT, seed=seed)
+    return compress(digits_model(), data.train, data.val, 0.6, config=config)
+
+
+@pytest.mark.parametrize("field", ["structure", "z", "generator", "seed"])
+def test_a_rank_that_differs_is_caught_at_that_step(field):
+    where = "before training" if field == "seed" else "search: epoch 1, batch 0"
+    for found in gang(2, meddle, field):
+        assert isinstance(found, RuntimeError) and str(found).startswith(
+            f"{where}: the 2 processes differ in {field};"
+        )
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_bytes_follow_the_kept_parameters(one_process):
+    model = convert(digits_model(embed_dim=64, depth=3, num_heads=4))
+    reduction, dense = Reduction(model, 1, bucket=100_000), 4 * cost(model).params
+    images, found = torch.randn(8, 1, 8, 8), []
+    for structure in (
+        Structure.dense(model),
+        Structure.uniform(model, heads=0.5, neurons=0.5),
+        Structure.uniform(model, heads=0.25, neurons=0.25),
+        Structure.random(model, keep=0.5, seed=0),
+        Structure.uniform(model, heads=0.5, neurons=0.5, blocks=0.67),
+    ):
+        apply_structure(model, structure)
+        model.zero_grad()
+        reduction.facts()
+        reduction.begin()
+        model(images).square().mean().backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        reduction.finish([torch.zeros(())])
+        # Of one process the mean is what it was; nothing that is not zero was left out.
+        assert all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in before.items())
+        kept = 4 * cost(model).params
+        assert abs(reduction.sent / kept - 1) < 0.001
+        found.append(f"{kept / dense:.3f} of the parameters, {reduction.sent / dense:.3f} of the bytes")
+    print(*found, sep="\n")
+
+
+def test_shares_are_a_partition_and_keep_pairs_together():
+    for batch, count in ((16, 4), (12, 4), (7, 3), (2, 3), (0, 2)):
+        places = torch.arange(batch)
+        rows = [
+            places[Share(rank, count).rows(batch, training)] for rank in range(count) for training in (False,)
+        ]
+        assert torch.cat(rows).tolist() == places.tolist()
+    for batch, count in ((16, 4), (12, 2), (12, 4)):
+        rows = [torch.arange(batch)[Share(rank, count).rows(batch, True)] for rank in range(count)]
+        assert sorted(torch.cat(rows).tolist()) == list(range(batch))
+        if batch % (2 * count) == 0:
+            assert all(part.flip(0).tolist() == (batch - 1 - part).tolist() for part in rows)
+
+
+@pytest.mark.parametrize(
+    ("loader", "count", "mixes", "says"),
+    [
+        (
+            lambda images: TensorLoader(images, images[:, 0, 0, 0], 10, training=True),
+            4,
+            False,
+            "10 images, which 4",
+        ),
+        (
+            lambda images: TensorLoader(images, images[:, 0, 0, 0], 12, training=True),
+            4,
+            True,
+            "multiple of 8",
+        ),
+        (lambda images: DataLoader(TensorDataset(images), 10), 2, False, "its last batch has 5 images"),
+        (lambda images: DataLoader(TensorDataset(images), 9, drop_last=True), 2, False, "multiple of 2"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(loader, count, mixes, says):
+    with pytest.raises(ValueError, match=says):
+        check_share(loader(torch.zeros(25, 1, 8, 8)), count, mixes)
+
+
+def parts(changes):
+    data = digits()
+    config = dataclasses.replace(SHORT, **changes)
+    return weights(compress(digits_model(), data.train, data.val, 0.6, config=config))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 3}, {"grad_checkpointing": True}], ids=["in parts", "recomputed"]
+)
+def test_batches_in_parts_and_recomputed_blocks_train_alike(changes):
+    assert farthest(parts({}), parts(changes)) < 0.05 * REACH

@@ -1,0 +1,144 @@
+"""Gradients of the global batch: means over the processes, of kept rows alone.
+
+Gradients of what is removed are exactly zero in every process, and there are none of a half that is skipped,
+so neither is sent. Gradients are packed in the order in which the backward pass produces them, which is the
+same in every process as they run the same structure, and a bucket is on its way while the pass goes on. No
+list of what must come is kept: a half that does not run is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from uvc.training.exchange import lost
+
+BUCKET = 25 << 20  # bytes that are sent together, as in torch's DDP
+
+
+class NoReduction:
+    """Gradients of one process are those of the global batch."""
+
+    sent = 0  # bytes of the last step, of this process
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the layout of what is sent."""
+        return {}
+
+    def begin(self) -> None:
+        """The backward pass that follows gives the last part of the gradients of a step."""
+
+    def finish(self, also: Sequence[Tensor]) -> None:
+        """Gradients, and the tensors `also`, become means over the processes."""
+
+
+class _Kept(NamedTuple):
+    """Which rows (dim 0) or columns (dim 1) of a parameter are kept."""
+
+    dim: int
+    index: Tensor
+
+
+class Reduction(NoReduction):
+    """The gradients of a converted model, or of any other, which is reduced whole."""
+
+    def __init__(self, model: nn.Module, count: int, bucket: int = BUCKET) -> None:
+        self.count, self.bucket = count, bucket
+        self.blocks = [b for b in getattr(model, "blocks", ()) if hasattr(b, "skip_attn")]
+        self._names = {p: name for name, p in model.named_parameters()}
+        self._kept: dict[nn.Parameter, _Kept] = {}
+        self._seen: dict[nn.Module, int] = {}  # a digest of each half's masks
+        self._open = False
+        self._next: list[nn.Parameter] = []
+        self._bytes = self._order = 0
+        self._sent: list[tuple[list[nn.Parameter], Sequence[Tensor], Tensor, Any]] = []
+        for p in self._names:
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(self._ready)
+
+    def facts(self) -> dict[str, Any]:
+        halves = [half for block in self.blocks for half in (block.attn, block.mlp)]
+        for half in halves:
+            masks = _masks(half)
+            digest = crc32(b"".join(mask.numpy().tobytes() for mask in masks.values()))
+            if self._seen.get(half) != digest:
+                self._seen[half] = digest
+                self._lay_out(half, masks)
+        return {
+            "structure": [self._seen[half] for half in halves],
+            "skips": [(block.skip_attn, block.skip_mlp) for block in self.blocks],
+            "order of the gradients": self._order,
+        }
+
+    def _lay_out(self, half: nn.Module, masks: dict[str, Tensor]) -> None:
+        """Which rows and columns of the parameters of a half are kept."""
+        lines: dict[nn.Parameter, tuple[int, Tensor]] = {}
+        for part in half.parts():
+            shape = part.parameter.shape
+            _, line = lines.setdefault(part.parameter, (part.dim, torch.ones(shape[part.dim]).bool()))
+            line[part.start : part.start + part.size] = masks[part.family].flatten()
+        for parameter, (dim, line) in lines.items():
+            self._kept.pop(parameter, None)
+            if not line.all():
+                self._kept[parameter] = _Kept(dim, line.nonzero().flatten().to(parameter.device))
+
+    def begin(self) -> None:
+        self._open, self._order, self.sent = True, 0, 0
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        """Called by the backward pass when a gradient is whole."""
+        if not self._open:
+            return
+        self._next.append(parameter)
+        self._order = crc32(self._names[parameter].encode(), self._order)
+        self._bytes += parameter.grad.nbytes
+        if self._bytes >= self.bucket:
+            self._send(())
+
+    def _send(self, also: Sequence[Tensor]) -> None:
+        parts = [self._packed(p) for p in self._next]
+        flat = torch.cat([part.detach().flatten() for part in (*parts, *also)])
+        with lost():
+            work = dist.all_reduce(flat, async_op=True)
+        self.sent += flat.nbytes
+        self._sent.append((self._next, also, flat, work))
+        self._next, self._bytes = [], 0
+
+    def finish(self, also: Sequence[Tensor]) -> None:
+        self._open = False
+        self._send(also)
+        for parameters, others, flat, work in self._sent:
+            with lost():
+                work.wait()
+            flat.div_(self.count)
+            start = 0
+            for tensor, kept in [(p.grad, self._kept.get(p)) for p in parameters] + [
+                (tensor, None) for tensor in others
+            ]:
+                size = list(tensor.shape)
+                if kept is not None:
+                    size[kept.dim] = len(kept.index)
+                end = start + torch.Size(size).numel()
+                mean, start = flat[start:end].view(size), end
+                if kept is None:
+                    tensor.copy_(mean)
+                else:
+                    tensor.index_copy_(kept.dim, kept.index, mean)
+        self._sent = []
+
+    def _packed(self, parameter: nn.Parameter) -> Tensor:
+        kept = self._kept.get(parameter)
+        return parameter.grad if kept is None else parameter.grad.index_select(*kept)
+
+
+def _masks(half: nn.Module) -> dict[str, Tensor]:
+    """bool masks of the units of a half that take part, on the CPU."""
+    if hasattr(half, "kept_neurons"):
+        return {"neuron": half.kept_neurons}
+    v = half.kept_v
+    return {"qk": half.kept_qk & v.any(-1, keepdim=True), "v": v}
