@@ -7,7 +7,9 @@ import torch
 from oracle import absent, error, gradient_error, gradients, images, stored, structures
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.vitamin import GeGluMlp
 
 import uvc
 from uvc.costs import count_macs
@@ -49,6 +51,7 @@ KINDS = {
         TURNED,
     ),
     "rotary positions, q/k norms": (Eva, dict(attn_type="rope", qk_norm=True, **ROPE), TURNED),
+    "geglu": (VisionTransformer, dict(mlp_layer=GeGluMlp), FREE),
     "beit": (Beit, dict(use_rel_pos_bias=True, init_values=0.5, use_abs_pos_emb=False), FREE),
     "beit, one bias for all": (Beit, dict(use_shared_rel_pos_bias=True, use_rel_pos_bias=True), FREE),
     "relative positions": (VisionTransformerRelPos, dict(rel_pos_type="bias", class_token=True), FREE),

@@ -47,6 +47,7 @@ SERVED = {
     "beitv2_base_patch16_224": dict(img_size=32),
     "vit_relpos_small_patch16_rpn_224": dict(img_size=32),
     "vit_relpos_base_patch16_clsgap_224": dict(img_size=32),
+    "vitamin_small_224": dict(img_size=32, embed_dim=384, num_heads=6),
     "test_vit": dict(img_size=32),
     "t2t_vit_14": dict(img_size=32),
     "t2t_vit_t_24": dict(img_size=48),
@@ -67,7 +68,6 @@ REFUSED = {
     "vit_base_patch16_18x2_224": r"blocks\.0 is a ParallelThingsBlock of vision_transformer, and it adds",
     "vit_base_patch16_xp_224": r"blocks\.0 is a ParallelScalingBlock of .*, and its attention and MLP are",
     "vit_dwee_patch16_reg1_gap_256": r"blocks\.0\.attn is a DiffAttention of .*, and it subtracts two",
-    "vitamin_small_224": r"blocks\.0\.mlp is a GeGluMlp of vitamin; supported are",
     "volo_d1_224": r"the model is a VOLO without one list of transformer blocks",
     "xcit_nano_12_p16_224": r"blocks\.0 is a XCABlock of xcit, and it attends between channels, not tokens",
 }

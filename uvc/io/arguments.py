@@ -44,7 +44,8 @@ def is_there(module: nn.Module | None) -> bool:
 
 def mlp_ratio(dense: nn.Module) -> float:
     """The ratio of which timm makes the hidden width of the first layer."""
-    return ratio_of(dense.embed_dim, next(dense.blocks[0].mlp.children()).out_features)
+    mlp = dense.blocks[0].mlp
+    return ratio_of(dense.embed_dim, mlp.fc1.out_features if hasattr(mlp, "fc1") else mlp.neurons)
 
 
 def ratio_of(D: int, F: int) -> float:
@@ -102,7 +103,7 @@ def of_vit(dense: VisionTransformer) -> Arguments:
         **where(
             qk_norm=is_there(block.attn.q_norm),
             scale_attn_norm=is_there(block.attn.norm),
-            scale_mlp_norm=is_there(block.mlp.norm),
+            scale_mlp_norm="neurons" in block.mlp.ties(),
         ),
     }
 

@@ -24,7 +24,17 @@ from uvc.io.arguments import MAKERS
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.preprocessing import cfg_of, check_preprocessing, preprocessing_of, take_preprocessing
-from uvc.layers import UVCGluMlp, UVCMlp, UVCSwiGLU, check_children, convert, is_compacted, like, meta_copy
+from uvc.layers import (
+    UVCGeGluMlp,
+    UVCGluMlp,
+    UVCMlp,
+    UVCSwiGLU,
+    check_children,
+    convert,
+    is_compacted,
+    like,
+    meta_copy,
+)
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-3"
@@ -52,6 +62,7 @@ MLPS = {
     "GluMlp": UVCGluMlp,
     "GluMlp, gate first": functools.partial(UVCGluMlp, gate_last=False),
     "SwiGLU": UVCSwiGLU,
+    "GeGluMlp": UVCGeGluMlp,
 }
 ACTIVATIONS = {
     "gelu": nn.GELU,

@@ -9,6 +9,7 @@ from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
 from uvc.layers.families import Families, families_of, layers_of
+from uvc.layers.geglu import UVCGeGluMlp
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
 from uvc.layers.token_pruning import Slimming, slimming
@@ -21,6 +22,7 @@ __all__ = [
     "Slimming",
     "UVCAttention",
     "UVCBlock",
+    "UVCGeGluMlp",
     "UVCGluMlp",
     "UVCMlp",
     "UVCSwiGLU",

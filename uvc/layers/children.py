@@ -27,7 +27,11 @@ GLOBAL_HOOKS = tuple(
     getattr(torch_module, f"_global_{kind}")
     for kind in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 )
-LINEARS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "gate", "fc1", "fc1_g", "fc1_x", "fc2")
+# fmt: off
+LINEARS = (
+    "qkv", "q_proj", "k_proj", "v_proj", "proj", "gate", "fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2",
+)
+# fmt: on
 DROPS = (nn.Dropout, nn.Identity)
 # What a layer may read instead of calling, or pass over.
 PLAIN = {

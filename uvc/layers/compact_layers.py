@@ -157,7 +157,7 @@ class CompactMlp(nn.Module):
         self._keep_rows(dense, list(neurons))
         self.act = copy.deepcopy(dense.act)
         self.drop1 = copy.deepcopy(dense.drop1)
-        self.norm = copy.deepcopy(dense.norm)
+        self.norm = copy.deepcopy(dense.norm) if dense.NORM_INSIDE else nn.Identity()
         self.fc2 = smaller(dense.fc2, columns=list(neurons))
         self.drop2 = copy.deepcopy(dense.drop2)
 

@@ -10,10 +10,12 @@ from timm.models.vision_transformer_relpos import (
     ResPostRelPosBlock,
     VisionTransformerRelPos,
 )
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from uvc.layers.attention import UVCAttention
 from uvc.layers.biased import UVCBeitAttention, UVCRelPosAttention
+from uvc.layers.geglu import UVCGeGluMlp
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
@@ -29,7 +31,12 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     beit.Attention: UVCBeitAttention,
     RelPosAttention: UVCRelPosAttention,
 }
-MLPS: dict[type[nn.Module], type[Prunable]] = {Mlp: UVCMlp, GluMlp: UVCGluMlp, SwiGLU: UVCSwiGLU}
+MLPS: dict[type[nn.Module], type[Prunable]] = {
+    Mlp: UVCMlp,
+    GluMlp: UVCGluMlp,
+    SwiGLU: UVCSwiGLU,
+    GeGluMlp: UVCGeGluMlp,
+}
 
 
 def kind_of_layer(layer: nn.Module) -> type[Prunable]:

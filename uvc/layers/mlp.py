@@ -36,6 +36,9 @@ class Neurons(Prunable):
     """
 
     LINEARS = ("fc1", "fc2")
+    SMALL = CompactMlp
+    # Whether the child `norm` is over the neurons.
+    NORM_INSIDE = True
 
     @classmethod
     def fault(cls, mlp: nn.Module) -> str | None:
@@ -44,7 +47,7 @@ class Neurons(Prunable):
 
     def ties(self) -> dict[str, str]:
         """A norm over the neurons ties them."""
-        if type(self.norm) is nn.Identity:
+        if not self.NORM_INSIDE or type(self.norm) is nn.Identity:
             return {}
         return {"neurons": f"norm is a {type(self.norm).__name__}, whose statistics are over all of them"}
 
@@ -66,7 +69,11 @@ class Neurons(Prunable):
 
     def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
         """A copy of the kept neurons in plain torch."""
-        return CompactMlp(self, neurons)
+        return self.SMALL(self, neurons)
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """What the first layers read of x [B, N, D]."""
+        return x
 
     def _first_layer(self) -> tuple[Tensor | None, ...]:
         """Weight and bias of the value, weight and bias of the gate."""
@@ -102,7 +109,7 @@ class Neurons(Prunable):
             and is_untouched(act)
             and type(children["drop1"]) in DROPS
             and is_untouched(children["drop1"])
-            and type(children["norm"]) is nn.Identity
+            and (not self.NORM_INSIDE or type(children["norm"]) is nn.Identity)
             and is_untouched(children["norm"])
             and not watched()
         )
@@ -128,7 +135,7 @@ class Neurons(Prunable):
                 return self.drop2(without_inputs(self.fc2, x))
             say_called(self, x)
             return self._called(x)
-        fc2, activation = self.fc2, activation_name(self.act)
+        x, fc2, activation = self.prepared(x), self.fc2, activation_name(self.act)
         kept = self.kept(fc2.weight.device)
         dropout = drop_rate(self.drop1)
         value, bias, gate, gate_bias = self._first_layer()
@@ -150,7 +157,8 @@ class Neurons(Prunable):
 
     def _called(self, x: Tensor) -> Tensor:
         """Every child is called on all neurons, and what is removed is zero: no faster than dense."""
-        hidden = self.norm(self.drop1(self._hidden(x)))
+        hidden = self.drop1(self._hidden(self.prepared(x)))
+        hidden = self.norm(hidden) if self.NORM_INSIDE else hidden
         return self.drop2(self.fc2(hidden.masked_fill(self.kept(x.device).whole < 0, 0.0)))
 
 
@@ -174,6 +182,8 @@ class UVCMlp(Neurons, Mlp):
 class UVCGluMlp(Neurons, GluMlp):
     """timm's GluMlp (its SwiGLUPacked too): fc1 holds the F rows of the value and the F rows of the gate."""
 
+    SMALL = CompactGluMlp
+
     @functools.wraps(GluMlp.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -182,10 +192,6 @@ class UVCGluMlp(Neurons, GluMlp):
     def _rows(self) -> list[Part]:
         F = self.neurons
         return [part for start in (0, F) for part in rows("neuron", self.fc1, start, F)]
-
-    def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
-        """A copy of the kept neurons in plain torch."""
-        return CompactGluMlp(self, neurons)
 
     def _hidden(self, x: Tensor) -> Tensor:
         a, b = self.fc1(x).chunk(2, dim=-1)
@@ -202,6 +208,7 @@ class UVCSwiGLU(Neurons, SwiGLU):
     """timm's SwiGLU: fc1_x is the value, fc1_g the gate."""
 
     LINEARS = ("fc1_g", "fc1_x", "fc2")
+    SMALL = CompactSwiGLU
 
     @functools.wraps(SwiGLU.__init__)
     def __init__(self, *args, **kwargs):
@@ -211,10 +218,6 @@ class UVCSwiGLU(Neurons, SwiGLU):
     def _rows(self) -> list[Part]:
         linears = (self.fc1_x, self.fc1_g)
         return [part for linear in linears for part in rows("neuron", linear, 0, self.neurons)]
-
-    def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
-        """A copy of the kept neurons in plain torch."""
-        return CompactSwiGLU(self, neurons)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return self.act(self.fc1_g(x)) * self.fc1_x(x)

@@ -49,6 +49,10 @@ class Prunable(nn.Module):
     are made where the weights are, whenever they are missing or elsewhere: they are part of no copy or file.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._be_dense()
+
     @classmethod
     def take_over(cls, module: nn.Module) -> Self:
         """One of these on the parameters, children and hooks of `module`, with nothing removed."""
