@@ -104,7 +104,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         for i, (block, kept) in enumerate(zip(model.blocks, structure.blocks, strict=True)):
             A = block.attn.proj.in_features
             K = A // block.attn.num_heads
-            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(block.mlp.fc2.in_features)
+            q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(second(block.mlp).in_features)
             q[A:] = 1  # the dot product loses a term when its q is zero; k and v rows stay as they are
             for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
                 for d in qk_dims:
@@ -114,7 +114,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
             neurons[list(kept.neurons)] = 1
             masks = {"attn.qkv.weight": q[:, None], "attn.qkv.bias": q, "attn.proj.weight": v}
             masks |= {"attn.q_bias": q[:A], "attn.q_proj.weight": q[:A, None], "attn.q_proj.bias": q[:A]}
-            for name, mask in {**masks, "mlp.fc2.weight": neurons}.items():
+            for name, mask in {**masks, "mlp.fc2.weight": neurons, "mlp.w2.weight": neurons}.items():
                 path = f"blocks.{i}.{name}"
                 if path in parameters:
                     parameters[path] = parameters[path] * mask.to(x)
@@ -127,6 +127,11 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         return out
 
     return run
+
+
+def second(mlp: nn.Module) -> nn.Linear:
+    """The second layer of one of timm's MLPs."""
+    return mlp.fc2 if hasattr(mlp, "fc2") else mlp.w2
 
 
 def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor]:

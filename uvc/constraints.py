@@ -109,3 +109,7 @@ def check_multiples(model: nn.Module, round_to: tuple[int, int]) -> None:
             raise ValueError(
                 f"round_to: {part} does not divide the {name} of this model, {whole}; 1 always does"
             )
+    if round_to[0] > 1 and round_to[0] % 2 and any(offered.qk == 2 for offered in sizes.families):
+        raise ValueError(
+            f"round_to: {round_to[0]} dims are no whole pairs, as q/k dims here go; use an even number"
+        )

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from uvc.layers import (
-    NAMES,
     Families,
     Slimming,
     check,
@@ -22,6 +21,7 @@ from uvc.layers import (
     is_compacted,
     layers_of,
     slimming,
+    units_of,
 )
 
 
@@ -164,7 +164,10 @@ class Structure:
         kept = []
         for i, offered in enumerate(s.families):
             n = n_heads if offered.heads else s.heads
-            qk, v = (tuple(range(dims if unit else s.head_dim)) for unit in (offered.qk, offered.v))
+            v = tuple(range(dims if offered.v else s.head_dim))
+            units = units_of(s.layers[i][0])
+            units = units[: dims // len(units[0])] if offered.qk else units
+            qk = tuple(sorted(dim for unit in units for dim in unit))
             neuron = tuple(range(n_neurons if offered.neurons else s.neurons))
             runs = i < n_blocks
             kept.append(BlockStructure(runs, runs, tuple(range(n)), (qk,) * n, (v,) * n, neuron))
@@ -181,7 +184,7 @@ class Structure:
         s = sizes_of(model)
         units, n_neurons = portion("keep", keep, s.heads * s.head_dim), portion("keep", keep, s.neurons)
         generator = torch.Generator("cpu").manual_seed(seed)
-        return cls(tuple(random_block(s, f, keep, units, n_neurons, generator) for f in s.families))
+        return cls(tuple(random_block(s, i, keep, units, n_neurons, generator) for i in range(s.blocks)))
 
     def with_tokens(
         self, model: nn.Module, keep: float | Sequence[float], at: Sequence[int] | None = None
@@ -256,9 +259,12 @@ def portion(name: str, fraction: float, whole: int) -> int:
 
 
 def random_block(
-    s: Sizes, offered: Families, keep: float, units: int, n_neurons: int, generator: torch.Generator
+    s: Sizes, i: int, keep: float, units: int, n_neurons: int, generator: torch.Generator
 ) -> BlockStructure:
-    """A block of exactly `units` v dims and q/k dims over a random number of heads, where it offers these."""
+    """Block `i` with exactly `units` v dims and q/k dims over a random number of heads, where it offers them;
+    of q/k dims that go in pairs, as many pairs as fit.
+    """
+    offered = s.families[i]
 
     def draw(n: int, of: int) -> list[int]:
         return sorted(torch.randperm(of, generator=generator, device="cpu")[:n].tolist())
@@ -279,11 +285,18 @@ def random_block(
         v = [whole for _ in heads]
     qk = [[] if offered.qk else whole for _ in heads]
     if offered.qk:
-        for j in draw(min(units, len(heads) * s.head_dim), len(heads) * s.head_dim):
-            qk[j // s.head_dim].append(j % s.head_dim)
+        together = units_of(s.layers[i][0])
+        groups = len(heads) * len(together)
+        for j in draw(min(units // len(together[0]), groups), groups):
+            qk[j // len(together)] += together[j % len(together)]
     neurons = tuple(draw(n_neurons if offered.neurons else s.neurons, s.neurons))
     return BlockStructure(
-        True, True, tuple(heads), tuple(map(tuple, qk)), tuple(tuple(sorted(d)) for d in v), neurons
+        True,
+        True,
+        tuple(heads),
+        tuple(tuple(sorted(d)) for d in qk),
+        tuple(tuple(sorted(d)) for d in v),
+        neurons,
     )
 
 
@@ -294,15 +307,10 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
     """
     slimmings = fit_structure(model, structure)
     convert(model)
+    s = sizes_of(model)
     for block, kept, slims in zip(model.blocks, structure.blocks, slimmings, strict=True):
-        qk, v = torch.zeros(2, *block.attn.kept_v.shape, dtype=torch.bool, device="cpu").unbind()
-        for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
-            qk[head, list(qk_dims)] = True
-            v[head, list(v_dims)] = True
-        neurons = torch.zeros(block.mlp.fc2.in_features, dtype=torch.bool, device="cpu")
-        neurons[list(kept.neurons)] = True
-        block.attn.set_kept(qk, v)
-        block.mlp.set_kept(neurons)
+        block.attn.set_kept(*head_masks(kept, s))
+        block.mlp.set_kept(neuron_mask(kept, s))
         block.set_skip(not kept.attn, not kept.mlp)
         block.set_slimming(slims)
     return model
@@ -329,17 +337,26 @@ def fit(structure: Structure, s: Sizes) -> None:
 
 def check_offered(i: int, block: BlockStructure, s: Sizes) -> None:
     """ValueError, naming the layer and what ties it, where block `i` leaves out what it does not offer."""
-    # A layer of which nothing is kept is no matter of what ties its units.
-    complete = {
-        "heads": len(block.heads) in (0, s.heads),
-        "qk": all(len(dims) == s.head_dim for dims in block.qk_dims),
-        "v": all(len(dims) == s.head_dim for dims in block.v_dims),
-        "neurons": len(block.neurons) in (0, s.neurons),
-    }
-    for layer, half in zip(s.layers[i], ("attn", "mlp"), strict=True):
-        for family, why in layer.ties().items():
-            if not complete[family]:
-                raise ValueError(f"blocks.{i}.{half}: its {NAMES[family]} must all be kept, as {why}")
+    attn, mlp = s.layers[i]
+    for half, layer, masks in (("attn", attn, head_masks(block, s)), ("mlp", mlp, (neuron_mask(block, s),))):
+        if fault := layer.torn(masks):
+            raise ValueError(f"blocks.{i}.{half}: {fault}")
+
+
+def head_masks(block: BlockStructure, s: Sizes) -> tuple[Tensor, Tensor]:
+    """Bool masks [H, K] of the kept q/k dims and v dims."""
+    qk, v = torch.zeros(2, s.heads, s.head_dim, dtype=torch.bool, device="cpu").unbind()
+    for head, qk_dims, v_dims in zip(block.heads, block.qk_dims, block.v_dims, strict=True):
+        qk[head, list(qk_dims)] = True
+        v[head, list(v_dims)] = True
+    return qk, v
+
+
+def neuron_mask(block: BlockStructure, s: Sizes) -> Tensor:
+    """Bool mask [F] of the kept neurons."""
+    mask = torch.zeros(s.neurons, dtype=torch.bool, device="cpu")
+    mask[list(block.neurons)] = True
+    return mask
 
 
 def patch_tokens(structure: Structure, patches: int | None) -> list[tuple[int, int]]:

@@ -1,8 +1,10 @@
 """Every kind of attention and block that is served, against timm's own with contributions absent."""
 
 import copy
+from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from oracle import absent, error, gradient_error, gradients, images, stored, structures
 from timm.models.beit import Beit
@@ -10,15 +12,20 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
+from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
+from uvc.config import Config
+from uvc.constraints import check_multiples
 from uvc.costs import count_macs
+from uvc.layers.kinds import prunable
+from uvc.solver.state import Geometry
 from uvc.structure import Structure
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5, mlp_ratio=1.25)
 ROPE = dict(use_rot_pos_emb=True)
 FREE = {"heads": 1, "qk": 1, "v": 1, "neurons": 1}
-TURNED = {**FREE, "qk": 0}
+TURNED = {**FREE, "qk": 2}
 KINDS = {
     "eva": (Eva, dict(init_values=0.5), TURNED),
     "eva02": (Eva, dict(**ROPE, swiglu_mlp=True, qkv_fused=False, scale_mlp=True), TURNED | {"neurons": 0}),
@@ -26,7 +33,7 @@ KINDS = {
     "eva02 clip": (
         Eva,
         dict(**ROPE, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True),
-        {"heads": 0, "qk": 0, "v": 0, "neurons": 0},
+        {"heads": 0, "qk": 2, "v": 0, "neurons": 0},
     ),
     "eva02 enormous": (Eva, dict(use_post_norm=True), TURNED),
     "dinov3": (
@@ -50,7 +57,7 @@ KINDS = {
         dict(attn_type="rope", rope_type="mixed", class_token=False, **ROPE),
         TURNED,
     ),
-    "rotary positions, q/k norms": (Eva, dict(attn_type="rope", qk_norm=True, **ROPE), TURNED),
+    "rotary positions, q/k norms": (Eva, dict(attn_type="rope", qk_norm=True, **ROPE), {**FREE, "qk": 0}),
     "geglu": (VisionTransformer, dict(mlp_layer=GeGluMlp), FREE),
     "beit": (Beit, dict(use_rel_pos_bias=True, init_values=0.5, use_abs_pos_emb=False), FREE),
     "beit, one bias for all": (Beit, dict(use_shared_rel_pos_bias=True, use_rel_pos_bias=True), FREE),
@@ -61,7 +68,7 @@ KINDS = {
         dict(shared_rel_pos=True, block_fn=ResPostRelPosBlock),
         FREE,
     ),
-    "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), TURNED),
+    "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), {**FREE, "qk": 0}),
 }
 
 
@@ -130,3 +137,43 @@ def test_tokens_stay_where_positions_are_part_of_the_attention():
         ValueError, match="tokens: positions are part of UVCEvaAttention, so none can be left out"
     ):
         uvc.apply_structure(uvc.convert(model), Structure.dense(model).with_tokens(model, 0.5))
+
+
+@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu"])
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
+    model = made(name)
+    data = TensorDataset(images(model, 16), torch.randint(5, (16,)))
+    loader = DataLoader(data, batch_size=8)
+    config = replace(Config(), warmup_epochs=1, search_epochs=4, post_epochs=1)
+    result = uvc.compress(model, loader, loader, budget=0.6, config=config)
+    assert 0.56 < result.cost.macs / result.dense_cost.macs <= 0.6
+    pairs, ragged = result.model.blocks[0].attn.pairs(), False
+    for block in result.structure.blocks:
+        for dims in block.qk_dims if block.attn and pairs is not None else ():
+            assert {tuple(pair) for pair in pairs.tolist() if set(pair) & set(dims)} == {
+                tuple(pair) for pair in pairs.tolist() if set(pair) <= set(dims)
+            }
+            ragged |= len(dims) < len(pairs) * 2
+    assert ragged or pairs is None
+
+
+def test_an_odd_multiple_of_dims_is_refused_where_these_go_in_pairs():
+    model = timm.create_model("eva02_tiny_patch14_224", depth=1, embed_dim=36, num_heads=3, img_size=28)
+    check_multiples(model, (4, 1))
+    with pytest.raises(ValueError, match="round_to: 3 dims are no whole pairs"):
+        check_multiples(model, (3, 1))
+
+
+@pytest.mark.parametrize("layout", ["neighbours", "halves"])
+def test_groups_of_pairs_are_spread_over_their_dims_and_summed_from_them(layout):
+    geometry = Geometry(2, 3, 8, 10, layout)
+    assert geometry.segments("qk") == (6, 4) and geometry.segments("v") == (6, 8)
+    pairs = made("eva02 small" if layout == "neighbours" else "dinov3").blocks[0].attn
+    pairs = prunable(pairs).pairs()
+    groups = torch.arange(24.0).view(6, 4)
+    spread = geometry.spread("qk", groups)
+    assert spread.shape == (2, 3, 8)
+    for i, pair in enumerate(pairs.tolist()):
+        assert torch.equal(spread[..., pair].flatten(0, 1), groups[:, i, None].expand(-1, 2))
+    assert torch.equal(geometry.gathered("qk", spread), 2 * groups)

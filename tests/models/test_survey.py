@@ -40,6 +40,7 @@ SERVED = {
     "eva_giant_patch14_224": dict(img_size=28),
     "eva02_tiny_patch14_224": dict(img_size=28),
     "eva02_base_patch14_224": dict(img_size=28),
+    "eva02_base_patch16_clip_224": dict(img_size=32),
     "vit_small_patch16_dinov3": dict(img_size=32),
     "vit_huge_plus_patch16_dinov3": dict(img_size=32),
     "vit_base_patch16_rope_mixed_224": dict(img_size=32),

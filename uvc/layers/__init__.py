@@ -8,7 +8,7 @@ from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
-from uvc.layers.families import Families, families_of, layers_of
+from uvc.layers.families import Families, families_of, layers_of, units_of
 from uvc.layers.geglu import UVCGeGluMlp
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
@@ -38,4 +38,5 @@ __all__ = [
     "meta_copy",
     "set_recompute",
     "slimming",
+    "units_of",
 ]

@@ -37,7 +37,9 @@ class _BeitBias(nn.Module):
         shared = None if shared_rel_pos_bias is None else shared_rel_pos_bias[..., heads, :, :]
         return added(own, shared)
 
-    def positioned(self, q: Tensor, k: Tensor, heads: Sequence[int], **positions) -> tuple[Tensor, Tensor]:
+    def positioned(
+        self, q: Tensor, k: Tensor, heads: Sequence[int], dims: Tensor | None, **positions
+    ) -> tuple[Tensor, Tensor]:
         """Positions add to the scores alone."""
         return q, k
 
@@ -86,7 +88,9 @@ class _RelPosBias(nn.Module):
         whole = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
         return None if whole is None else whole[..., list(heads), :, :]
 
-    def positioned(self, q: Tensor, k: Tensor, heads: Sequence[int], **positions) -> tuple[Tensor, Tensor]:
+    def positioned(
+        self, q: Tensor, k: Tensor, heads: Sequence[int], dims: Tensor | None, **positions
+    ) -> tuple[Tensor, Tensor]:
         """Positions add to the scores alone."""
         return self.q_norm(q), self.k_norm(k)
 

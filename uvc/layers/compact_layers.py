@@ -37,7 +37,14 @@ class CompactAttention(nn.Module):
             dims.setdefault((len(qk), len(v)), []).append((head, qk, v))
         self.groups = tuple(HeadGroup(tuple(m[0] for m in members), *key) for key, members in dims.items())
         rows = [([], [], []) for _ in dims]
+        # Dims that go in pairs lie side by side.
+        pairs = dense.pairs()
+        place = None if pairs is None else {dim: i for i, dim in enumerate(pairs.flatten().tolist())}
+        self.turned: list[list[list[int]]] = []
         for found, members in zip(rows, dims.values(), strict=True):
+            if place is not None:
+                members[:] = [(head, tuple(sorted(qk, key=place.get)), v) for head, qk, v in members]
+                self.turned.append([list(qk) for _, qk, _ in members])
             for head, qk, v in members:
                 for part, kept in zip(found, (qk, qk, v), strict=True):
                     part += [head * dense.head_dim + d for d in kept]
@@ -66,8 +73,10 @@ class CompactAttention(nn.Module):
         gate = getattr(dense, "gate", None)
         self.gate = None if gate is None else smaller(gate, rows=columns)
 
-    def positioned(self, q: Tensor, k: Tensor, heads: tuple[int, ...], **positions) -> tuple[Tensor, Tensor]:
-        """q and k of these heads [B, h, N, dq] as they are multiplied."""
+    def positioned(
+        self, q: Tensor, k: Tensor, heads: tuple[int, ...], dims: Tensor | None, **positions
+    ) -> tuple[Tensor, Tensor]:
+        """q and k of these heads [B, h, N, dq] as they are multiplied; dims [h, dq] where these matter."""
         return self.q_norm(q), self.k_norm(k)
 
     def bias(self, heads: list[int], **positions) -> Tensor | None:
@@ -109,12 +118,14 @@ class CompactAttention(nn.Module):
         widths = [len(group.heads) for group in self.groups]
         bias = self.bias([head for group in self.groups for head in group.heads], **positions)
         biases = [None] * len(widths) if bias is None else bias.split(widths, dim=-3)
-        for group, parts, h, bias in zip(self.groups, self._projected(x), widths, biases, strict=True):
+        for i, (group, parts, bias) in enumerate(zip(self.groups, self._projected(x), biases, strict=True)):
+            h = widths[i]
             q, k, v = (
                 part.reshape(B, N, h, d).transpose(1, 2)
                 for part, d in zip(parts, (group.dq, group.dq, group.dv), strict=True)
             )
-            q, k = self.positioned(q, k, group.heads, **positions)
+            dims = torch.tensor(self.turned[i], device=x.device) if self.turned and group.dq else None
+            q, k = self.positioned(q, k, group.heads, dims, **positions)
             if slimming is not None and group.dq:
                 reader = self.scale * slimming.reader(q.detach())
                 row = row_scores((reader @ k.detach().transpose(-2, -1)).squeeze(2))

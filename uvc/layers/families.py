@@ -8,6 +8,12 @@ from uvc.layers.compact_block import CompactBlock
 from uvc.layers.kinds import prunable
 
 
+def units_of(attn: nn.Module) -> list[list[int]]:
+    """The q/k dims of a head of an attention by what goes together, in order."""
+    pairs = attn.pairs()
+    return [[dim] for dim in range(attn.head_dim)] if pairs is None else pairs.tolist()
+
+
 class Families(NamedTuple):
     """Per family of a block, the multiple in which its units go, 0 where all stay; the halves that may go."""
 
@@ -26,5 +32,6 @@ def layers_of(block: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def families_of(attn: nn.Module, mlp: nn.Module) -> Families:
     """What a block with these layers offers."""
-    ties = attn.ties() | mlp.ties()
-    return Families(*(0 if name in ties else 1 for name in ("heads", "qk", "v", "neurons")))
+    ties, multiples = attn.ties() | mlp.ties(), attn.multiples() | mlp.multiples()
+    names = ("heads", "qk", "v", "neurons")
+    return Families(*(0 if name in ties else multiples.get(name, 1) for name in names))

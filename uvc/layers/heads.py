@@ -60,9 +60,28 @@ class Heads(Prunable):
         """q, k and v of all heads, [B, N, A], from the children."""
         return self.qkv(x).chunk(3, dim=-1)
 
-    def positioned(self, q: Tensor, k: Tensor, heads: list[int], **positions) -> tuple[Tensor, Tensor]:
-        """q and k of these heads [B, h, N, E] as they are multiplied."""
+    def positioned(
+        self, q: Tensor, k: Tensor, heads: list[int], dims: Tensor | None, **positions
+    ) -> tuple[Tensor, Tensor]:
+        """q and k of these heads [B, h, N, E] as they are multiplied; dims [h, E], None: all as they come."""
         return self.q_norm(q), self.k_norm(k)
+
+    def pairs(self) -> Tensor | None:
+        """The q/k dims of a head that go together [K / 2, 2]; None where each goes alone."""
+        return None
+
+    def multiples(self) -> dict[str, int]:
+        """Pairs of q/k dims go as one."""
+        return {} if self.pairs() is None else {"qk": 2}
+
+    def torn(self, masks: tuple[Tensor, ...] | None = None) -> str | None:
+        """Why the units in these masks (None: its own) cannot be all that is kept; None where they can."""
+        masks, pairs = self._masks if masks is None else masks, self.pairs()
+        if masks is not None and pairs is not None:
+            one, other = masks[0][:, pairs].unbind(-1)
+            if not torch.equal(one, other):
+                return f"its q/k dims go in pairs, such as {tuple(pairs[0].tolist())}, which positions turn"
+        return super().torn(masks)
 
     def bias(self, heads: list[int], **positions) -> Tensor | None:
         """What positions add to the scores of these heads, [..., h, N, N]; None: nothing."""
@@ -206,7 +225,7 @@ class Heads(Prunable):
         B, N, _ = x.shape
         parts = self.projected(x)
         q, k, v = (part.reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2) for part in parts)
-        q, k = self.positioned(q, k, list(range(self.num_heads)), **positions)
+        q, k = self.positioned(q, k, list(range(self.num_heads)), None, **positions)
         if self._masks is not None:
             removed = self.kept(x.device).whole_rows[0, :, None] < 0
             q, k = q.masked_fill(removed, 0.0), k.masked_fill(removed, 0.0)
@@ -239,11 +258,14 @@ class Heads(Prunable):
         if len(heads) == 0:
             return self.proj_drop(F.linear(x.new_zeros(B, N, 0), self.proj.weight[:, :0], self.proj.bias))
         device = self.proj.weight.device
-        qk, v = ([t.to(device) for t in padded_rows(heads, mask)] for mask in (qk_mask, v_mask))
+        pairs = self.pairs()
+        qk = [t.to(device) for t in padded_rows(heads, qk_mask, pairs)]
+        v = [t.to(device) for t in padded_rows(heads, v_mask)]
         parts = gathered_rows(x, self.sources(), (qk, qk, v))
         q, k, v_values = (part.reshape(B, N, len(heads), -1).transpose(1, 2) for part in parts)
         names = heads.tolist()
-        q, k = self.positioned(q, k, names, **positions)
+        dims = None if pairs is None else qk[0].view(len(names), -1) % self.head_dim
+        q, k = self.positioned(q, k, names, dims, **positions)
         mask = heads_of_mask(attn_mask, names, self.num_heads)
         mask = added(mask, self.bias(names, **positions))
         out = attend(q, k, v_values, self.scale, mask, is_causal, drop_rate(self.attn_drop))
@@ -264,15 +286,17 @@ def with_biases(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (attn.qkv(x) + bias if separate else F.linear(x, attn.qkv.weight, bias)).chunk(3, dim=-1)
 
 
-def padded_rows(heads: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def padded_rows(heads: Tensor, mask: Tensor, pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows of the kept dims of these heads by the bool mask [H, K], each head's padded to the longest, and
-    which of them are kept: both [h * E].
+    which of them are kept: both [h * E]. Dims that go in pairs [K / 2, 2] lie side by side.
     """
-    kept = mask[heads]
+    units = torch.arange(mask.shape[1])[:, None] if pairs is None else pairs
+    kept = mask[heads][:, units[:, 0]]
     longest = max(1, int(kept.sum(1).max()))
-    # A stable sort puts the kept dims of a head first.
-    dims = kept.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return (heads[:, None] * mask.shape[1] + dims).flatten(), kept.gather(1, dims).flatten()
+    # A stable sort puts the kept units of a head first.
+    order = kept.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    on = kept.gather(1, order).repeat_interleave(units.shape[1], 1)
+    return (heads[:, None] * mask.shape[1] + units[order].flatten(1)).flatten(), on.flatten()
 
 
 def gathered_rows(x: Tensor, sources: tuple[Source, ...], kept: tuple) -> tuple[Tensor, ...]:

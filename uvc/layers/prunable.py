@@ -100,6 +100,10 @@ class Prunable(nn.Module):
         """Families of which all units stay ("heads", "qk", "v", "neurons"), each with what ties them."""
         return {}
 
+    def multiples(self) -> dict[str, int]:
+        """Families whose units go in multiples of more than one."""
+        return {}
+
     def torn(self, masks: tuple[Tensor, ...] | None = None) -> str | None:
         """What of tied units is kept in part, and what ties them, by these masks (None: its own); else None.
 

@@ -18,19 +18,40 @@ class _Rotary(nn.Module):
     """What turns q and k, in a dense and in a compact layer."""
 
     def positioned(
-        self, q: Tensor, k: Tensor, heads: Sequence[int], rope: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        heads: Sequence[int],
+        dims: Tensor | None,
+        rope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """q and k of these heads [B, h, N, K], turned by `rope`, sine and cosine [(H,) N, 2K] of patches."""
+        """q and k of these heads [B, h, N, E], turned by `rope`, sine and cosine [(H,) N, 2K] of the patches.
+
+        dims [h, E]: which of the K dims, those of a pair side by side; None: all, as they come.
+        """
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is None:
+        if rope is None or q.shape[-1] == 0:
             return q, k
         rope = heads_of_mask(rope, list(heads), self.num_heads)
-        return self._turned(q, rope), self._turned(k, rope)
+        if dims is None:
+            half = getattr(self, "rotate_half", False)
+            return tuple(self._patches(x, apply_rot_embed_cat, rope, half) for x in (q, k))
+        # [(B,) h or 1, N, K], of which each head takes its own dims.
+        tables = (rope if rope.dim() > 2 else rope[None]).chunk(2, dim=-1)
+        dims = dims[:, None, :] if rope.dim() < 4 else dims[None, :, None, :]
+        sine, cosine = (torch.take_along_dim(table, dims, dim=-1) for table in tables)
+        return tuple(self._patches(x, turned, sine, cosine) for x in (q, k))
 
-    def _turned(self, x: Tensor, rope: Tensor) -> Tensor:
-        first, half = self.num_prefix_tokens, getattr(self, "rotate_half", False)
-        patches = apply_rot_embed_cat(x[:, :, first:], rope, half=half)
-        return torch.cat([x[:, :, :first], patches], dim=2).type_as(x)
+    def _patches(self, x: Tensor, turn, *positions) -> Tensor:
+        """x with its patch tokens turned."""
+        first = self.num_prefix_tokens
+        return torch.cat([x[:, :, :first], turn(x[:, :, first:], *positions)], dim=2).type_as(x)
+
+
+def turned(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
+    """x [..., E] turned, the dims of a pair side by side: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cosine + torch.stack([-b, a], dim=-1).flatten(-2) * sine
 
 
 class CompactRotary(_Rotary, CompactAttention):
@@ -49,9 +70,15 @@ class RotaryHeads(_Rotary, Heads):
     OUTSIDE = "attention with rotary positions"
     slims = False
 
-    def ties(self) -> dict[str, str]:
-        """The positions tie the q/k dims of a head, too."""
-        return {"qk": "rotary positions turn them in pairs"} | super().ties()
+    def pairs(self) -> Tensor:
+        """The q/k dims of a head that are turned together [K / 2, 2]."""
+        dims = torch.arange(self.head_dim, device="cpu")
+        return dims.view(2, -1).T if getattr(self, "rotate_half", False) else dims.view(-1, 2)
+
+    @property
+    def free_bases(self) -> tuple[str, ...]:
+        """Only v dims can be mixed."""
+        return tuple(family for family in super().free_bases if family != "qk")
 
     def sources(self) -> tuple[Source, Source, Source]:
         """Where q, k and v come from."""
@@ -67,7 +94,7 @@ class RotaryHeads(_Rotary, Heads):
 
 
 class UVCAttentionRope(RotaryHeads, AttentionRope):
-    """timm's AttentionRope, of which heads and v dims can be left out."""
+    """timm's AttentionRope, of which heads, pairs of q/k dims and v dims can be left out."""
 
     @classmethod
     def fault(cls, attn: nn.Module) -> str | None:
@@ -78,7 +105,7 @@ class UVCAttentionRope(RotaryHeads, AttentionRope):
 
 
 class UVCEvaAttention(RotaryHeads, EvaAttention):
-    """timm's EvaAttention, of which heads and v dims can be left out; its fused q, k, v have no bias of k."""
+    """timm's EvaAttention, the same; its fused q, k and v have no bias of k."""
 
     def sources(self) -> tuple[Source, Source, Source]:
         """Where q, k and v come from; biases of q and v are parameters of the layer."""

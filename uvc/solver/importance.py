@@ -8,8 +8,9 @@ from uvc.solver.state import FAMILIES, State
 
 
 def group_prices(state: State, prices: Prices) -> dict[str, Tensor]:
-    """[S, 1] per family: what a q/k dim, a v dim and a neuron of each segment costs."""
-    row = {name: state.theta.new_tensor(getattr(prices, name))[:, None] for name in FAMILIES}
+    """[S, 1] per family: what a group of q/k dims, a v dim and a neuron of each segment costs."""
+    unit = state.geometry.unit
+    row = {n: unit(n) * state.theta.new_tensor(getattr(prices, n))[:, None] for n in FAMILIES}
     return {n: p if n == "neuron" else p.repeat_interleave(state.geometry.heads, 0) for n, p in row.items()}
 
 

@@ -53,7 +53,9 @@ class Groups:
             raise ValueError(
                 f"model: blocks differ in (heads, head dim, neurons): {sorted(sizes)}; they must be equal"
             )
-        self.geometry = Geometry(len(self.blocks), *sizes.pop())
+        pairs = self.blocks[0].attn.pairs()
+        kind = "" if pairs is None else "neighbours" if pairs[0, 1] == 1 else "halves"
+        self.geometry = Geometry(len(self.blocks), *sizes.pop(), kind)
         layers = [(i, half) for i, block in enumerate(self.blocks) for half in (block.attn, block.mlp)]
         self.parts = [_Part(*part, layer) for layer, half in layers for part in half.parts()]
         self.gated = [part for part in self.parts if part.gates]
@@ -130,11 +132,11 @@ class Groups:
 
     def _families(self, parts: list[_Part], a: list[Tensor], b: list[Tensor]) -> dict[str, Tensor]:
         scores = group_scores(a, b, [part.dim for part in parts])
-        sums = {name: scores.new_zeros(self.geometry.segments(name)) for name in FAMILIES}
+        sums = {name: scores.new_zeros(self.geometry.shape(name)) for name in FAMILIES}
         rows = {name: values.view(self.geometry.layers, -1) for name, values in sums.items()}
         for part, values in zip(parts, scores.split([part.size for part in parts]), strict=True):
             rows[part.family][part.layer] += values
-        return sums
+        return {name: self.geometry.gathered(name, values) for name, values in sums.items()}
 
     def _scale(self, parts: Sequence[_Part], tensors: Sequence[Tensor], factors: Factors) -> None:
         rows = {name: factor.flatten(1) for name, factor in factors._asdict().items()}

@@ -48,7 +48,7 @@ class _Walk:
         self.order, self.ratio, self.kept, all_alive = {}, {}, {}, state.alive()
         for name, price in group_prices(state, marginal(state, limits)).items():
             family, shape = state.families[name], (-1, self.size[name])
-            alive = getattr(all_alive, name).reshape(family.dead.shape)
+            alive = state.geometry.gathered(name, getattr(all_alive, name).int()) > 0
             # Dead groups come first; a bundle with a living group is kept whole.
             order = family.importance.masked_fill(~alive, -1.0).argsort(dim=1, stable=True)
             self.order[name] = order
@@ -58,16 +58,19 @@ class _Walk:
         self.blocks = [BlockCounts(*kept) for kept in zip(*masks_counts(self.masks()), strict=True)]
         self.costs = [[limit.costs.block(*block) for block in enumerate(self.blocks)] for limit in limits]
 
+    def units(self, name: str) -> int:
+        """Dims or neurons of a bundle."""
+        return self.size[name] * self.state.geometry.unit(name)
+
     def masks(self) -> Masks:
         """The kept groups."""
         geo, found = self.state.geometry, {}
         for name, order in self.order.items():
             kept = torch.tensor(self.kept[name], device=order.device)
             kept = kept.repeat_interleave(self.size[name], 1)
-            found[name] = torch.zeros_like(kept).scatter_(1, order, kept)
-        shape = (geo.layers, geo.heads, geo.head_dim)
-        v = found["v"].view(shape)
-        qk = found["qk"].view(shape) & v.any(-1, keepdim=True)
+            found[name] = geo.spread(name, torch.zeros_like(kept).scatter_(1, order, kept))
+        v = found["v"]
+        qk = found["qk"] & v.any(-1, keepdim=True)
         return Masks(qk, v, found["neuron"], torch.tensor(self.running, device=v.device))
 
     def used(self, layer: int = 0, block: BlockCounts | None = None) -> float:
@@ -93,7 +96,7 @@ class _Walk:
                 for part in ("qk", "v"):
                     self.kept[part][segment] = [False] * len(self.kept[part][segment])
             else:
-                block = self._changed(layer, name, -self.size[name])
+                block = self._changed(layer, name, -self.units(name))
                 self.kept[name][segment][place] = False
             self._keep(layer, block)
         held = self.state.held()
@@ -120,7 +123,7 @@ class _Walk:
             layer = self._layer(name, segment)
             if (name, layer) in full or not self._runs(name, segment):
                 continue
-            block = self._changed(layer, name, self.size[name])
+            block = self._changed(layer, name, self.units(name))
             if self.used(layer, block) > 1.0:
                 full.add((name, layer))
                 continue
@@ -150,7 +153,7 @@ class _Walk:
         return block._replace(**{name: getattr(block, name) + by})
 
     def _without_head(self, layer: int, segment: int) -> BlockCounts:
-        qk, v = (self.size[name] * sum(self.kept[name][segment]) for name in ("qk", "v"))
+        qk, v = (self.units(name) * sum(self.kept[name][segment]) for name in ("qk", "v"))
         block = self.blocks[layer]
         return block._replace(heads=block.heads - 1, qk=block.qk - qk, v=block.v - v)
 

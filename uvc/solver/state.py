@@ -14,17 +14,46 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of the dense model: L layers, H heads, K head dim, F neurons."""
+    """Sizes of the dense model: L layers, H heads, K head dim, F neurons.
+
+    pairs: "" where each q/k dim is a group of its own; where two are one group, "neighbours" (2 i, 2 i + 1)
+    or "halves" (i, i + K/2).
+    """
 
     layers: int
     heads: int
     head_dim: int
     hidden: int
+    pairs: str = ""
+
+    def unit(self, family: str) -> int:
+        """How many dims, or neurons, a group is."""
+        return 2 if family == "qk" and self.pairs else 1
 
     def segments(self, family: str) -> tuple[int, int]:
-        """(S, G) of a family: the dims of each head, the neurons of each layer."""
+        """(S, G) of a family: the groups of dims of each head, the neurons of each layer."""
         neurons = (self.layers, self.hidden)
-        return neurons if family == "neuron" else (self.layers * self.heads, self.head_dim)
+        dims = (self.layers * self.heads, self.head_dim // self.unit(family))
+        return neurons if family == "neuron" else dims
+
+    def shape(self, family: str) -> tuple[int, ...]:
+        """Of one entry per dim or neuron: [L, H, K] or [L, F]."""
+        dims = (self.layers, self.heads, self.head_dim)
+        return (self.layers, self.hidden) if family == "neuron" else dims
+
+    def spread(self, family: str, groups: Tensor) -> Tensor:
+        """One entry per group [S, G] -> one per dim or neuron, `shape`."""
+        if self.unit(family) == 2:
+            neighbours = self.pairs == "neighbours"
+            groups = groups.repeat_interleave(2, -1) if neighbours else torch.cat([groups, groups], -1)
+        return groups.reshape(self.shape(family))
+
+    def gathered(self, family: str, each: Tensor) -> Tensor:
+        """One entry per dim or neuron, `shape` -> the sums over groups [S, G]."""
+        S, G = self.segments(family)
+        if self.unit(family) == 1:
+            return each.reshape(S, G)
+        return each.reshape(S, G, 2).sum(-1) if self.pairs == "neighbours" else each.reshape(S, 2, G).sum(1)
 
 
 FAMILIES = ("qk", "v", "neuron")
@@ -179,7 +208,8 @@ class State:
         theta = torch.full((geometry.layers, 2), float(gate_init), device=device)
         dims, neurons = multiples
         families = {
-            name: Family.new(*geometry.segments(name), device, multiple)
+            # A multiple of dims is as many groups as hold one.
+            name: Family.new(*geometry.segments(name), device, -(-multiple // geometry.unit(name)))
             for name, multiple in zip(FAMILIES, (dims, dims, neurons), strict=True)
         }
         z, tokens = torch.zeros(limits, device=device), TokenState.new(0, 1, device, limits)
@@ -212,14 +242,13 @@ class State:
         return self.theta > 0 if self.hard else torch.ones_like(self.theta, dtype=torch.bool)
 
     def _masks(self, kept: dict[str, Tensor], running: Tensor) -> Masks:
-        shape = (self.geometry.layers, self.geometry.heads, self.geometry.head_dim)
-        v = kept["v"].view(shape)
-        return Masks(kept["qk"].view(shape) & v.any(-1, keepdim=True), v, kept["neuron"], running)
+        qk, v = (self.geometry.spread(name, kept[name]) for name in ("qk", "v"))
+        return Masks(qk & v.any(-1, keepdim=True), v, kept["neuron"], running)
 
     def keep(self, masks: Masks) -> None:
         """Marks every group dead that ``masks`` leaves out."""
         for name, family in self.families.items():
-            family.dead.copy_(~getattr(masks, name).reshape(family.dead.shape))
+            family.dead.copy_(self.geometry.gathered(name, getattr(masks, name).int()) == 0)
 
     def check_finite(self) -> None:
         """RuntimeError that names the first block whose groups have an importance that is not finite."""

@@ -27,9 +27,8 @@ def prox(state: State, config: SolverConfig) -> Factors:
     geo, factor = state.geometry, {}
     for name, family in state.families.items():
         shrink = 1.0 / (1.0 + 2.0 * config.prox_rate * family.y)
-        factor[name] = torch.where(family.removed() & ~family.dead, shrink[:, None], 1.0)
-    shape = (geo.layers, geo.heads, geo.head_dim)
-    return Factors(factor["qk"].view(shape), factor["v"].view(shape), factor["neuron"])
+        factor[name] = geo.spread(name, torch.where(family.removed() & ~family.dead, shrink[:, None], 1.0))
+    return Factors(**factor)
 
 
 def primal(state: State, prices: Prices, config: SolverConfig) -> None:
@@ -127,7 +126,8 @@ def _settled(state: State, limits: Sequence[Limit], config: SolverConfig) -> boo
     some = {name: some[name].view(state.geometry.layers, -1).any(1).tolist() for name in config.families}
     for limit in limits:
         prices = limit.costs.at(counts)._asdict()
-        units = [p for name in some for p, left in zip(prices[name], some[name], strict=True) if left]
+        unit = state.geometry.unit
+        units = [unit(n) * p for n in some for p, left in zip(prices[n], some[n], strict=True) if left]
         if total(limit.costs, counts) - min(units, default=0) >= limit.most:
             return False
     return True

@@ -260,7 +260,7 @@ def largest_removed(state: State, limits: Sequence[Limit], masks: Masks) -> floa
     found, alive = 0.0, state.alive()
     for name, price in group_prices(state, marginal(state, limits)).items():
         kept = getattr(masks, name)
-        ratio = (state.families[name].importance / price).view(kept.shape)
+        ratio = state.geometry.spread(name, state.families[name].importance / price)
         ratio = ratio[getattr(alive, name) & ~kept]
         found = max(found, float(ratio.max()) if len(ratio) else 0.0)
     return found
