@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import uvc_kernels
 from timm.models.vision_transformer import VisionTransformer
 
 import uvc
@@ -40,6 +41,16 @@ def test_norms_are_the_joint_squared_norms_of_everything_a_group_owns():
     torch.testing.assert_close(norms["v"][3:], v + bv + proj, check_dtype=False)
     neuron = mlp.fc1.weight.square().sum(1) + mlp.fc1.bias.square() + mlp.fc2.weight.square().sum(0)
     torch.testing.assert_close(norms["neuron"][1], neuron, check_dtype=False)
+
+
+def test_norms_are_summed_to_the_last_bit_in_one_order_weights_first():
+    # So that a search of one version ends as that of another.
+    model = small_vit(num_heads=1, embed_dim=96).float()
+    found, attn = Groups(model).norms()["qk"][1], model.blocks[1].attn
+    (q, k, _), (bq, bk, _) = attn.qkv.weight.split(96), attn.qkv.bias.split(96)
+    one, two, three, four = (uvc_kernels.group_scores([p], [p], [0]) for p in (q, k, bq, bk))
+    assert torch.equal(found, one + two + three + four)
+    assert not torch.equal(found, one + three + two + four)
 
 
 def test_first_order_importance_is_the_gradient_of_a_gate_on_the_group():

@@ -126,12 +126,13 @@ class Heads(Prunable):
 
     def parts(self) -> list[Part]:
         """A q/k dim is a row of q and one of k; a v dim one of v and of the gate, and a column of proj."""
-        A = self.dims
-        found = [Part("v", self.proj.weight, 0, A, 1, True)]
+        A, found, biases = self.dims, [Part("v", self.proj.weight, 0, self.dims, 1, True)], []
         for (family, gates), source in zip(QKV, self.sources(), strict=True):
             found.append(Part(family, source.weight, source.row, A, 0, gates))
             if source.bias is not None:
-                found.append(Part(family, source.bias, source.bias_row, A, 0, gates))
+                biases.append(Part(family, source.bias, source.bias_row, A, 0, gates))
+        # A group's norm is summed in this order, to whose last bit a search is sensitive.
+        found += biases
         return found if self._gate is None else [*found, *rows("v", self._gate, 0, A)]
 
     @property

@@ -191,7 +191,8 @@ class UVCGluMlp(Neurons, GluMlp):
 
     def _rows(self) -> list[Part]:
         F = self.neurons
-        return [part for start in (0, F) for part in rows("neuron", self.fc1, start, F)]
+        value, gate = (rows("neuron", self.fc1, start, F) for start in (0, F))
+        return [part for pair in zip(value, gate, strict=True) for part in pair]
 
     def _hidden(self, x: Tensor) -> Tensor:
         a, b = self.fc1(x).chunk(2, dim=-1)
