@@ -118,8 +118,12 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
                 path = f"blocks.{i}.{name}"
                 if path in parameters:
                     parameters[path] = parameters[path] * mask.to(x)
-            for runs, path in ((kept.attn, block.drop_path1), (kept.mlp, block.drop_path2)):
-                if not runs:
+            for runs, half in ((kept.attn, "1"), (kept.mlp, "2")):
+                path = getattr(block, f"drop_path{half}", None)
+                if not runs and path is None:  # CaiT's halves share one
+                    scale = f"blocks.{i}.gamma_{half}"
+                    parameters[scale] = parameters[scale] * 0.0
+                elif not runs:
                     handles.append(path.register_forward_hook(lambda module, inputs, branch: branch * 0.0))
         out = functional_call(model, parameters, (x,), arguments)
         for handle in handles:

@@ -20,6 +20,7 @@ from uvc.layers import (
     families_of,
     is_compacted,
     layers_of,
+    prefix_of,
     slimming,
     units_of,
 )
@@ -63,7 +64,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         families=tuple(families_of(*pair) for pair in layers),
         around=tuple(map(params_around, blocks)),
         patches=None if stem.img_size is None else stem.num_patches,
-        prefix=model.num_prefix_tokens,
+        prefix=prefix_of(model),
     )
 
 

@@ -8,6 +8,7 @@ import timm
 import torch
 from oracle import absent, error, gradient_error, gradients, images, stored, structures
 from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
@@ -58,6 +59,7 @@ KINDS = {
         TURNED,
     ),
     "rotary positions, q/k norms": (Eva, dict(attn_type="rope", qk_norm=True, **ROPE), {**FREE, "qk": 0}),
+    "talking heads": (Cait, dict(), {**FREE, "heads": 0}),
     "geglu": (VisionTransformer, dict(mlp_layer=GeGluMlp), FREE),
     "beit": (Beit, dict(use_rel_pos_bias=True, init_values=0.5, use_abs_pos_emb=False), FREE),
     "beit, one bias for all": (Beit, dict(use_shared_rel_pos_bias=True, use_rel_pos_bias=True), FREE),
@@ -139,7 +141,7 @@ def test_tokens_stay_where_positions_are_part_of_the_attention():
         uvc.apply_structure(uvc.convert(model), Structure.dense(model).with_tokens(model, 0.5))
 
 
-@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu"])
+@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads"])
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
     model = made(name)

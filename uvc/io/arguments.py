@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import timm.layers
 from timm.models.beit import Beit
 from timm.models.beit import Block as BeitBlock
+from timm.models.cait import Cait, LayerScaleBlock
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
@@ -68,8 +69,13 @@ def of_all(dense: nn.Module) -> Arguments:
         "drop_rate": dense.head_drop.p,
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
-        "drop_path_rate": getattr(dense.blocks[-1].drop_path1, "drop_prob", 0.0),
+        "drop_path_rate": getattr(drop_path(dense.blocks[-1]), "drop_prob", 0.0),
     }
+
+
+def drop_path(block: nn.Module) -> nn.Module:
+    """The stochastic depth of a block's first half."""
+    return block.drop_path1 if hasattr(block, "drop_path1") else block.drop_path
 
 
 def where(**flags: bool) -> Arguments:
@@ -223,6 +229,19 @@ def of_relpos(dense: VisionTransformerRelPos) -> Arguments:
     }
 
 
+def of_cait(dense: Cait) -> Arguments:
+    """Arguments of timm's Cait; the value that layer scales begin at is in none of its modules."""
+    last = dense.blocks_token_only
+    return {
+        **of_all(dense),
+        "mlp_ratio": mlp_ratio(dense),
+        "qkv_bias": dense.blocks[0].attn.qkv.bias is not None,
+        "pos_drop_rate": dense.pos_drop.p,
+        "depth_token_only": len(last),
+        "mlp_ratio_token_only": ratio_of(dense.embed_dim, last[0].mlp.fc1.out_features) if last else 4.0,
+    }
+
+
 ALL = frozenset(
     "img_size patch_size in_chans num_classes global_pool embed_dim num_heads drop_rate proj_drop_rate "
     "attn_drop_rate drop_path_rate mlp_ratio qkv_bias init_values".split()
@@ -247,6 +266,8 @@ BEIT = ALL | frozenset(
 )
 RELPOS = ALL | frozenset("qk_norm class_token fc_norm rel_pos_type rel_pos_dim shared_rel_pos".split())
 
+CAIT = (ALL - {"init_values"}) | {"pos_drop_rate", "depth_token_only", "mlp_ratio_token_only"}
+
 VIT_PARTS = ("weight_init", "norm_layer", "mlp_layer", "act_layer", "block_fn")
 VIT_BLOCKS = (Block, ResPostBlock)
 MAKERS = {
@@ -257,6 +278,7 @@ MAKERS = {
         Maker(T2TVisionTransformer, of_t2t, VIT | {"form"}, VIT_NORMS, VIT_PARTS, VIT_BLOCKS),
         Maker(Eva, of_eva, EVA, EVA_SOME, ("norm_layer",), (EvaBlock, EvaBlockPostNorm)),
         Maker(Beit, of_beit, BEIT, frozenset({"use_fc_norm"}), ("norm_layer",), (BeitBlock, None)),
+        Maker(Cait, of_cait, CAIT, frozenset(), ("norm_layer", "act_layer"), (LayerScaleBlock, None)),
         Maker(
             VisionTransformerRelPos,
             of_relpos,

@@ -10,6 +10,7 @@ from uvc.layers.compact_block import CompactBlock
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
 from uvc.layers.families import Families, families_of, layers_of, units_of
 from uvc.layers.geglu import UVCGeGluMlp
+from uvc.layers.kinds import prefix_of
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
 from uvc.layers.token_pruning import Slimming, slimming
@@ -36,6 +37,7 @@ __all__ = [
     "layers_of",
     "like",
     "meta_copy",
+    "prefix_of",
     "set_recompute",
     "slimming",
     "units_of",

@@ -78,12 +78,12 @@ class UVCBlock(nn.Module):
                 scores = self.attn.token_scores(y, slimming)
             branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             branch = self.norm1(branch) if self.norm_last else scaled(self, "1", branch)
-            x = x + self.drop_path1(gated(branch, self._gates[0]))
+            x = x + dropped(self, "1", gated(branch, self._gates[0]))
         if slimming is not None:
             x = slim(x, scores, slimming)
         if not self._skip[1]:
             branch = self.norm2(self.mlp(x)) if self.norm_last else scaled(self, "2", self.mlp(self.norm2(x)))
-            x = x + self.drop_path2(gated(branch, self._gates[1]))
+            x = x + dropped(self, "2", gated(branch, self._gates[1]))
         return x
 
 
@@ -98,6 +98,12 @@ def scaled(block: nn.Module, half: str, branch: Tensor) -> Tensor:
         return scale(branch)
     gamma = block._parameters.get(f"gamma_{half}")
     return branch if gamma is None else gamma * branch
+
+
+def dropped(block: nn.Module, half: str, branch: Tensor) -> Tensor:
+    """The branch of a half behind its stochastic depth, which some blocks share between halves."""
+    own = block._modules.get(f"drop_path{half}")
+    return (block.drop_path if own is None else own)(branch)
 
 
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import copy
 from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
-from uvc.layers.block import UVCBlock, norm_last, scaled
+from uvc.layers.block import UVCBlock, dropped, norm_last, scaled
 from uvc.layers.children import carry_hooks, drop_hooks
 from uvc.layers.kinds import prunable
 from uvc.layers.token_pruning import Slimming, due, slim
@@ -33,9 +33,9 @@ class CompactBlock(nn.Module):
     def _keep_half(self, dense: UVCBlock, digit: str, name: str, small: nn.Module) -> None:
         carry_hooks(getattr(dense, name), small)
         self.add_module(name, small)
-        for part in ("norm", "ls", "drop_path"):
-            if (child := dense._modules.get(part + digit)) is not None:
-                self.add_module(part + digit, copy.deepcopy(child))
+        for part in (f"norm{digit}", f"ls{digit}", f"drop_path{digit}", "drop_path"):
+            if (child := dense._modules.get(part)) is not None:
+                self.add_module(part, copy.deepcopy(child))
         if (gamma := dense._parameters.get(f"gamma_{digit}")) is not None:
             self.register_parameter(f"gamma_{digit}", copy.deepcopy(gamma))
 
@@ -55,10 +55,10 @@ class CompactBlock(nn.Module):
                 branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             else:
                 branch, scores = self.attn.scored(y, slimming)
-            x = x + self.drop_path1(self.norm1(branch) if self.norm_last else scaled(self, "1", branch))
+            x = x + dropped(self, "1", self.norm1(branch) if self.norm_last else scaled(self, "1", branch))
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
             branch = self.mlp(x if self.norm_last else self.norm2(x))
-            x = x + self.drop_path2(self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
+            x = x + dropped(self, "2", self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
         return x

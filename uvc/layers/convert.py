@@ -11,7 +11,7 @@ from uvc.layers.prepack import pack_ahead
 from uvc.layers.prunable import Prunable
 
 SUPPORTED = (
-    "supported are timm's VisionTransformer, Eva, Beit and VisionTransformerRelPos with their blocks of two "
+    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos and Cait with blocks of two "
     "halves, their attention and Mlp, GluMlp or SwiGLU"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
@@ -20,7 +20,6 @@ WHY = {
     "ParallelScalingBlock": "its attention and MLP are one layer",
     "DiffParallelScalingBlock": "its attention and MLP are one layer",
     "ParallelThingsBlock": "it adds several attentions and MLPs",
-    "cait": "its attention mixes all heads",
     "convit": "its attention adds gated positions",
     "crossvit": "it has branches of several widths",
     "deepseek_vit": "rotary positions tie its q/k dims in pairs",

@@ -237,19 +237,27 @@ class Heads(Prunable):
         B, N, _ = x.shape
         q, k, v = self._heads(x, **positions)
         mask = added(attn_mask, self.bias(list(range(self.num_heads)), **positions))
-        if self.fused_attn and type(self.attn_drop) in DROPS and is_untouched(self.attn_drop):
-            dropout = drop_rate(self.attn_drop)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-            )
-        else:
-            scores = masked(self.scale * q @ k.transpose(-2, -1), mask, is_causal)
-            out = self.attn_drop(scores.softmax(-1)) @ v
+        out = self.attended_by_children(q, k, v, mask, is_causal)
         out = out.transpose(1, 2).reshape(B, N, self.dims)
         out = self.norm(out) if "norm" in self._modules else out
         out = out if self._gate is None else out * self._gate(x).sigmoid()
         removed = self.kept(x.device).whole_columns.flatten() < 0
         return self.proj_drop(self.proj(out.masked_fill(removed, 0.0)))
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """softmax(scale q k^T + mask) v of some heads, [B, h, N, E]."""
+        return attend(q, k, v, self.scale, mask, is_causal, drop_rate(self.attn_drop))
+
+    def attended_by_children(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """The same of all heads, where the dropout may be any module."""
+        if self.fused_attn and type(self.attn_drop) in DROPS and is_untouched(self.attn_drop):
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, drop_rate(self.attn_drop), is_causal, scale=self.scale
+            )
+        scores = masked(self.scale * q @ k.transpose(-2, -1), mask, is_causal)
+        return self.attn_drop(scores.softmax(-1)) @ v
 
     def _gathered(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **positions) -> Tensor:
         """The kept heads in plain torch, each padded with zeros to the longest kept head."""
@@ -269,7 +277,7 @@ class Heads(Prunable):
         q, k = self.positioned(q, k, names, dims, **positions)
         mask = heads_of_mask(attn_mask, names, self.num_heads)
         mask = added(mask, self.bias(names, **positions))
-        out = attend(q, k, v_values, self.scale, mask, is_causal, drop_rate(self.attn_drop))
+        out = self.attended(q, k, v_values, mask, is_causal)
         out = out.transpose(1, 2).reshape(B, N, -1)
         out = self.norm(out) if "norm" in self._modules else out
         if (gate := self._gate) is not None:

@@ -2,6 +2,7 @@
 
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models import beit
+from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import (
@@ -19,10 +20,11 @@ from uvc.layers.geglu import UVCGeGluMlp
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
+from uvc.layers.talking import UVCTalkingHeads
 
-MODELS = (VisionTransformer, Eva, beit.Beit, VisionTransformerRelPos)
+MODELS = (VisionTransformer, Eva, beit.Beit, VisionTransformerRelPos, Cait)
 # Blocks of two halves, each a residual branch, by where its norm stands.
-NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock)
+NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock)
 NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
 ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     Attention: UVCAttention,
@@ -30,6 +32,7 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     EvaAttention: UVCEvaAttention,
     beit.Attention: UVCBeitAttention,
     RelPosAttention: UVCRelPosAttention,
+    TalkingHeadAttn: UVCTalkingHeads,
 }
 MLPS: dict[type[nn.Module], type[Prunable]] = {
     Mlp: UVCMlp,
@@ -37,6 +40,11 @@ MLPS: dict[type[nn.Module], type[Prunable]] = {
     SwiGLU: UVCSwiGLU,
     GeGluMlp: UVCGeGluMlp,
 }
+
+
+def prefix_of(model: nn.Module) -> int:
+    """Tokens before the patches in the blocks; CaiT's class token is in later blocks alone."""
+    return 0 if isinstance(model, Cait) else model.num_prefix_tokens
 
 
 def kind_of_layer(layer: nn.Module) -> type[Prunable]:

@@ -81,6 +81,11 @@ class Groups:
         places = {(n, layer) for n, all_ in units.items() for layer, unit in enumerate(all_) if not unit}
         return {name: ~free for name, free in self._segments_outside(places).items()}
 
+    def some(self) -> Tensor:
+        """bool [S] of v dims: a head that must stay keeps one of them, if its half runs."""
+        offered = [families_of(block.attn, block.mlp) for block in self.blocks]
+        return ~self._segments_outside({("v", i) for i, f in enumerate(offered) if not f.heads})["v"]
+
     def trainable(self) -> dict[str, Tensor]:
         """bool [S] per family: no parameter of the segment's groups is frozen."""
         frozen = {(part.family, part.layer) for part in self.parts if not part.parameter.requires_grad}

@@ -92,6 +92,8 @@ class _Walk:
             if not self._runs(name, segment):
                 continue
             if name == "v" and sum(self.kept["v"][segment]) == 1:
+                if self.state.families["v"].some[segment]:
+                    continue
                 block = self._without_head(layer, segment)
                 for part in ("qk", "v"):
                     self.kept[part][segment] = [False] * len(self.kept[part][segment])

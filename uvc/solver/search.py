@@ -83,6 +83,7 @@ class Search(Pruner):
         state.keep(Masks(qk.to(device), v.to(device), neuron.to(device), ~skipped))
         skip_gates.remove_halves(state, skipped)
         self._trainable, self._waiting, fixed = self.groups.trainable(), True, self.groups.fixed()
+        state.families["v"].some.copy_(self.groups.some())
         for name, family in state.families.items():
             family.fixed.copy_(fixed[name])
             family.open.copy_(self._trainable[name])

@@ -68,7 +68,8 @@ class Family:
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
     s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
     G]: at exact zero, for good. open [S]: whether groups may be removed: none of their parameters is frozen,
-    and gradients have reached them. fixed [S]: whether the layer does not offer to remove them.
+    and gradients have reached them. fixed [S]: whether the layer does not offer to remove them. some [S]:
+    whether a multiple of them must stay.
     scale: mean squared norm of a group at the start, over all layers. multiple: of which groups are kept.
     """
 
@@ -78,6 +79,7 @@ class Family:
     dead: Tensor
     open: Tensor
     fixed: Tensor
+    some: Tensor
     scale: float = 1.0
     multiple: int = 1
 
@@ -91,6 +93,7 @@ class Family:
             dead=torch.zeros(segments, groups, dtype=torch.bool, device=device),
             open=torch.ones(segments, dtype=torch.bool, device=device),
             fixed=torch.zeros(segments, dtype=torch.bool, device=device),
+            some=torch.zeros(segments, dtype=torch.bool, device=device),
             multiple=multiple,
         )
 
@@ -101,6 +104,9 @@ class Family:
         Halves round down, by more than the last bit of s, which differs between machines.
         """
         count = (self.s * self.dead.shape[1] - 1e-4).round().div(self.multiple, rounding_mode="floor")
+        most = self.dead.shape[1] // self.multiple - self.some.to(count.dtype)
+        # A skipped half has nothing left, whatever must stay of it otherwise.
+        count = torch.where(self.dead.all(1), count, torch.minimum(count, most))
         return smallest(self.importance.masked_fill(self.dead, -1.0), count * self.multiple)
 
     def free(self) -> Tensor:
