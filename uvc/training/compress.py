@@ -34,14 +34,15 @@ from uvc.training.precision import PRECISION, Precision, settle
 from uvc.training.processes import ALONE, Alone, here
 from uvc.training.teacher_cache import CachedDistillation, check_cache
 from uvc.training.trainer import Trainer, set_checkpointing
+from uvc.training.user_loss import Loss, Score, UserLoss, check_user_loss, plain
 
 LATENCY = "latency.json"  # the table, in the folder of a run
 
 
 @dataclass(frozen=True)
 class Result:
-    """What ``compress`` returns. model: converted, full-size weights, the final structure applied. top-1 in
-    percent.
+    """What ``compress`` returns. model: converted, full-size weights, the final structure applied. Scores are
+    top-1 in percent, or what ``evaluate`` returned: ``measure`` is "top1" or "score".
     """
 
     model: nn.Module
@@ -49,12 +50,33 @@ class Result:
     cost: Cost
     dense_cost: Cost
     precision: str  # of the products in training
-    teacher: nn.Module = field(repr=False)
-    teacher_top1: float
-    before_post_top1: float
-    final_top1: float
+    teacher: nn.Module = field(repr=False)  # with a loss of one's own, a frozen copy of the dense model
+    measure: str
+    teacher_score: float
+    before_post_score: float
+    final_score: float
     steps: int
     history: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def teacher_top1(self) -> float:
+        """Of the dense model; AttributeError where something else was measured, as with the other two."""
+        return self._top1("teacher_score")
+
+    @property
+    def before_post_top1(self) -> float:
+        """After the search."""
+        return self._top1("before_post_score")
+
+    @property
+    def final_top1(self) -> float:
+        """At the end."""
+        return self._top1("final_score")
+
+    def _top1(self, score: str) -> float:
+        if self.measure != "top1":
+            raise AttributeError(f"no top-1 was measured, as evaluate= was given; read {score}")
+        return getattr(self, score)
 
 
 def train_teacher(
@@ -87,7 +109,7 @@ class Plan:
 
     model: nn.Module
     train_loader: DataLoader
-    val_loader: DataLoader
+    val_loader: DataLoader | None
     budget: float | Mapping[str, float]
     metric: str
     config: Config
@@ -98,6 +120,8 @@ class Plan:
     latency_batch: int | None = None
     teacher_cache: Path | None = None
     processes: Alone = ALONE
+    loss: Loss | None = None
+    evaluate: Score | None = None
     limits: tuple[Limit, ...] = field(init=False)  # what the budget comes to
     precision: Precision = field(init=False)
 
@@ -111,6 +135,14 @@ class Plan:
         check_dtype(model, "model")
         check_multiples(model, config.solver.round_to)
         check_loader(self.train_loader)
+        if self.val_loader is None and self.evaluate is None:
+            raise ValueError(
+                "val_loader: none given; give one for top-1, or evaluate= for a score of your own"
+            )
+        if self.loss is not None:
+            check_user_loss(config, self.teacher, self.teacher_cache, self.processes.count)
+            config = plain(config)
+            object.__setattr__(self, "config", config)
         self.processes.check(self.train_loader, bool(config.mixup or config.cutmix), model)
         if self.teacher is not None:
             check_teacher(model, self.teacher, config.distill)
@@ -133,6 +165,8 @@ class Plan:
             method.check(model, self.limits, config.solver)
 
     def _settled(self) -> Precision:
+        if self.loss is not None:  # its steps are not those that are measured
+            return Precision(self.config.precision, self.config.precision)
         return settle(self.model, self.train_loader, self.config, self.out if self.resume else None)
 
     def _latency_table(self) -> LatencyTable:
@@ -165,7 +199,7 @@ class Plan:
 def compress(
     model: nn.Module,
     train_loader: DataLoader,
-    val_loader: DataLoader,
+    val_loader: DataLoader | None = None,
     budget: float | Mapping[str, float] = 0.5,
     metric: str = "macs",
     teacher: nn.Module | None = None,
@@ -175,6 +209,8 @@ def compress(
     resume: bool = False,
     latency: LatencyTable | None = None,
     teacher_cache: str | Path | None = None,
+    loss: Loss | None = None,
+    evaluate: Score | None = None,
 ) -> Result:
     """Compresses a trained timm ViT to a budget: warm up, search, harden, post-train.
 
@@ -194,6 +230,10 @@ def compress(
             measured here and now, for batches of one image on the model's device.
         teacher_cache: folder that keeps the teacher's answers, for other budgets and resumed runs; only for
             loaders of ``uvc.training.data``; None = the teacher answers in every step.
+        loss: ``loss(model, batch) -> {"loss": scalar, ...}`` in place of labels and distillation; batches are
+            what ``train_loader`` yields, their tensors on the model's device; all numbers are logged.
+        evaluate: ``evaluate(model) -> float``, higher is better, in place of top-1 over ``val_loader``, which
+            may then be None; the model is in eval mode, without gradients.
 
     Under a launcher every process calls this, on its own device; batches are the global ones, rank 0 alone
     writes.
@@ -216,6 +256,8 @@ def compress(
         latency,
         teacher_cache=None if teacher_cache is None else Path(teacher_cache),
         processes=processes,
+        loss=loss,
+        evaluate=evaluate,
     )
     if not processes.main:
         log = RunLog(None)
@@ -235,7 +277,7 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
     trainer = _trainer(plan, log)
     with plan.processes.in_turn():
         task = _task(plan, teacher)
-    teacher_top1 = trainer.evaluate(teacher)
+    teacher_score = trainer.evaluate(teacher)
     before_post = _searched(trainer) if trainer.finished("search") else _search(plan, trainer, task)
     # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
     trainer.phase("post-train", config.post_epochs, task, trainer.optimizer(config.learning_rate))
@@ -253,9 +295,10 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
         dense_cost=dense_cost,
         precision=config.precision,
         teacher=teacher,
-        teacher_top1=teacher_top1,
-        before_post_top1=before_post,
-        final_top1=trainer.evaluate(model),
+        measure=trainer.measure,
+        teacher_score=teacher_score,
+        before_post_score=before_post,
+        final_score=trainer.evaluate(model),
         steps=trainer.steps,
         history=trainer.history,
     )
@@ -272,8 +315,10 @@ def _trainer(plan: Plan, log: RunLog) -> Trainer:
         log,
         file,
         plan.processes,
+        plan.evaluate,
         budget=plan.budget,
         metric=plan.metric,
+        **({} if plan.loss is None else {"loss": "own"}),
     )
     if plan.resume and file is not None and file.exists():
         trainer.load()
@@ -283,9 +328,11 @@ def _trainer(plan: Plan, log: RunLog) -> Trainer:
     return trainer
 
 
-def _task(plan: Plan, teacher: nn.Module) -> Classification:
-    """What the model learns: labels, and from the teacher unless distillation is off."""
+def _task(plan: Plan, teacher: nn.Module) -> Classification | UserLoss:
+    """What the model learns: labels, and from the teacher unless distillation is off; or the user's loss."""
     model, config = plan.model, plan.config
+    if plan.loss is not None:
+        return UserLoss(plan.loss, config.precision)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(config.distill.kind != "none")
     if config.distill.kind == "none":
@@ -296,8 +343,8 @@ def _task(plan: Plan, teacher: nn.Module) -> Classification:
     return Distillation(teacher, config.distill, config.label_smoothing, config.precision, mean)
 
 
-def _search(plan: Plan, trainer: Trainer, task: Classification) -> float:
-    """Warms up, searches and hardens; returns top-1 in percent before post-training."""
+def _search(plan: Plan, trainer: Trainer, task: Classification | UserLoss) -> float:
+    """Warms up, searches and hardens; returns the score before post-training."""
     model, config = plan.model, plan.config
     warmup, searching = config.warmup_epochs, config.search_epochs
     optimizer = trainer.optimizer(config.search_learning_rate)
@@ -306,16 +353,16 @@ def _search(plan: Plan, trainer: Trainer, task: Classification) -> float:
     pruner = method_of(config.solver.method)(model, plan.limits, steps, config.solver, config.seed)
     trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
     pruner.harden()
-    top1 = trainer.evaluate(model)
-    trainer.history.append({"phase": "harden", "top1": top1})
-    trainer.log.note(event="harden", top1=top1)
-    return top1
+    score = {trainer.measure: trainer.evaluate(model)}
+    trainer.history.append({"phase": "harden", **score})
+    trainer.log.note(event="harden", **score)
+    return score[trainer.measure]
 
 
 def _searched(trainer: Trainer) -> float:
-    """Applies what `_search` had found before the run was interrupted; returns its top-1."""
+    """Applies what `_search` had found before the run was interrupted; returns its score."""
     apply_structure(trainer.model, Structure.from_json(trainer.resumed["structure"]))
-    return next(entry["top1"] for entry in trainer.history if entry["phase"] == "harden")
+    return next(entry[trainer.measure] for entry in trainer.history if entry["phase"] == "harden")
 
 
 def check_teacher(model: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:

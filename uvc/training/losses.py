@@ -64,6 +64,8 @@ class Classification:
     float32.
     """
 
+    labelled = True  # a batch is (images, labels)
+
     def __init__(self, label_smoothing: float = 0.0, precision: str = "float32") -> None:
         self.label_smoothing = label_smoothing
         if precision not in DTYPES:

@@ -34,8 +34,10 @@ from uvc.training.loss_scale import LossScale
 from uvc.training.losses import Classification, Mixing
 from uvc.training.processes import ALONE, Alone
 from uvc.training.signals import Stopped, asked
+from uvc.training.user_loss import Score, UserLoss, moved, scalars_of, score_of
 
 LOG_EVERY = 5  # steps
+Part = tuple[float, tuple[Any, ...]]  # share of its batch, and what a task takes of it beside the model
 AVERAGED = ("teacher", "post-train")  # phases whose structure stays
 
 
@@ -51,10 +53,14 @@ class Trainer:
         log: RunLog,
         file: Path | None,
         processes: Alone = ALONE,
+        score: Score | None = None,
         **settings: Any,
     ) -> None:
-        self.model, self.processes = model, processes
-        self.train_loader, self.val_loader = processes.share(train, True), processes.share(val, False)
+        """score: of a model, higher is better; None: top-1 on the validation images."""
+        self.model, self.processes, self.score = model, processes, score
+        self.measure = "top1" if score is None else "score"  # its name in history and log
+        self.train_loader = processes.share(train, True)
+        self.val_loader = val if score is not None else processes.share(val, False)
         self.config, self.log, self.file = config, log, file
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
@@ -85,7 +91,7 @@ class Trainer:
         self,
         name: str,
         epochs: int,
-        task: Classification,
+        task: Classification | UserLoss,
         optimizer: torch.optim.Optimizer,
         pruner: Pruner | None = None,
         schedule: tuple[int, int] | None = None,
@@ -114,12 +120,13 @@ class Trainer:
                 step = epoch * steps + i
                 scheduler.step_update(before * steps + step)
                 check.at(epoch, i)
-                loss = self._train_step(task, batch, optimizer, pruner, check)
+                loss, also = self._train_step(task, batch, optimizer, pruner, check)
                 if self.average:
                     self.average.update(self.model, step=step + 1)
                 if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
                     check.read()
                     scalars = {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}
+                    scalars |= {name: float(value) for name, value in also.items()}
                     self.log.step(step, **scalars, **pruner.metrics())
                 self.steps += 1
                 done = i + 1
@@ -142,11 +149,12 @@ class Trainer:
             entry = {
                 "phase": name,
                 "epoch": epoch,
-                "top1": self.evaluate(self.average.module if self.average else self.model),
+                self.measure: self.evaluate(self.average.module if self.average else self.model),
                 "step_ms": 1e3 * seconds / max(done - had, 1),
             }
             self.history.append({**entry, **pruner.metrics()})
-            self.log.note(epoch=epoch, top1=entry["top1"], step_ms=entry["step_ms"])
+            said = {self.measure: entry[self.measure], "step_ms": entry["step_ms"]}
+            self.log.note(epoch=epoch, **said)
             self._save(name, epoch + 1, optimizer, pruner)
             done = 0
         if self.average:
@@ -155,24 +163,21 @@ class Trainer:
 
     def _train_step(
         self,
-        task: Classification,
-        batch: tuple[Tensor, Tensor],
+        task: Classification | UserLoss,
+        batch: Any,
         optimizer: torch.optim.Optimizer,
         pruner: Pruner,
         check: FiniteCheck,
-    ) -> Tensor:
-        """Returns the loss of the whole batch."""
-        images, labels = unpack(batch, "train_loader")
-        check_size(self.model, images, "train_loader")
-        labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
-        images = images.to(self.device, self.dtype, non_blocking=True)
-        shown = getattr(self.train_loader, "shown", None)
-        seed = None if shown is None else hash((self.config.seed, shown.epoch, shown.batch))
-        images, labels = self.mix(images, labels, seed)
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """Returns the loss of the whole batch, and what else a user's loss says in numbers."""
+        if task.labelled:
+            parts, images = self._labelled(batch)
+        else:
+            parts, images = [(1.0, (moved(batch, self.device),))], None
         while True:
             pruner.before()
             self.processes.compare(lambda: self._facts(pruner), self._flags())
-            loss = self._gradients(task, images, labels, pruner, check)
+            loss, also = self._gradients(task, parts, pruner, check)
             if self.scale.fits(self.model.parameters()):
                 break
             optimizer.zero_grad(set_to_none=True)
@@ -183,25 +188,40 @@ class Trainer:
         optimizer.step()
         pruner.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss, also
+
+    def _labelled(self, batch: Any) -> tuple[list[Part], Tensor]:
+        """The parts of a batch of (images, labels), each with its share of it, and all of its images."""
+        images, labels = unpack(batch, "train_loader")
+        check_size(self.model, images, "train_loader")
+        labels = targets(labels, self.mix.num_classes, "train_loader").to(self.device, non_blocking=True)
+        images = images.to(self.device, self.dtype, non_blocking=True)
+        shown = getattr(self.train_loader, "shown", None)
+        seed = None if shown is None else hash((self.config.seed, shown.epoch, shown.batch))
+        images, labels = self.mix(images, labels, seed)
+        size = -(-len(images) // self.config.accumulate)
+        parts = zip(images.split(size), labels.split(size), strict=True)
+        return [(len(part[0]) / len(images), part) for part in parts], images
 
     def _gradients(
-        self, task: Classification, images: Tensor, labels: Tensor, pruner: Pruner, check: FiniteCheck
-    ) -> Tensor:
-        """The gradients of the global batch, from a mean over parts and over processes; returns its loss."""
-        size = -(-len(images) // self.config.accumulate)
-        parts = list(zip(images.split(size), labels.split(size), strict=True))
-        whole = 0.0
-        for number, (some, theirs) in enumerate(parts, 1):
-            loss = task(self.model, some, theirs)["loss"] * (len(some) / len(images))
+        self, task: Classification | UserLoss, parts: list[Part], pruner: Pruner, check: FiniteCheck
+    ) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """The gradients of the global batch, from a mean over parts and over processes; returns its loss, and
+        what else a user's loss says in numbers.
+        """
+        whole, also = 0.0, {}
+        for number, (share, part) in enumerate(parts, 1):
+            found = task(self.model, *part)
+            loss = found["loss"] * share
             whole = whole + loss.detach()
+            also = {} if task.labelled else scalars_of(found)
             if number == len(parts):
                 # Only what runs the same structure everywhere may be reduced.
                 self.processes.settle(check.where())
                 self.reduction.begin()
             self.scale.backward(loss)
         self.reduction.finish([whole, *pruner.evidence()])
-        return whole
+        return whole, also
 
     def _facts(self, pruner: Pruner) -> dict[str, Any]:
         """What is equal in all processes at the beginning of a step."""
@@ -218,7 +238,10 @@ class Trainer:
         return asked(), 0 < minutes <= (time.monotonic() - self.saved) / 60
 
     def evaluate(self, model: nn.Module) -> float:
-        """Top-1 in percent of a model on the validation images."""
+        """Top-1 in percent of a model on the validation images, or its score by the user's own measure."""
+        if self.score is not None:
+            # Rank 0 measures for all.
+            return float(self.processes.told(lambda: repr(score_of(self.score, model))))
         return evaluate(model, self.val_loader, total=self.processes.total)
 
     def _cosine(self, optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
