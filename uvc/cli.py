@@ -70,6 +70,13 @@ def _budget(
     return found.get("", found)
 
 
+def _resume(_context: click.Context, _option: click.Parameter, value: str | None) -> bool | str | None:
+    """--resume alone, or --resume auto."""
+    if value not in (None, "yes", "auto"):
+        raise click.UsageError(f"--resume: {value!r}; give it alone, or as --resume auto")
+    return True if value == "yes" else value
+
+
 def _multiples(_context: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
     if value is None:
         return None
@@ -218,7 +225,12 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints inside an epoch; 0: none.")
 @click.option("--checkpoint-minutes", type=float, help="Minutes between checkpoints, as well; 0: none.")
 @click.option(
-    "--resume", is_flag=True, default=None, help="Continue the run in --out, with the options it began with."
+    "--resume",
+    is_flag=False,
+    flag_value="yes",
+    callback=_resume,
+    metavar="[auto]",
+    help="Continue the run in --out, with the options it began with; auto: or begin it.",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def compress(config: Path | None, show_config: bool, quiet: bool, **options: Any) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from uvc import cli
 from uvc.app.pipeline import _data
 from uvc.app.resolve import resolve, stored_run
-from uvc.app.run_dir import open_out
+from uvc.app.run_dir import check_out, open_out
 from uvc.config import Config, DataConfig, RunConfig
 from uvc.recipes import RECIPES
 
@@ -198,6 +198,27 @@ def test_a_run_of_another_version_is_refused_in_one_line(change, tmp_path):
     assert "run.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_resume_auto_begins_a_run_and_then_continues_it(tmp_path):
+    options = {"out": str(tmp_path / "run"), "budget": 0.4, "resume": "auto"}
+    first = resolve(options)
+    assert not first.resume
+    open_out(tmp_path / "run", first)
+    again = resolve(options)
+    assert again.resume and again.training == first.training and again.budget == 0.4
+    with pytest.raises(ValueError, match="but the run to resume began with"):
+        resolve(options | {"budget": 0.3})
+
+
+def test_what_a_killed_process_left_of_a_file_does_not_keep_a_run_from_beginning(tmp_path):
+    (tmp_path / ".run.json.77.part").write_text("{")
+    check_out(tmp_path, resume=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        check_out(tmp_path, resume=False)
+
+
 def test_resume_without_a_folder_is_refused():
     with pytest.raises(ValueError, match="--resume: no --out is given"):
         resolve({"resume": True})
+    with pytest.raises(ValueError, match="--resume: no --out is given"):
+        resolve({"resume": "auto"})

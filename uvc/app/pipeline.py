@@ -24,12 +24,14 @@ from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.preprocessing import cfg_of, check_classes, check_names, note_data
-from uvc.io.serialization import WEIGHTS, load, save
+from uvc.io.serialization import CONFIG as MODEL
+from uvc.io.serialization import load, save
 from uvc.io.weights import take_weights, warn
 from uvc.latency_table import LatencyTable, measure, measure_latency, verify
 from uvc.layers import convert
 from uvc.recipes import AIMS, RECIPES
 from uvc.structure import Structure
+from uvc.training.checkpoint import delete_run
 from uvc.training.compress import Plan, Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
@@ -103,7 +105,7 @@ def compress_run(
     draw_run(out, summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    delete_run(out / CHECKPOINT)
     return summary
 
 
@@ -242,7 +244,7 @@ def _begin(run: RunConfig, data: Data, out: Path) -> tuple[nn.Module, bool]:
     A teacher that this run had trained before it was interrupted comes first.
     """
     model = _model(run, data.num_classes)
-    if (out / TEACHER / WEIGHTS).is_file():
+    if (out / TEACHER / MODEL).is_file():  # which is written last
         take_weights(model, out / TEACHER)
         return model, True
     if run.pretrained:
@@ -296,7 +298,7 @@ def _make_teacher(model: nn.Module, data: Data, plan: Plan, out: Path, log: RunL
     train_teacher(model, data.train, data.val, plan.config, log, checkpoint, plan.processes)
     if plan.processes.main:
         save(model, out / TEACHER)
-        checkpoint.unlink(missing_ok=True)
+        delete_run(checkpoint)
 
 
 def _summary(

@@ -32,7 +32,8 @@ PATHS = {
 # Settings that hold settings.
 TABLES = ("images", "model_args", "training", "training.distill", "training.solver")
 # Settings that change where a run computes, not what; a resumed run may be given others.
-PLACES = ("device", "workers", "data_root", "teacher_cache", "training.threads", "training.checkpoint_every")
+PLACES = ("device", "workers", "data_root", "teacher_cache")
+PLACES += tuple(f"training.{name}" for name in ("threads", "checkpoint_every", "checkpoint_minutes"))
 
 
 class Given(NamedTuple):
@@ -54,6 +55,7 @@ def resolve(options: Mapping[str, Any], file: Path | None = None) -> RunConfig:
         ValueError: one line that names the option, or the file and its key.
     """
     given = [*_of_file(file), *_of_options(options)]
+    given = [_begun(setting, given) if setting.path == "resume" else setting for setting in given]
     asked = {setting.path: setting for setting in given}
     if "resume" in asked and asked["resume"].value is True:
         if "out" not in asked:
@@ -79,6 +81,14 @@ def resolve(options: Mapping[str, Any], file: Path | None = None) -> RunConfig:
     check_name(run.data)
     known_model(run.model, asked["model"].label if "model" in asked else "--model")
     return run
+
+
+def _begun(resume: Given, given: list[Given]) -> Given:
+    """`auto` is true where --out holds a run already."""
+    out = next((setting.value for setting in given if setting.path == "out"), None)
+    if resume.value != "auto" or out is None:
+        return resume._replace(value=True if resume.value == "auto" else resume.value)
+    return resume._replace(value=(Path(out) / OPTIONS).is_file())
 
 
 def _resolve_again(out: Path, given: list[Given]) -> RunConfig:

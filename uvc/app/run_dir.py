@@ -39,7 +39,8 @@ def check_out(out: Path, resume: bool) -> None:
         raise ValueError(
             f"--out: {str(out)!r} holds a run already; add --resume to continue it, or name a new folder"
         )
-    if not started and out.is_dir() and any(out.iterdir()):
+    # What a process that was killed has left of a file is no other file.
+    if not started and out.is_dir() and any(path.suffix != ".part" for path in out.iterdir()):
         raise ValueError(f"--out: {str(out)!r} holds other files; name a new or an empty folder")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -1,13 +1,21 @@
-"""The state of an unfinished run in one safetensors file: tensors by name, the rest as JSON in its metadata.
-Nothing is pickled.
+"""The state of an unfinished run in one safetensors file: tensors by name, the rest as JSON in its metadata,
+and a checksum of both. The last two are kept. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import math
+import os
 import random
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,25 +27,175 @@ from uvc.io.files import write_tensors
 HELD = "held"  # the group of tensors that stand in the facts
 
 
+class _Copy(NamedTuple):
+    """What a file is to hold, apart from what goes on training."""
+
+    flat: dict[str, Tensor]  # on the CPU
+    facts: str
+
+    @classmethod
+    def of(cls, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> _Copy:
+        held: dict[str, Tensor] = {}
+        facts = _take_out(facts, held)
+        flat = {
+            f"{group}/{name}": t.detach().to("cpu", copy=True).contiguous()
+            for group, part in {**tensors, HELD: held}.items()
+            for name, t in part.items()
+        }
+        return cls(flat, json.dumps(facts))
+
+    def checksum(self) -> str:
+        return _checksum(self.flat, self.facts)
+
+    def write(self, path: Path, replaces: bool = False) -> None:
+        """replaces: what is there is not kept as the one before."""
+        checksum = self.checksum()
+        if path.exists() and not replaces:
+            _keep_before(path)
+        write_tensors(path, self.flat, {"facts": self.facts, "sha256": checksum})
+
+
+class Checkpoints:
+    """The file of an unfinished run, written by a thread of its own. As a context it ends when what was begun
+    is written.
+
+    OSError, where the next one begins or the context ends, if one could not be written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """path: None where nothing is to be written."""
+        self.path = path
+        self.damaged = False  # what is there cannot be read, so the one before it stays
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def save(self, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        """Copies, on this thread, and begins to write."""
+        self.wait()
+        check_space(self.path, sum(t.nbytes for part in tensors.values() for t in part.values()))
+        copy, replaces, self.damaged = _Copy.of(tensors, facts), self.damaged, False
+        self._thread = threading.Thread(target=self._write, args=(copy, replaces), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, copy: _Copy, replaces: bool) -> None:
+        try:
+            copy.write(self.path, replaces)
+        except OSError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Returns when what was begun is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def load(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The newest that can be read; of a damaged one before it a warning tells. ValueError if none can."""
+        try:
+            return load_run(self.path)
+        except ValueError as error:
+            before = before_of(self.path)
+            if not before.exists():
+                raise
+            found = load_run(before)
+            if self.path.exists():
+                self.damaged = True
+                warnings.warn(f"{error}; the run goes on from the one before, {before}", stacklevel=2)
+            return found
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):
+            self.wait()
+
+
+def before_of(path: Path) -> Path:
+    """Where the checkpoint before that at `path` is kept."""
+    return path.with_stem(f"{path.stem}-before")
+
+
+def has_run(path: Path) -> bool:
+    """Whether there is a checkpoint, or one before it."""
+    return path.exists() or before_of(path).exists()
+
+
+def delete_run(path: Path) -> None:
+    """Removes the checkpoints of a finished run."""
+    for file in (before_of(path), path):
+        file.unlink(missing_ok=True)
+
+
 def save_run(path: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
     """Writes groups of tensors and JSON facts; the file is whole or the old one stays."""
-    held: dict[str, Tensor] = {}
-    facts = _take_out(facts, held)
-    flat = {
-        f"{group}/{name}": t.detach().contiguous().clone()
-        for group, part in {**tensors, HELD: held}.items()
-        for name, t in part.items()
-    }
-    write_tensors(path, flat, {"facts": json.dumps(facts)})
+    _Copy.of(tensors, facts).write(path)
+
+
+def check_space(path: Path, size: int) -> None:
+    """OSError unless a file of so many bytes fits on the disk."""
+    free = _free(path.parent)
+    if free < size:
+        raise OSError(f"{path} cannot be written: {_mb(free)} are free, it takes {_mb(size)}")
+
+
+def check_room(out: Path, model: nn.Module, averaged: bool) -> None:
+    """ValueError unless the checkpoints of a run fit on the disk of `out`: two, and one being written."""
+    weights = sum(p.nbytes for p in model.parameters())
+    # Weights, two moments of AdamW, perhaps an average.
+    size = 3 * (3 + averaged) * weights + weights
+    there = sum(file.stat().st_size for file in out.glob("**/checkpoint*.safetensors"))
+    folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if (free := _free(folder) + there) < size:
+        raise ValueError(
+            f"out: {str(out)!r} has {_mb(free)} free, the checkpoints of this run take {_mb(size)}; "
+            "make room, or name a folder on another disk"
+        )
+
+
+def _free(folder: Path) -> float:
+    folder.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(folder)
+    return disk.free if disk.total else math.inf  # some file systems do not say
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _keep_before(path: Path) -> None:
+    """What is at `path` is also the one before, which it replaces; at any moment `path` is whole."""
+    link = path.with_name(f".{path.name}.{os.getpid()}.before")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, before_of(path))
+    except OSError:  # a file system without hard links
+        os.replace(path, before_of(path))
+
+
+def _checksum(flat: Mapping[str, Tensor], facts: str) -> str:
+    seen = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(flat.items()):
+        seen.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        seen.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return seen.hexdigest()
 
 
 def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Inverse of ``save_run``; a file that is cut short or foreign is a ValueError that names it."""
+    """Inverse of ``save_run``; a file that is damaged or foreign is a ValueError that names it."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
+            metadata = file.metadata() or {}
+            facts = json.loads(metadata["facts"])
             flat = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        # Older versions wrote no checksum.
+        if metadata.get("sha256") not in (None, _checksum(flat, metadata["facts"])):
+            raise ValueError("its checksum is of other content")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{path}: not a readable checkpoint of a run ({error}); delete it to start afresh"
         ) from None

@@ -26,7 +26,7 @@ from uvc.latency_table import LatencyTable, measure
 from uvc.layers import check, check_children, convert
 from uvc.solver import method_of
 from uvc.structure import Structure, apply_structure, structure_of
-from uvc.training.checkpoint import set_seed
+from uvc.training.checkpoint import check_room, has_run, set_seed
 from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
@@ -91,7 +91,7 @@ def train_teacher(
     """Trains a dense model on labels, in place, for ``config.teacher_epochs``; returns top-1 in percent."""
     freeze(model, config.freeze)
     trainer = Trainer(model, train_loader, val_loader, config, log, file, processes)
-    if file is not None and file.exists():
+    if file is not None and has_run(file):
         trainer.load()
     set_seed(config.seed, bool(trainer.mix))
     processes.seed(config.seed)
@@ -149,6 +149,7 @@ class Plan:
             check_dtype(self.teacher, "teacher")
         if self.out is not None:
             describe(model)  # what could not be saved is refused now, not after the training
+            check_room(self.out, model, bool(config.ema_decay))
         with frozen(model, config.freeze):
             # One process measures for all.
             found = self.processes.told(lambda: json.dumps(self._settled()._asdict()))
@@ -320,7 +321,7 @@ def _trainer(plan: Plan, log: RunLog) -> Trainer:
         metric=plan.metric,
         **({} if plan.loss is None else {"loss": "own"}),
     )
-    if plan.resume and file is not None and file.exists():
+    if plan.resume and file is not None and has_run(file):
         trainer.load()
     set_seed(plan.config.seed, bool(trainer.mix))
     plan.processes.seed(plan.config.seed)

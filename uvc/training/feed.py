@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvc.io.files import one_line
 from uvc.training.checkpoint import random_state, set_random_state
 from uvc.training.signals import asked
 
@@ -47,9 +48,13 @@ class Feed:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError:
+            except RuntimeError as error:
+                ended = "DataLoader worker" in str(error)
                 if asked():  # whoever ended this process has ended its workers, too
                     return
+                if ended:
+                    said = one_line(error)
+                    raise RuntimeError(f"workers: a process that reads images has ended: {said}") from None
                 raise
             yield batch
 

@@ -5,6 +5,7 @@ structure, one voice. Without a launcher `Alone` stands in, which does nothing a
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -239,7 +240,12 @@ def speaks() -> bool:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
-        return store.add("uvc/said", 1) == 1
+        first = store.add("uvc/said", 1) == 1
+        # Rank 0 may keep the store: it stays until the others have asked, if they still can.
+        end = time.monotonic() + 5
+        while dist.get_rank() == 0 and store.add("uvc/said", 0) < launched() and time.monotonic() < end:
+            time.sleep(0.05)
+        return first
     except (RuntimeError, ValueError):
         return True  # who kept it is the one that was lost
 

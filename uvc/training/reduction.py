@@ -140,5 +140,4 @@ def _masks(half: nn.Module) -> dict[str, Tensor]:
     """bool masks of the units of a half that take part, on the CPU."""
     if hasattr(half, "kept_neurons"):
         return {"neuron": half.kept_neurons}
-    v = half.kept_v
-    return {"qk": half.kept_qk & v.any(-1, keepdim=True), "v": v}
+    return {"qk": half.kept_qk, "v": half.kept_v}

@@ -19,12 +19,7 @@ from uvc.io.finite import refuse_not_finite
 from uvc.settings import from_dict, hints
 from uvc.solver import Pruner
 from uvc.structure import structure_of
-from uvc.training.checkpoint import (
-    load_optimizer_tensors,
-    load_run,
-    optimizer_tensors,
-    save_run,
-)
+from uvc.training.checkpoint import Checkpoints, has_run, load_optimizer_tensors, optimizer_tensors
 from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, unpack
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
@@ -62,6 +57,7 @@ class Trainer:
         self.train_loader = processes.share(train, True)
         self.val_loader = val if score is not None else processes.share(val, False)
         self.config, self.log, self.file = config, log, file
+        self.checkpoints = Checkpoints(file)
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
         self.scale = LossScale(config.precision)
@@ -111,52 +107,53 @@ class Trainer:
         scheduler = self._cosine(optimizer, cycle * steps)
         self.log.phase(name, epochs * steps)
         check = FiniteCheck(self.model, name, self._kept)
-        for epoch in range(first, epochs):
-            start = time.perf_counter()
-            train_mode(self.model)
-            had = done
-            batches = self.feed.epoch(done) if done < steps else ()
-            for i, batch in enumerate(batches, done):
-                step = epoch * steps + i
-                scheduler.step_update(before * steps + step)
-                check.at(epoch, i)
-                loss, also = self._train_step(task, batch, optimizer, pruner, check)
-                if self.average:
-                    self.average.update(self.model, step=step + 1)
-                if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
-                    check.read()
-                    scalars = {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}
-                    scalars |= {name: float(value) for name, value in also.items()}
-                    self.log.step(step, **scalars, **pruner.metrics())
-                self.steps += 1
-                done = i + 1
-                if done == steps:
-                    continue
-                stop, late = self.processes.joined(self._flags())
-                if stop:
-                    break
-                every = self.config.checkpoint_every
-                if late or (every and (step + 1) % every == 0):
-                    check.read()
+        with self.checkpoints:
+            for epoch in range(first, epochs):
+                start = time.perf_counter()
+                train_mode(self.model)
+                had = done
+                batches = self.feed.epoch(done) if done < steps else ()
+                for i, batch in enumerate(batches, done):
+                    step = epoch * steps + i
+                    scheduler.step_update(before * steps + step)
+                    check.at(epoch, i)
+                    loss, also = self._train_step(task, batch, optimizer, pruner, check)
+                    if self.average:
+                        self.average.update(self.model, step=step + 1)
+                    if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
+                        check.read()
+                        scalars = {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}
+                        scalars |= {name: float(value) for name, value in also.items()}
+                        self.log.step(step, **scalars, **pruner.metrics())
+                    self.steps += 1
+                    done = i + 1
+                    if done == steps:
+                        continue
+                    stop, late = self.processes.joined(self._flags())
+                    if stop:
+                        break
+                    every = self.config.checkpoint_every
+                    if late or (every and (step + 1) % every == 0):
+                        check.read()
+                        self._save(name, epoch, optimizer, pruner, done)
+                check.read()
+                with self.processes.in_turn():
+                    task.end_epoch()
+                seconds = time.perf_counter() - start
+                if self.processes.joined(self._flags())[0]:
                     self._save(name, epoch, optimizer, pruner, done)
-            check.read()
-            with self.processes.in_turn():
-                task.end_epoch()
-            seconds = time.perf_counter() - start
-            if self.processes.joined(self._flags())[0]:
-                self._save(name, epoch, optimizer, pruner, done)
-                raise Stopped(f"stopped in {name}, epoch {epoch}, after {done} of {steps} batches")
-            entry = {
-                "phase": name,
-                "epoch": epoch,
-                self.measure: self.evaluate(self.average.module if self.average else self.model),
-                "step_ms": 1e3 * seconds / max(done - had, 1),
-            }
-            self.history.append({**entry, **pruner.metrics()})
-            said = {self.measure: entry[self.measure], "step_ms": entry["step_ms"]}
-            self.log.note(epoch=epoch, **said)
-            self._save(name, epoch + 1, optimizer, pruner)
-            done = 0
+                    raise Stopped(f"stopped in {name}, epoch {epoch}, after {done} of {steps} batches")
+                entry = {
+                    "phase": name,
+                    "epoch": epoch,
+                    self.measure: self.evaluate(self.average.module if self.average else self.model),
+                    "step_ms": 1e3 * seconds / max(done - had, 1),
+                }
+                self.history.append({**entry, **pruner.metrics()})
+                said = {self.measure: entry[self.measure], "step_ms": entry["step_ms"]}
+                self.log.note(epoch=epoch, **said)
+                self._save(name, epoch + 1, optimizer, pruner)
+                done = 0
         if self.average:
             self.model.load_state_dict(self.average.module.state_dict())
             self.average = None
@@ -260,7 +257,8 @@ class Trainer:
     def _kept(self) -> str:
         if self.file is None:
             return "nothing of this run is kept"
-        return f"{self.file} keeps what was saved last" if self.file.exists() else "nothing was saved yet"
+        self.checkpoints.wait()
+        return f"{self.file} keeps what was saved last" if has_run(self.file) else "nothing was saved yet"
 
     def _save(
         self, phase: str, epoch: int, optimizer: torch.optim.Optimizer, pruner: Pruner, done: int = 0
@@ -293,13 +291,13 @@ class Trainer:
         self.saved = time.monotonic()
         if not self.processes.main:
             return
-        save_run(self.file, tensors, {**facts, "structure": structure, "settings": self.settings})
+        self.checkpoints.save(tensors, {**facts, "structure": structure, "settings": self.settings})
 
     def load(self) -> None:
         """Reads the checkpoint; phases before the one it names are passed over, that one continues after its
         last batch.
         """
-        self.tensors, self.resumed = load_run(self.file)
+        self.tensors, self.resumed = self.checkpoints.load()
         if not _same(self.resumed["settings"], self.settings):
             raise ValueError(
                 f"{self.file}: it was written with other settings; resume with the same ones or start afresh"
