@@ -19,6 +19,7 @@ LAYERS = [
     ["uvc.config"],
     ["uvc.recipes", "uvc.layers", "uvc.models"],
     ["uvc.structure"],
+    ["uvc.elastic"],
     ["uvc.compaction"],
     ["uvc.io", "uvc.costs"],
     ["uvc.constraints", "uvc.latency_table"],
@@ -43,6 +44,7 @@ PUBLIC = [
     "load",
     "load_weights",
     "save",
+    "set_budget",
     "structure_of",
 ]
 

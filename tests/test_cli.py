@@ -18,7 +18,11 @@ MISTAKES = {
     "a budget above one": ("--budget 1.5", "--budget", "1.5"),
     "a budget of nan": ("--budget nan", "--budget", "nan"),
     "a budget that is no number": ("--budget half", "--budget", "half"),
-    "two budgets without metrics": ("--budget 0.5,0.4", "--budget", "0.5,0.4"),
+    "budgets that do not descend": ("--budget 0.4,0.5", "--budget", "0.4, 0.5 must descend"),
+    "budgets one of which is no number": ("--budget 0.5,half", "--budget", "0.5,half"),
+    "budgets one of which is none": ("--budget 0.5,0", "--budget", "0"),
+    "budgets of which the smallest cannot be met": ("--budget 0.7,0.0001", "budget", "0.0001"),
+    "several budgets and tokens": ("--budget 0.7,0.5 --tokens 2", "tokens", "several budgets keep all"),
     "a budget for an unknown metric": ("--budget macs=0.5,joules=0.4", "metric", "joules"),
     "one of two budgets below the smallest reachable": (
         "--budget macs=0.5,params=0.0001",

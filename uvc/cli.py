@@ -55,10 +55,18 @@ class Renamed(click.Option):
 
 def _budget(
     _context: click.Context, _option: click.Parameter, value: str | None
-) -> float | dict[str, float] | None:
-    """0.5, or a fraction for each of several metrics, as in macs=0.5,params=0.6."""
+) -> float | dict[str, float] | list[float] | None:
+    """0.5, or one model for several, as in 0.7,0.5, or a fraction for each of several metrics, as in
+    macs=0.5,params=0.6.
+    """
     if value is None:
         return None
+    if "," in value and "=" not in value:
+        try:
+            return [float(part) for part in value.split(",")]
+        except ValueError:
+            said = f"--budget: {value!r}; give fractions, largest first, as in 0.7,0.5,0.33"
+            raise click.UsageError(said) from None
     named = [part.rpartition("=") for part in value.split(",")]
     try:
         found = {metric.strip(): float(fraction) for metric, _, fraction in named}
@@ -178,7 +186,9 @@ def _data_options(command: Callable) -> Callable:
 @_data_options
 @_image_options
 @click.option(
-    "--budget", callback=_budget, help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6."
+    "--budget",
+    callback=_budget,
+    help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6; or 0.7,0.5 for both in one.",
 )
 @click.option("--metric", metavar="macs|params|latency", help="What a single fraction counts.")
 @click.option("--latency-table", help="latency.json of a run, or of uvc latency, to budget by.")
@@ -271,6 +281,7 @@ def _how_to_continue(out: str | None) -> str:
 @cli.command("eval")
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @_data_options
+@click.option("--budget", type=float, help="Of a model for several budgets, one; the largest.")
 def evaluate(folder: Path, **options: Any) -> None:
     """Load the model in DIR and measure its top-1 accuracy; the data default to those of its run."""
     from uvc.app.pipeline import evaluate_run

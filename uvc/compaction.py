@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from uvc.elastic import STRUCTURES
 from uvc.layers import CompactBlock, check, check_children, like
 from uvc.structure import Structure, fit_structure, structure_of
 
@@ -28,7 +29,9 @@ def compacted(model: nn.Module, structure: Structure) -> nn.Module:
     kept = zip(model.blocks, structure.blocks, fit_structure(model, structure), strict=True)
     blocks = [CompactBlock(*block) for block in kept]
     # The memo says that the copy of the blocks is there already, so that the full blocks are not copied.
-    return copy.deepcopy(model, {id(model.blocks): like(model.blocks, blocks)})
+    small = copy.deepcopy(model, {id(model.blocks): like(model.blocks, blocks)})
+    vars(small).pop(STRUCTURES, None)
+    return small
 
 
 def equivalent(model: nn.Module, small: nn.Module, x: Tensor) -> float:

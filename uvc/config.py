@@ -6,8 +6,9 @@ file and the command line over them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from numbers import Real
 from typing import Literal
 
@@ -159,7 +160,8 @@ class Config:
         check_fields(self)
 
 
-Budget = float | dict[str, float]
+# A tuple: one model for several fractions, largest first.
+Budget = float | dict[str, float] | tuple[float, ...]
 Plain = bool | int | float | str
 Arguments = dict[str, Plain | tuple[Plain, ...]]
 
@@ -207,8 +209,8 @@ class RunConfig:
 
     @property
     def budgets(self) -> dict[str, float]:
-        """The fraction of each metric."""
-        return named_budgets(self.budget, self.metric)
+        """The fraction of each metric; of several budgets the largest."""
+        return named_budgets(nested_budgets(self.budget)[0], self.metric)
 
     @property
     def seed(self) -> int:
@@ -219,6 +221,24 @@ class RunConfig:
     def threads(self) -> int | None:
         """CPU threads."""
         return self.training.threads
+
+
+def nested_budgets(
+    budget: float | Mapping[str, float] | Sequence[float],
+) -> tuple[float | Mapping[str, float], ...]:
+    """The budgets of one model: several fractions, which must descend, or the one that is given."""
+    if not isinstance(budget, (tuple, list)):
+        return (budget,)
+    shown = ", ".join(map(str, budget))
+    if len(budget) < 2:
+        raise ValueError(f"budget: a list of one, {shown or 'or none'}; give the fraction, or several")
+    for fraction in budget:
+        if isinstance(fraction, Mapping):
+            raise ValueError(f"budget: {fraction!r} among several; those are fractions of one metric")
+        named_budgets(fraction, METRICS[0])
+    if any(a <= b for a, b in pairwise(budget)):
+        raise ValueError(f"budget: {shown} must descend, as in 0.7, 0.5, 0.33")
+    return tuple(map(float, budget))
 
 
 def named_budgets(budget: float | Mapping[str, float], metric: str) -> dict[str, float]:

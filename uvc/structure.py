@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,21 @@ class BlockStructure:
         object.__setattr__(self, "v_dims", tuple(dims["v_dims"][i] for i in kept))
         object.__setattr__(self, "neurons", neurons)
 
+    def contains(self, other: "BlockStructure") -> bool:
+        """Whether everything that `other` keeps of a block is kept here, too."""
+        mine = {h: dims for h, *dims in zip(self.heads, self.qk_dims, self.v_dims, strict=True)}
+        halves = self.attn >= other.attn and self.mlp >= other.mlp
+        tokens = self.tokens is None or (other.tokens is not None and other.tokens <= self.tokens)
+        return (
+            halves
+            and tokens
+            and set(other.neurons) <= set(self.neurons)
+            and all(
+                head in mine and set(qk) <= set(mine[head][0]) and set(v) <= set(mine[head][1])
+                for head, qk, v in zip(other.heads, other.qk_dims, other.v_dims, strict=True)
+            )
+        )
+
 
 def indices(name: str, values: object) -> tuple[int, ...]:
     """`values` as a tuple of strictly ascending, non-negative ints; ValueError naming `name` otherwise."""
@@ -214,14 +229,23 @@ class Structure:
         fit(kept, s)
         return kept
 
+    def contains(self, other: "Structure") -> bool:
+        """Whether everything that `other` keeps is kept here, too."""
+        pairs = zip(self.blocks, other.blocks, strict=False)
+        return len(self.blocks) == len(other.blocks) and all(block.contains(o) for block, o in pairs)
+
     def to_json(self) -> str:
         """This structure as one line of JSON."""
+        return json.dumps(self.to_data(), separators=(",", ":"))
+
+    def to_data(self) -> dict[str, Any]:
+        """This structure as JSON takes it."""
         blocks = [asdict(block) for block in self.blocks]
         for block in blocks:
             # Only where it says something, as older files have no such key.
             if block["tokens"] is None:
                 del block["tokens"]
-        return json.dumps({"blocks": blocks}, separators=(",", ":"))
+        return {"blocks": blocks}
 
     @classmethod
     def from_json(cls, text: str) -> "Structure":

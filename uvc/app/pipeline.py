@@ -19,6 +19,7 @@ from uvc.compaction import compact
 from uvc.config import DataConfig, RunConfig
 from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
+from uvc.elastic import set_budget
 from uvc.environment import choose_device, device_name, versions
 from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
@@ -36,7 +37,7 @@ from uvc.training.compress import Plan, Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
-from uvc.training.processes import here
+from uvc.training.processes import Alone, here
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
@@ -99,9 +100,11 @@ def compress_run(
         result = carry_out(plan, log)
     small = compact(result.model)
     top1 = evaluate(small, data.val, device, processes.total)
+    rows = [_row(result, budget, data, device, processes) for budget in result.structures]
     if not processes.main:
         return None
-    summary = _summary(run, plan, data, result, small, top1) | {"seconds": time.monotonic() - started}
+    summary = _summary(run, plan, data, result, small, top1) | ({"budgets": rows} if rows else {})
+    summary["seconds"] = time.monotonic() - started
     draw_run(out, summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
@@ -137,12 +140,14 @@ def evaluate_run(
     threads: int | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    budget: float | None = None,
 ) -> dict[str, Any]:
     """Top-1 accuracy, images, MACs and parameters of the model that `uvc.save` left in a folder.
 
-    What is None is as in the run that made the folder, the device aside, which is the CPU.
+    What is None is as in the run that made the folder, the device aside, which is the CPU, and the budget:
+    of several the largest.
     """
-    model = load(folder)
+    model = load(folder, budget=budget)
     run, wants = RunConfig(training=RECIPES["digits"]()), {}
     if (folder / OPTIONS).is_file():
         run = stored_run(folder)
@@ -328,6 +333,22 @@ def _summary(
         **({"latency_budget": _latency_check(plan.latency, result.teacher, small)} if plan.latency else {}),
         "versions": versions(),
         "structure": json.loads(result.structure.to_json()),
+    }
+
+
+def _row(result: Result, budget: float, data: Data, device: torch.device, processes: Alone) -> dict[str, Any]:
+    """The figures of a finished run at one of its budgets."""
+    small = compact(set_budget(result.model, budget))
+    set_budget(result.model, next(iter(result.structures)))
+    figures, dense = cost(small), result.dense_cost
+    return {
+        "budget": budget,
+        "macs": figures.macs,
+        "macs_ratio": figures.macs / dense.macs,
+        "params": figures.params,
+        "params_ratio": figures.params / dense.params,
+        "before_post_top1": result.before_post_scores[budget],
+        "final_top1": evaluate(small, data.val, device, processes.total),
     }
 
 

@@ -17,8 +17,11 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
     budget = summary["budget"]
-    budgets = budget if isinstance(budget, Mapping) else {summary["metric"]: budget}
-    asked = " and ".join(f"{fraction:g} of {metric}" for metric, fraction in budgets.items())
+    if isinstance(budget, Mapping):
+        asked = " and ".join(f"{fraction:g} of {metric}" for metric, fraction in budget.items())
+    else:
+        fractions = budget if isinstance(budget, list | tuple) else [budget]
+        asked = f"{', '.join(f'{fraction:g}' for fraction in fractions)} of {summary['metric']}"
     title = f"{summary['model']} on {summary['data']}, budget {asked}"
     # Wide enough that the title stays on one line.
     table = Table(title=title, min_width=len(title))
@@ -29,6 +32,9 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     for label, key in (("MACs", "macs"), ("parameters", "params")):
         dense, final = summary[f"dense_{key}"], summary[f"final_{key}"]
         table.add_row(label, _count(dense), _count(final), f"{final / dense:.4f}")
+    for row in summary.get("budgets", ()):
+        label, after = f"budget {row['budget']:g}: top-1 (%)", row["final_top1"]
+        table.add_row(label, f"{before:.2f}", f"{after:.2f}", f"MACs {row['macs_ratio']:.4f}")
     for entry in summary.get("latency", ()):
         dense, final = entry["teacher_ms"], entry["compressed_ms"]
         label = f"latency, batch {entry['batch']} (ms)"

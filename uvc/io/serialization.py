@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from timm.models import create_model, is_model
 from torch import nn
 
-from uvc.compaction import compacted
+from uvc.compaction import compact, compacted
+from uvc.elastic import make_elastic, set_budget, structures_from_data, structures_of, structures_to_data
 from uvc.io.arguments import MAKERS
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
@@ -110,14 +111,16 @@ def save(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"cannot write a model: {one_line(error)}") from None
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load(folder: str | Path, device: str | torch.device = "cpu", budget: float | None = None) -> nn.Module:
     """The model that `save` wrote to `folder`, on `device`, in eval mode: same outputs, dtype and structure.
 
-    A compacted model comes back compacted, any other converted. `pretrained_cfg`, where timm looks for it,
-    says how images are prepared and, as "label_names", what the classes are called. ValueError, in one line
-    that names the file, for a missing, truncated or foreign file; all sizes are checked before anything is
-    allocated.
+    A compacted model comes back compacted, any other converted; one with structures for several budgets at
+    the largest, or, where `budget` names one of them, compacted at that. `pretrained_cfg`, where timm looks
+    for it, says how images are prepared and, as "label_names", what the classes are called. ValueError, in
+    one line that names the file, for a missing, truncated or foreign file; all sizes are checked before
+    anything is allocated.
     """
+    budget = None if budget is None else float(budget)
     config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
         text = config_path.read_text(encoding="utf-8")
@@ -137,6 +140,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     fill_buffers(model, device)
     if not is_compacted(model):
         apply_structure(model, structure)
+    if structures := structures_of(model):
+        make_elastic(model, structures)
+    if budget is not None:
+        model = compact(set_budget(model, budget))
     return model.eval()
 
 
@@ -174,9 +181,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "activation": name_of(block.mlp.act, "blocks.0.mlp.act", ACTIVATIONS),
         "arguments": maker.read(dense),
         "compacted": is_compacted(model),
-        "structure": json.loads(structure_of(model).to_json()),
+        "structure": structure_of(model).to_data(),
         "preprocessing": preprocessing_of(model),
     }
+    if structures := structures_of(model):
+        # The largest, whatever the model stands at.
+        config["structure"] = next(iter(structures.values())).to_data()
+        config["structures"] = structures_to_data(structures)
     try:
         compare(dense, rebuild_dense(config, len(dense.blocks)))
     except ValueError:
@@ -203,13 +214,17 @@ def rebuild(config: object) -> tuple[Structure, nn.Module]:
     """The structure and the model, on the meta device, that a config describes; an exception if none."""
     if isinstance(config, dict):
         config = {**config, **OLDER.get(config.get("format"), {})}
-    if not isinstance(config, dict) or set(config) != FIELDS:
+    if not isinstance(config, dict) or set(config) - {"structures"} != FIELDS:
         raise ValueError(f"expected an object with the fields {', '.join(sorted(FIELDS))}")
     if config["format"] != FORMAT:
         raise ValueError(f"format must be {FORMAT!r}, got {config['format']!r}")
     structure = Structure.from_data(config["structure"])
     dense = rebuild_dense(config, len(structure.blocks))
     fit(structure, sizes_of(dense))
+    if "structures" in config:
+        if config["compacted"]:
+            raise ValueError("structures: a compacted model has one alone")
+        make_elastic(dense, structures_from_data(config["structures"]))
     if config["preprocessing"] is not None:
         check_preprocessing(config["preprocessing"], dense)
         take_preprocessing(dense, config["preprocessing"])

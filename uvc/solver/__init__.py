@@ -21,6 +21,7 @@ snap) and ``reference`` its slow twin in loops. ``head_basis`` gives heads dims 
 weights; ``rounding`` ends on the exact budget.
 """
 
+from uvc.solver.elastic import Joint, NestedSearch
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import METHODS, Pruner, method, method_of
 from uvc.solver.published import PublishedSearch
@@ -32,6 +33,8 @@ from uvc.solver.token_groups import check_tokens
 __all__ = [
     "METHODS",
     "Groups",
+    "Joint",
+    "NestedSearch",
     "Pruner",
     "PublishedSearch",
     "Search",

@@ -47,6 +47,14 @@ class Pruner:
     def prepare(model: nn.Module, config: SolverConfig) -> None:
         """Changes a converted model before its first optimiser; its function stays."""
 
+    @property
+    def passes(self) -> int:
+        """How often each batch goes through the model; the gradients add up."""
+        return 1
+
+    def turn(self, number: int) -> None:
+        """Prepares the model for one of the passes of a step, 0 to ``passes`` - 1."""
+
     def before(self) -> None:
         """Prepares the model for the coming forward and backward pass; called anew where that is repeated."""
 

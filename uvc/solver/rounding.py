@@ -45,15 +45,19 @@ class _Walk:
     def __init__(self, state: State, limits: Sequence[Limit]) -> None:
         self.state, self.limits, self.heads = state, limits, state.geometry.heads
         self.size = {name: family.multiple for name, family in state.families.items()}
-        self.order, self.ratio, self.kept, all_alive = {}, {}, {}, state.alive()
+        self.order, self.ratio, self.kept, self.gone = {}, {}, {}, {}
+        all_alive = state.alive()
         for name, price in group_prices(state, marginal(state, limits)).items():
             family, shape = state.families[name], (-1, self.size[name])
             alive = state.geometry.gathered(name, getattr(all_alive, name).int()) > 0
-            # Dead groups come first; a bundle with a living group is kept whole.
-            order = family.importance.masked_fill(~alive, -1.0).argsort(dim=1, stable=True)
+            # What was gone before comes first, whole bundles, then what is dead; a bundle with a living group
+            # is kept whole.
+            importance = family.importance.masked_fill(~alive, -1.0).masked_fill(family.gone, -2.0)
+            order = importance.argsort(dim=1, stable=True)
             self.order[name] = order
             self.ratio[name] = (family.importance / price).gather(1, order).unflatten(1, shape).mean(2)
             self.kept[name] = alive.gather(1, order).unflatten(1, shape).any(2).tolist()
+            self.gone[name] = family.gone.gather(1, order).unflatten(1, shape).any(2)
         self.running = all_alive.running.tolist()
         self.blocks = [BlockCounts(*kept) for kept in zip(*masks_counts(self.masks()), strict=True)]
         self.costs = [[limit.costs.block(*block) for block in enumerate(self.blocks)] for limit in limits]
@@ -137,7 +141,7 @@ class _Walk:
         found: list[Bundle] = []
         for name, ratio in self.ratio.items():
             mask = torch.tensor(self.kept[name], device=ratio.device) == kept
-            mask &= self.state.families[name].free()[:, None]
+            mask &= self.state.families[name].free()[:, None] & ~self.gone[name]
             found += zip(ratio[mask].tolist(), repeat(name), *mask.nonzero().T.tolist(), strict=False)
         return found
 

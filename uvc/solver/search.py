@@ -55,7 +55,12 @@ class Search(Pruner):
         self.generator = torch.Generator().manual_seed(seed)
         for name, norms in self.groups.norms().items():
             self.state.families[name].scale = max(float(norms.mean()), 1e-30)
-        self._last_targets = [1.0] * many
+        # A search that follows another one goes on from what that has left.
+        left = [hard_cost(self.state, limit.costs) / limit.dense for limit in self.limits]
+        self._start = [
+            min(max(cost, limit.budget), 1.0) for cost, limit in zip(left, self.limits, strict=True)
+        ]
+        self._last_targets = list(self._start)
         self._gates: tuple[Tensor, Tensor] | None = None
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
 
@@ -86,6 +91,7 @@ class Search(Pruner):
         state.families["v"].some.copy_(self.groups.some())
         for name, family in state.families.items():
             family.fixed.copy_(fixed[name])
+            family.gone.copy_(family.dead)
             family.open.copy_(self._trainable[name])
         state.theta.masked_fill_(state.held(), ALWAYS).masked_fill_(skipped, -6.0)
         for family in state.families.values():
@@ -98,10 +104,11 @@ class Search(Pruner):
         return self.count / self.steps
 
     def targets(self) -> list[float]:
-        """Budgets of this moment: 1 before the annealing, the given ones after it."""
+        """Budgets of this moment: what there was before the annealing, the given ones after it."""
         start, end = self.config.anneal
         share = min(max((self.progress - start) / max(end - start, 1e-9), 0.0), 1.0)
-        return [limit.budget**share for limit in self.limits]
+        pairs = zip(self._start, self.limits, strict=True)
+        return [start ** (1.0 - share) * limit.budget**share for start, limit in pairs]
 
     def before(self) -> None:
         """Sets the skips of the coming step: sampled ones really skip, except on gate-update steps, where

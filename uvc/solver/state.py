@@ -67,9 +67,9 @@ class Family:
 
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
     s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
-    G]: at exact zero, for good. open [S]: whether groups may be removed: none of their parameters is frozen,
-    and gradients have reached them. fixed [S]: whether the layer does not offer to remove them. some [S]:
-    whether a multiple of them must stay.
+    G]: at exact zero, for good. gone [S, G]: left out before the search, which never puts it back. open [S]:
+    whether groups may be removed: none of their parameters is frozen, and gradients have reached them. fixed
+    [S]: whether the layer does not offer to remove them. some [S]: whether a multiple of them must stay.
     scale: mean squared norm of a group at the start, over all layers. multiple: of which groups are kept.
     """
 
@@ -80,6 +80,7 @@ class Family:
     open: Tensor
     fixed: Tensor
     some: Tensor
+    gone: Tensor
     scale: float = 1.0
     multiple: int = 1
 
@@ -94,6 +95,7 @@ class Family:
             open=torch.ones(segments, dtype=torch.bool, device=device),
             fixed=torch.zeros(segments, dtype=torch.bool, device=device),
             some=torch.zeros(segments, dtype=torch.bool, device=device),
+            gone=torch.zeros(segments, groups, dtype=torch.bool, device=device),
             multiple=multiple,
         )
 

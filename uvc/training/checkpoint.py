@@ -142,11 +142,14 @@ def check_space(path: Path, size: int) -> None:
         raise OSError(f"{path} cannot be written: {_mb(free)} are free, it takes {_mb(size)}")
 
 
-def check_room(out: Path, model: nn.Module, averaged: bool) -> None:
-    """ValueError unless the checkpoints of a run fit on the disk of `out`: two, and one being written."""
+def check_room(out: Path, model: nn.Module, copies: int) -> None:
+    """ValueError unless the checkpoints of a run fit on the disk of `out`: two, and one being written.
+
+    copies: of the weights, beside themselves and the moments.
+    """
     weights = sum(p.nbytes for p in model.parameters())
-    # Weights, two moments of AdamW, perhaps an average.
-    size = 3 * (3 + averaged) * weights + weights
+    # Weights, two moments of AdamW.
+    size = 3 * (3 + copies) * weights + weights
     there = sum(file.stat().st_size for file in out.glob("**/checkpoint*.safetensors"))
     folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if (free := _free(folder) + there) < size:

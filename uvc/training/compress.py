@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,15 +16,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from uvc.compaction import compact
-from uvc.config import Config, DistillConfig, named_budgets
+from uvc.config import Config, DistillConfig, named_budgets, nested_budgets
 from uvc.constraints import Limit, check_multiples, limits
 from uvc.costs import Cost, cost
+from uvc.elastic import make_elastic, set_budget, structures_of
 from uvc.io.dtypes import input_dtype
 from uvc.io.files import make_folder, write_text
 from uvc.io.serialization import describe, save
 from uvc.latency_table import LatencyTable, measure
 from uvc.layers import check, check_children, convert
-from uvc.solver import method_of
+from uvc.solver import Joint, NestedSearch, Pruner, method_of
+from uvc.solver.elastic import from_bytes
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.checkpoint import check_room, has_run, set_seed
 from uvc.training.freezing import freeze, frozen
@@ -57,6 +59,10 @@ class Result:
     final_score: float
     steps: int
     history: list[dict[str, Any]] = field(repr=False)
+    # Of several budgets each by its fraction, largest first; what stands above is of the largest.
+    structures: dict[float, Structure] = field(default_factory=dict, repr=False)
+    before_post_scores: dict[float, float] = field(default_factory=dict)
+    final_scores: dict[float, float] = field(default_factory=dict)
 
     @property
     def teacher_top1(self) -> float:
@@ -110,7 +116,7 @@ class Plan:
     model: nn.Module
     train_loader: DataLoader
     val_loader: DataLoader | None
-    budget: float | Mapping[str, float]
+    budget: float | Mapping[str, float] | Sequence[float]
     metric: str
     config: Config
     teacher: nn.Module | None = None
@@ -122,12 +128,18 @@ class Plan:
     processes: Alone = ALONE
     loss: Loss | None = None
     evaluate: Score | None = None
-    limits: tuple[Limit, ...] = field(init=False)  # what the budget comes to
+    # What each budget comes to, largest first; None, where there is but one.
+    stages: dict[float | None, tuple[Limit, ...]] = field(init=False)
     precision: Precision = field(init=False)
 
     def __post_init__(self) -> None:
         model, config = self.model, self.config
-        method, named = method_of(config.solver.method), named_budgets(self.budget, self.metric)
+        method, budgets = method_of(config.solver.method), nested_budgets(self.budget)
+        named = named_budgets(budgets[0], self.metric)
+        if len(budgets) > 1:
+            check_nested(
+                config, budgets, len(self.train_loader) if hasattr(self.train_loader, "__len__") else 0
+            )
         if self.latency is not None and "latency" not in named:
             raise ValueError('latency: a table is given, but no budget is in it; add metric="latency"')
         check(model)
@@ -149,7 +161,8 @@ class Plan:
             check_dtype(self.teacher, "teacher")
         if self.out is not None:
             describe(model)  # what could not be saved is refused now, not after the training
-            check_room(self.out, model, bool(config.ema_decay))
+            # An average, and the weights at each budget but the last.
+            check_room(self.out, model, bool(config.ema_decay) + len(budgets) - 1)
         with frozen(model, config.freeze):
             # One process measures for all.
             found = self.processes.told(lambda: json.dumps(self._settled()._asdict()))
@@ -161,9 +174,24 @@ class Plan:
         if "latency" in named:
             found = self.processes.told(lambda: self._latency_table().to_json())
             object.__setattr__(self, "latency", LatencyTable.from_json(found))
-        object.__setattr__(self, "limits", limits(model, self.budget, self.metric, self.latency))
+        found = [limits(model, budget, self.metric, self.latency) for budget in budgets]
+        names = budgets if len(budgets) > 1 else (None,)
+        object.__setattr__(self, "stages", dict(zip(names, found, strict=True)))
         with frozen(model, config.freeze):
-            method.check(model, self.limits, config.solver)
+            for stage in found:
+                method.check(model, stage, config.solver)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether there are several budgets."""
+        return None not in self.stages
+
+    def pruner(self, steps: int) -> Pruner:
+        """What finds the structure, or the structures, in so many steps."""
+        solver, seed = self.config.solver, self.config.seed
+        if self.elastic:
+            return NestedSearch(self.model, self.stages, steps, solver, seed)
+        return method_of(solver.method)(self.model, self.stages[None], steps, solver, seed)
 
     def _settled(self) -> Precision:
         if self.loss is not None:  # its steps are not those that are measured
@@ -201,7 +229,7 @@ def compress(
     model: nn.Module,
     train_loader: DataLoader,
     val_loader: DataLoader | None = None,
-    budget: float | Mapping[str, float] = 0.5,
+    budget: float | Mapping[str, float] | Sequence[float] = 0.5,
     metric: str = "macs",
     teacher: nn.Module | None = None,
     config: Config | None = None,
@@ -219,7 +247,8 @@ def compress(
         model: trained model; converted and trained in place.
         train_loader, val_loader: yield (images [B, C, H, W] float, labels [B] int64).
         budget: fraction in (0, 1] of the dense cost; the result costs at most that. Or several at once:
-            {"macs": 0.5, "params": 0.6}.
+            {"macs": 0.5, "params": 0.6}. Or one model for several fractions, (0.7, 0.5, 0.33), largest first,
+            to be switched by ``uvc.set_budget``.
         metric: "macs", "params" or "latency": what a single fraction counts.
         teacher: distilled from; None = a frozen copy of ``model`` as given.
         config: ``uvc.config.Config``; None = the default recipe.
@@ -279,16 +308,20 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
     with plan.processes.in_turn():
         task = _task(plan, teacher)
     teacher_score = trainer.evaluate(teacher)
-    before_post = _searched(trainer) if trainer.finished("search") else _search(plan, trainer, task)
+    before_post = (_searched if trainer.finished("search") else _search)(plan, trainer, task)
+    structures = structures_of(model)
     # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
-    trainer.phase("post-train", config.post_epochs, task, trainer.optimizer(config.learning_rate))
+    optimizer = trainer.optimizer(config.learning_rate)
+    joint = Joint(model, structures) if structures else None
+    trainer.phase("post-train", config.post_epochs, task, optimizer, joint)
     model.eval()
     if config.grad_checkpointing:
         set_checkpointing(model, False)
     if out and plan.processes.main:
-        save(compact(model), out)
+        save(model if structures else compact(model), out)
         write_text(out / "structure.json", structure_of(model).to_json() + "\n")
     plan.processes.wait()
+    scores = _scores(plan, trainer)
     return Result(
         model=model,
         structure=structure_of(model),
@@ -298,10 +331,13 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
         teacher=teacher,
         measure=trainer.measure,
         teacher_score=teacher_score,
-        before_post_score=before_post,
-        final_score=trainer.evaluate(model),
+        before_post_score=next(iter(before_post.values())),
+        final_score=next(iter(scores.values())),
         steps=trainer.steps,
         history=trainer.history,
+        structures=structures,
+        before_post_scores=before_post if structures else {},
+        final_scores=scores if structures else {},
     )
 
 
@@ -344,26 +380,60 @@ def _task(plan: Plan, teacher: nn.Module) -> Classification | UserLoss:
     return Distillation(teacher, config.distill, config.label_smoothing, config.precision, mean)
 
 
-def _search(plan: Plan, trainer: Trainer, task: Classification | UserLoss) -> float:
-    """Warms up, searches and hardens; returns the score before post-training."""
+def _scores(plan: Plan, trainer: Trainer) -> dict[float | None, float]:
+    """The score at each budget; the model ends at the largest."""
+    if not plan.elastic:
+        return {None: trainer.evaluate(plan.model)}
+    found = {budget: trainer.evaluate(set_budget(plan.model, budget)) for budget in plan.stages}
+    set_budget(plan.model, next(iter(found)))
+    return found
+
+
+def _search(plan: Plan, trainer: Trainer, task: Classification | UserLoss) -> dict[float | None, float]:
+    """Warms up, searches and hardens; returns the scores before post-training, by budget."""
     model, config = plan.model, plan.config
     warmup, searching = config.warmup_epochs, config.search_epochs
     optimizer = trainer.optimizer(config.search_learning_rate)
     trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
     steps = searching * len(plan.train_loader)
-    pruner = method_of(config.solver.method)(model, plan.limits, steps, config.solver, config.seed)
+    pruner = plan.pruner(steps)
     trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
     pruner.harden()
-    score = {trainer.measure: trainer.evaluate(model)}
-    trainer.history.append({"phase": "harden", **score})
-    trainer.log.note(event="harden", **score)
-    return score[trainer.measure]
+    if plan.elastic:
+        make_elastic(model, pruner.structures())
+    scores = _scores(plan, trainer)
+    for budget, score in scores.items():
+        said = {trainer.measure: score, **({} if budget is None else {"budget": budget})}
+        trainer.history.append({"phase": "harden", **said})
+        trainer.log.note(event="harden", **said)
+    return scores
 
 
-def _searched(trainer: Trainer) -> float:
-    """Applies what `_search` had found before the run was interrupted; returns its score."""
-    apply_structure(trainer.model, Structure.from_json(trainer.resumed["structure"]))
-    return next(entry[trainer.measure] for entry in trainer.history if entry["phase"] == "harden")
+def _searched(plan: Plan, trainer: Trainer, task: Any) -> dict[float | None, float]:
+    """Applies what `_search` had found before the run was interrupted; returns its scores."""
+    if plan.elastic:
+        make_elastic(plan.model, from_bytes(trainer.tensors["search"]["structures"]))
+    else:
+        apply_structure(plan.model, Structure.from_json(trainer.resumed["structure"]))
+    entries = [entry for entry in trainer.history if entry["phase"] == "harden"]
+    return {entry.get("budget"): entry[trainer.measure] for entry in entries}
+
+
+def check_nested(config: Config, budgets: Sequence[float], batches: int) -> None:
+    """ValueError for what several budgets in one model cannot have."""
+    if config.solver.method != "uvc":
+        raise ValueError(
+            f"solver method: {config.solver.method!r} finds one structure; for several budgets use 'uvc'"
+        )
+    if config.solver.tokens:
+        raise ValueError(
+            f"solver tokens: {config.solver.tokens} blocks may drop some; several budgets keep all, use 0"
+        )
+    if batches and config.search_epochs * batches < len(budgets):
+        raise ValueError(
+            f"search_epochs: {config.search_epochs} of {batches} batches are fewer steps than {len(budgets)} "
+            "budgets; give more"
+        )
 
 
 def check_teacher(model: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:

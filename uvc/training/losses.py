@@ -123,6 +123,8 @@ class Distillation(Classification):
         self.mean = mean
         self.teacher = teacher.eval().requires_grad_(False)
         self.config = config
+        # What the teacher said last: a batch may go through the model several times.
+        self._asked: tuple[Tensor, Any, Tensor | None] | None = None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
         weight, features = self.config.weight, self.config.features
@@ -138,8 +140,10 @@ class Distillation(Classification):
 
     def _distill(self, student: Tensor, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """The distance to the teacher's answers, and what its ``head`` reads if features are asked for."""
-        with torch.no_grad():
-            answers, aim = self._run_and_read(self.teacher, images)
+        if self._asked is None or self._asked[0] is not images:
+            with torch.no_grad():
+                self._asked = (images, *self._run_and_read(self.teacher, images))
+        _, answers, aim = self._asked
         return self.distance(student, answers), aim
 
     def _run_and_read(self, model: nn.Module, images: Tensor) -> tuple[Any, Tensor | None]:

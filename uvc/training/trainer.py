@@ -208,15 +208,17 @@ class Trainer:
         """
         whole, also = 0.0, {}
         for number, (share, part) in enumerate(parts, 1):
-            found = task(self.model, *part)
-            loss = found["loss"] * share
-            whole = whole + loss.detach()
-            also = {} if task.labelled else scalars_of(found)
-            if number == len(parts):
-                # Only what runs the same structure everywhere may be reduced.
-                self.processes.settle(check.where())
-                self.reduction.begin()
-            self.scale.backward(loss)
+            for turn in range(pruner.passes):
+                pruner.turn(turn)
+                found = task(self.model, *part)
+                loss = found["loss"] * share
+                whole = whole + loss.detach()
+                also = {} if task.labelled else scalars_of(found)
+                if number == len(parts) and turn == pruner.passes - 1:
+                    # Only what runs the same structure everywhere may be reduced.
+                    self.processes.settle(check.where())
+                    self.reduction.begin()
+                self.scale.backward(loss)
         self.reduction.finish([whole, *pruner.evidence()])
         return whole, also
 
