@@ -1,10 +1,12 @@
 """timm's vision transformers: each works from end to end, or is refused with the layer and the reason."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from imports import ROOT
 from oracle import MODELS, TOLERANCE, error, images, stored
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -112,22 +114,70 @@ def test_what_is_not_served_is_refused_with_the_layer_and_the_reason(name):
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["vision_transformer", "vision_transformer_hybrid", "deit"])
-def test_no_plain_vision_transformer_of_timm_is_left_out_unnamed(file):
-    kinds = "ParallelThingsBlock|ParallelScalingBlock|DiffParallelScalingBlock|DiffAttention"
-    names = timm.list_models(module=file)
-    assert names
-    for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name, depth=2)
+# Of timm's files of transformers, as the table of docs/models.md counts them.
+TABLE = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", (ROOT / "docs" / "models.md").read_text(), re.M)
+
+
+def narrow(name: str) -> torch.nn.Module:
+    """A model of two narrow blocks, or what its function makes instead, in evaluation with random blocks."""
+    for arguments in ({**NARROW, "attn_pool_num_heads": 3}, NARROW, dict(depth=2, num_classes=5), {}):
         try:
-            uvc.convert(model)
-        except ValueError as refusal:
-            assert any(f"is a {kind}" in str(refusal) for kind in kinds.split("|")), name
-        else:
-            uvc.io.serialization.describe(model)
-            assert uvc.cost(model).params == sum(p.numel() for p in model.parameters())
+            model = timm.create_model(name, **arguments).eval().requires_grad_(False)
+        except (TypeError, AssertionError, RuntimeError, ValueError):
+            continue
+        for block in getattr(model, "blocks", ()):
+            for parameter in block.parameters():
+                parameter.normal_(std=0.3)
+        return model
+    raise AssertionError(f"{name} cannot be made")
+
+
+def works(name: str, folder) -> bool:
+    """Whether a model is served: then it is pruned, compacted, saved and loaded, and all agree."""
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, depth=2)
+        except AssertionError:  # heads that share keys are said block by block
+            model = timm.create_model(name)
+    try:
+        uvc.convert(model)
+    except ValueError:
+        return False
+    model = narrow(name)
+    x = images(model, 1)
+    uvc.apply_structure(model, Structure.random(model, 0.5, seed=1))
+    out, small = model(x), uvc.compact(model)
+    assert error(small(x), out) < 1e-4, name
+    uvc.save(small, folder)
+    assert error(uvc.load(folder)(x), out) < 1e-4, name
+    assert uvc.cost(model).params == sum(p.numel() for p in small.parameters()), name
+    return True
+
+
+COUNTED = {file: timm.list_models(module=file) for file, _, _ in TABLE}
+
+
+def is_refused(name: str) -> bool:
+    """Whether a model of the counted files has layers that are not served."""
+    shared_keys = "sapiens2" in name and name != "vit_base_patch16_sapiens2"
+    return shared_keys or any(
+        part in name for part in ("_xp_", "_18x2_", "_dlittle_", "_dwee_", "_pwee_", "_dpwee_")
+    )
+
+
+@pytest.mark.skipif(timm.__version__ != "1.0.31", reason="the table counts timm 1.0.31")
+def test_the_table_counts_what_is_served():
+    for file, served, of in TABLE:
+        names = COUNTED[file]
+        assert (sum(not is_refused(name) for name in names), len(names)) == (int(served), int(of)), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for names in COUNTED.values() for name in names])
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_a_counted_model_is_pruned_compacted_saved_and_loaded_or_refused(name, tmp_path):
+    with torch.no_grad():
+        assert works(name, tmp_path) == (not is_refused(name))
 
 
 # Deep enough for the stem, which stays, to be less than the budget.
