@@ -76,6 +76,21 @@ def test_processes_agree_in_every_step_and_with_one_process(changes):
         assert ranks[0][3] == alone[3]  # each image counts once
 
 
+def budgets():
+    """One model for three budgets."""
+    data = digits()
+    config = dataclasses.replace(SHORT, search_epochs=6)
+    result = compress(digits_model(), data.train, data.val, (0.7, 0.5, 0.3), config=config)
+    return weights(result), result.structures, result.before_post_scores
+
+
+def test_processes_find_the_nested_structures_of_one_process_and_train_them_alike():
+    (alone,), ranks = gang(1, budgets), gang(2, budgets)
+    assert ranks[0][1:] == ranks[1][1:] and ranks[0][1] == alone[1]
+    assert farthest(ranks[0][0], ranks[1][0]) == 0
+    assert farthest(ranks[0][0], alone[0]) < 0.05 * REACH
+
+
 def users(workers):
     """A user's own loaders, whose order comes from torch's global generator."""
     images, labels = (t[:700] for t in (digits().train.images, digits().train.labels))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,10 @@ class NestedSearch(Pruner):
         for stage, weights in enumerate(self.weights):
             own |= {f"weights/{stage}/{name}": weight for name, weight in weights.items()}
         return {**self.inner.state_dict(), **{OWN + name: value for name, value in own.items()}}
+
+    def facts(self) -> dict[str, Any]:
+        """Without the weights that are kept aside, which are equal if those of the model were."""
+        return {**self.inner.facts(), "budgets that are done": len(self.found)}
 
     def load_state_dict(self, flat: dict[str, Tensor]) -> None:
         own = {name.removeprefix(OWN): t for name, t in flat.items() if name.startswith(OWN)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,10 @@ class Pruner:
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes from step to step, flat, for the checkpoint of an unfinished run."""
         return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal in all processes at the beginning of a step."""
+        return self.state_dict()
 
     def load_state_dict(self, flat: dict[str, Tensor]) -> None:
         """Inverse of ``state_dict``; the model already holds its weights, its structure is set here."""

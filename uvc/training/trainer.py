@@ -228,7 +228,7 @@ class Trainer:
             "steps": self.steps,
             "loss scale": self.scale.state(),
             **self.reduction.facts(),
-            **pruner.state_dict(),
+            **pruner.facts(),
         }
 
     def _flags(self) -> tuple[bool, bool]:
