@@ -58,6 +58,16 @@ class UVCBlock(nn.Module):
         """Let only some patch tokens go on from the attention half; None lets all."""
         self._slimming = slimming
 
+    def selection(self) -> tuple[Any, ...]:
+        """What is kept and skipped, to be taken up again by `select`."""
+        return self.attn.selection(), self.mlp.selection(), self._skip, self._slimming
+
+    def select(self, selection: tuple[Any, ...]) -> None:
+        """Keep and skip what was kept and skipped when this block's `selection` was taken."""
+        attn, mlp, self._skip, self._slimming = selection
+        self.attn.select(attn)
+        self.mlp.select(mlp)
+
     @property
     def tokens(self) -> int | None:
         """How many patch tokens go on from the attention half; None: all."""

@@ -80,6 +80,14 @@ class Prunable(nn.Module):
             kept = self._kept = kept.to(device) if movable else self._index(device)
         return kept
 
+    def selection(self) -> tuple[tuple[Tensor, ...] | None, Kept | None]:
+        """What is kept, to be taken up again by `select` without being derived anew."""
+        return self._masks, self._kept
+
+    def select(self, selection: tuple[tuple[Tensor, ...] | None, Kept | None]) -> None:
+        """Keep what was kept when this layer's `selection` was taken."""
+        self._masks, self._kept = selection
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_kept": None, "_packed": None}
 

@@ -160,14 +160,23 @@ class Joint(Pruner):
         self.structures = dict(structures)
         largest, *between = list(self.structures.values())
         smallest = between.pop()
-        self.trios = [(smallest, one, largest) for one in between] or [(smallest, largest)]
+        trios = [(smallest, one, largest) for one in between] or [(smallest, largest)]
+        # What blocks derive from a structure is derived once: a step switches three times.
+        self.trios = [[self._selections(structure) for structure in trio] for trio in trios]
 
     @property
     def passes(self) -> int:
         return len(self.trios[0])
 
+    def _selections(self, structure: Structure) -> list[Any]:
+        """What each block keeps; the model has this structure from here on."""
+        apply_structure(self.model, structure)
+        return [block.selection() for block in self.model.blocks]
+
     def turn(self, number: int) -> None:
-        apply_structure(self.model, self.trios[self.count % len(self.trios)][number])
+        selections = self.trios[self.count % len(self.trios)][number]
+        for block, selection in zip(self.model.blocks, selections, strict=True):
+            block.select(selection)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         self.count += 1
