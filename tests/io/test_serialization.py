@@ -245,7 +245,7 @@ FAULTS = {
     "config of another kind": (lambda f: (f / CONFIG).write_text("[1, 2]"), CONFIG),
     "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), CONFIG),
     "unknown field": (edit(lambda c: c.update(code="import os")), "fields"),
-    "unknown format": (edit(lambda c: c.update(format="uvc-9")), "format must be 'uvc-3', got 'uvc-9'"),
+    "unknown format": (edit(lambda c: c.update(format="uvc-9")), "format must be 'uvc-4', got 'uvc-9'"),
     "unknown class": (edit(lambda c: c.update({"class": "os.system"})), "class must be one of"),
     "a list for a class": (edit(lambda c: c.update({"class": ["x"]})), CONFIG),
     "unknown norm": (edit(lambda c: c["norm"].update(name="eval")), "norm must be one of"),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.models import create_model, is_model
 from torch import nn
 
-from uvc.compaction import compact, compacted
+from uvc.compaction import compact, compacted, forms_of
 from uvc.elastic import make_elastic, set_budget, structures_from_data, structures_of, structures_to_data
 from uvc.io.arguments import MAKERS
 from uvc.io.files import one_line, write_tensors, write_text
@@ -38,16 +38,17 @@ from uvc.layers import (
 )
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
-WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-3"
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-4"
 # What older formats did not say, because they knew nothing else.
 OLDER = {
-    "uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp", "preprocessing": None},
-    "uvc-2": {"format": FORMAT, "preprocessing": None},
+    "uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp", "preprocessing": None, "form": None},
+    "uvc-2": {"format": FORMAT, "preprocessing": None, "form": None},
+    "uvc-3": {"format": FORMAT, "form": None},
 }
 # fmt: off
 FIELDS = {
     "format", "class", "architecture", "block", "norm", "mlp", "activation", "arguments", "compacted",
-    "structure", "preprocessing",
+    "form", "structure", "preprocessing",
 }
 # fmt: on
 
@@ -181,6 +182,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "activation": name_of(block.mlp.act, "blocks.0.mlp.act", ACTIVATIONS),
         "arguments": maker.read(dense),
         "compacted": is_compacted(model),
+        "form": list(forms_of(model)) if is_compacted(model) else None,
         "structure": structure_of(model).to_data(),
         "preprocessing": preprocessing_of(model),
     }
@@ -228,7 +230,9 @@ def rebuild(config: object) -> tuple[Structure, nn.Module]:
     if config["preprocessing"] is not None:
         check_preprocessing(config["preprocessing"], dense)
         take_preprocessing(dense, config["preprocessing"])
-    return structure, compacted(dense, structure) if config["compacted"] else dense
+    if not config["compacted"]:
+        return structure, dense
+    return structure, compacted(dense, structure, "grouped" if config["form"] is None else config["form"])
 
 
 def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:

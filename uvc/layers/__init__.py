@@ -7,6 +7,7 @@ from uvc.layers._surgery import like, meta_copy
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
+from uvc.layers.compact_layers import FORMS
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
 from uvc.layers.families import Families, families_of, layers_of, units_of
 from uvc.layers.geglu import UVCGeGluMlp
@@ -16,6 +17,7 @@ from uvc.layers.prunable import NAMES, Prunable, UnitCost
 from uvc.layers.token_pruning import Slimming, slimming
 
 __all__ = [
+    "FORMS",
     "NAMES",
     "CompactBlock",
     "Families",

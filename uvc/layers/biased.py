@@ -47,8 +47,8 @@ class _BeitBias(nn.Module):
 class CompactBeit(_BeitBias, CompactAttention):
     """The kept heads of BEiT's attention, with the table of all."""
 
-    def __init__(self, dense: nn.Module, record):
-        super().__init__(dense, record)
+    def __init__(self, dense: nn.Module, record, form: str = "grouped"):
+        super().__init__(dense, record, form)
         self.relative_position_bias_table = copy.deepcopy(dense.relative_position_bias_table)
         index = dense.relative_position_index
         self.register_buffer("relative_position_index", copy.deepcopy(index), persistent=False)
@@ -98,8 +98,8 @@ class _RelPosBias(nn.Module):
 class CompactRelPos(_RelPosBias, CompactAttention):
     """The kept heads of attention with relative positions, with the positions of all."""
 
-    def __init__(self, dense: nn.Module, record):
-        super().__init__(dense, record)
+    def __init__(self, dense: nn.Module, record, form: str = "grouped"):
+        super().__init__(dense, record, form)
         self.rel_pos = copy.deepcopy(dense.rel_pos)
 
 

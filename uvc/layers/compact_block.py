@@ -5,6 +5,7 @@ B batch, N tokens, D width.
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
@@ -15,16 +16,19 @@ from uvc.layers.token_pruning import Slimming, due, slim
 
 
 class CompactBlock(nn.Module):
-    """The running halves of a block, with `record`, the structure's entry for the block they came from."""
+    """The running halves of a block, with `record`, the structure's entry for the block they came from.
 
-    def __init__(self, dense: UVCBlock, record, slimming: Slimming | None = None):
+    `form` is how its heads run, one of `FORMS`.
+    """
+
+    def __init__(self, dense: UVCBlock, record, slimming: Slimming | None = None, form: str = "grouped"):
         super().__init__()
-        self.record, self.slimming, self.norm_last = record, slimming, norm_last(dense)
+        self.record, self.slimming, self.norm_last, self.form = record, slimming, norm_last(dense), form
         # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
         self._origin = (UVCBlock.take_over(meta_copy(dense)),)
         drop_hooks(self.origin.modules())
         if record.attn:
-            self._keep_half(dense, "1", "attn", prunable(dense.attn).compacted(record))
+            self._keep_half(dense, "1", "attn", prunable(dense.attn).compacted(record, form))
         if record.mlp:
             self._keep_half(dense, "2", "mlp", prunable(dense.mlp).compacted(record.neurons))
         self.train(dense.training)
@@ -38,6 +42,35 @@ class CompactBlock(nn.Module):
                 self.add_module(part, copy.deepcopy(child))
         if (gamma := dense._parameters.get(f"gamma_{digit}")) is not None:
             self.register_parameter(f"gamma_{digit}", copy.deepcopy(gamma))
+
+    def in_form(self, form: str) -> "CompactBlock":
+        """A copy whose heads run in one of `FORMS`, by the same weights; ValueError if these were replaced."""
+        memo = {} if form == self.form or not self.record.attn else {id(self.attn): self._attn_in_form(form)}
+        new = copy.deepcopy(self, memo)
+        new.form = form
+        return new
+
+    def _attn_in_form(self, form: str) -> nn.Module:
+        # Entries of dense weights that are their own numbers say where each stands in either form; 0 is padding.
+        numbered = copy.deepcopy(prunable(self.origin.attn)).to_empty(device="cpu").double()
+        with torch.no_grad():
+            for parameter in numbered.parameters():
+                parameter.copy_(torch.arange(1, parameter.numel() + 1).view(parameter.shape))
+        before = dict(numbered.compacted(self.record, self.form).named_parameters())
+        new = numbered.compacted(self.record, form)
+        mine = dict(self.attn.named_parameters())
+        if {n: p.shape for n, p in before.items()} != {n: p.shape for n, p in mine.items()}:
+            raise ValueError(f"form: the heads are no longer as compacted, so they cannot be {form}; compact again")
+        for path, module in new.named_modules():
+            for name, numbers in module._parameters.items():
+                if numbers is None:
+                    continue
+                full = f"{path}.{name}" if path else name
+                module._parameters[name] = _moved(mine[full], before[full].detach(), numbers.detach())
+            for name in module._buffers:
+                module._buffers[name] = self.attn.get_submodule(path)._buffers[name]
+        carry_hooks(self.attn, new)
+        return new.train(self.attn.training)
 
     @property
     def origin(self) -> UVCBlock:
@@ -62,3 +95,13 @@ class CompactBlock(nn.Module):
             branch = self.mlp(x if self.norm_last else self.norm2(x))
             x = x + dropped(self, "2", self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
         return x
+
+
+def _moved(values: Tensor, before: Tensor, after: Tensor) -> nn.Parameter:
+    """values, whose entries have the numbers `before`, where `after` has these numbers, and zeros where 0."""
+    size = int(max(t.max() if t.numel() else 0 for t in (before, after))) + 1
+    place = torch.zeros(size, dtype=torch.int64)
+    place[before.flatten().long()] = torch.arange(1, before.numel() + 1)
+    entries = torch.cat([values.new_zeros(1), values.detach().flatten()])
+    moved = entries[place[after.flatten().long()].to(values.device)].view(after.shape)
+    return nn.Parameter(moved, requires_grad=values.requires_grad)

@@ -14,54 +14,76 @@ from uvc.layers.children import drop_rate, is_plain
 from uvc.layers.token_pruning import Slimming, row_scores
 
 
+# How kept heads run: one product for each group of equal heads, or one for all, padded with zeros to one size.
+FORMS = ("grouped", "padded")
+PADDING = -1  # in the place of a row: zeros
+# Of dims that heads are padded to: rows of whole vectors, and pairs of dims stay together.
+MULTIPLE = 4
+
+
 class HeadGroup(NamedTuple):
-    """Kept heads that share their numbers of dims, so that they run as one batched product."""
+    """Kept heads that run as one batched product, with dq q/k dims and dv v dims each."""
 
     heads: tuple[int, ...]
     dq: int
     dv: int
 
 
+def grouped(record, form: str, head_dim: int) -> list[tuple[HeadGroup, list[tuple]]]:
+    """The kept heads of a structure's entry, group by group, with (head, q/k dims, v dims) of each.
+
+    Padded, all are one group, as large as the longest of their lists; without any q/k dim dq stays 0.
+    """
+    heads = list(zip(record.heads, record.qk_dims, record.v_dims, strict=True))
+    members: dict[tuple[int, int], list[tuple]] = {}
+    longest = max((len(dims) for _, *both in heads for dims in both), default=0)
+    longest = min(-(-longest // MULTIPLE) * MULTIPLE, head_dim)
+    padded = (longest if any(qk for _, qk, _ in heads) else 0, longest)
+    for head, qk, v in heads:
+        members.setdefault((len(qk), len(v)) if form == "grouped" else padded, []).append((head, qk, v))
+    return [(HeadGroup(tuple(m[0] for m in found), *key), found) for key, found in members.items()]
+
+
 class CompactAttention(nn.Module):
     """Attention over kept rows and columns only.
 
     Where q, k and v have one weight and one bias, their kept rows lie group by group in `qkv`: its q, its k,
-    its v; else group by group in `q`, `k` and `v`. A kind of attention with positions overrides what they do.
+    its v; else group by group in `q`, `k` and `v`. In the padded form there is one group, and rows and columns
+    of padding are zero; their gradients are zero, too, so that they stay so. A kind of attention with positions
+    overrides what they do.
     """
 
-    def __init__(self, dense: nn.Module, record):
+    def __init__(self, dense: nn.Module, record, form: str = "grouped"):
         super().__init__()
         self.num_heads, self.scale = dense.num_heads, dense.scale
-        dims: dict[tuple[int, int], list[tuple]] = {}
-        for head, qk, v in zip(record.heads, record.qk_dims, record.v_dims, strict=True):
-            dims.setdefault((len(qk), len(v)), []).append((head, qk, v))
-        self.groups = tuple(HeadGroup(tuple(m[0] for m in members), *key) for key, members in dims.items())
-        rows = [([], [], []) for _ in dims]
+        groups = grouped(record, form, dense.head_dim)
+        self.groups = tuple(group for group, _ in groups)
+        rows = [([], [], []) for _ in groups]
         # Dims that go in pairs lie side by side.
         pairs = dense.pairs()
         place = None if pairs is None else {dim: i for i, dim in enumerate(pairs.flatten().tolist())}
         self.turned: list[list[list[int]]] = []
-        for found, members in zip(rows, dims.values(), strict=True):
+        for found, (group, members) in zip(rows, groups, strict=True):
             if place is not None:
-                members[:] = [(head, tuple(sorted(qk, key=place.get)), v) for head, qk, v in members]
-                self.turned.append([list(qk) for _, qk, _ in members])
+                members = [(head, tuple(sorted(qk, key=place.get)), v) for head, qk, v in members]
+                # Zeros turn to zeros, whichever dim they stand for.
+                self.turned.append([[*qk, *[0] * (group.dq - len(qk))] for _, qk, _ in members])
             for head, qk, v in members:
-                for part, kept in zip(found, (qk, qk, v), strict=True):
-                    part += [head * dense.head_dim + d for d in kept]
+                for part, kept, size in zip(found, (qk, qk, v), (group.dq, group.dq, group.dv), strict=True):
+                    part += [head * dense.head_dim + d for d in kept] + [PADDING] * (size - len(kept))
         columns = [row for found in rows for row in found[2]]
         if type(getattr(dense, "qkv", None)) is nn.Linear and getattr(dense, "q_bias", None) is None:
-            A = dense.dims
-            self.qkv = smaller(
-                dense.qkv, rows=[i * A + row for f in rows for i, part in enumerate(f) for row in part]
-            )
+            kept = [after(i * dense.dims, part) for found in rows for i, part in enumerate(found)]
+            self.qkv = smaller(dense.qkv, rows=[row for part in kept for row in part])
         else:
             for i, (name, source) in enumerate(zip("qkv", dense.sources(), strict=True)):
                 kept = [row for found in rows for row in found[i]]
-                weight = select(source.weight, 0, [source.row + row for row in kept])
+                weight = select(source.weight, 0, after(source.row, kept))
                 bias = source.bias
-                bias = None if bias is None else select(bias, 0, [source.bias_row + row for row in kept])
+                bias = None if bias is None else select(bias, 0, after(source.bias_row, kept))
                 self.add_module(name, linear_of(weight, bias))
-        # A norm of the output has weights of its own for every dim, head after head.
+        # A norm of the output has weights of its own for every dim, head after head. It ties all v dims, so that
+        # none of them is padding.
         natural = type(getattr(dense, "norm", None)) not in (type(None), nn.Identity)
         self._order = sorted(range(len(columns)), key=columns.__getitem__) if natural else None
         columns = sorted(columns) if natural else columns
@@ -235,9 +257,16 @@ def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
+def after(start: int, rows: list[int]) -> list[int]:
+    """Rows counted from `start` on."""
+    return [row if row == PADDING else start + row for row in rows]
+
+
 def select(tensor: Tensor, dim: int, index: list[int]) -> Tensor:
-    """A copy of the given rows or columns, detached; frozen if `tensor` is."""
-    kept = tensor.detach().index_select(dim, torch.tensor(index, dtype=torch.int64, device=tensor.device))
+    """A copy of the given rows or columns, zeros for padding, detached; frozen if `tensor` is."""
+    index = torch.tensor(index, dtype=torch.int64, device=tensor.device)
+    kept = tensor.detach().index_select(dim, index.clamp_min(0))
+    kept.movedim(dim, 0)[index == PADDING] = 0
     return nn.Parameter(kept, requires_grad=tensor.requires_grad)
 
 

@@ -145,9 +145,9 @@ class Heads(Prunable):
         tied = {*self.ties(), *(["v"] if self._gate is not None else [])}
         return tuple(family for family in ("qk", "v") if family not in tied)
 
-    def compacted(self, record) -> nn.Module:
-        """A copy of what `record`, a structure's entry, keeps, in plain torch."""
-        return self.SMALL(self, record)
+    def compacted(self, record, form: str = "grouped") -> nn.Module:
+        """A copy of what `record`, a structure's entry, keeps, in plain torch, in one of `FORMS`."""
+        return self.SMALL(self, record, form)
 
     def _index(self, device: torch.device) -> uvc_kernels.KeptHeads:
         return uvc_kernels.kept_heads(*self._masks, device)

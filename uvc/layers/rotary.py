@@ -57,8 +57,8 @@ def turned(x: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
 class CompactRotary(_Rotary, CompactAttention):
     """The kept heads of attention with rotary positions."""
 
-    def __init__(self, dense: nn.Module, record):
-        super().__init__(dense, record)
+    def __init__(self, dense: nn.Module, record, form: str = "grouped"):
+        super().__init__(dense, record, form)
         self.num_prefix_tokens = dense.num_prefix_tokens
         self.rotate_half = getattr(dense, "rotate_half", False)
 

@@ -1,0 +1,132 @@
+"""Which form of a compacted model's heads is faster on a device: measured block by block, in turns.
+
+B batch, N tokens, D width.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from uvc_kernels.timing import milliseconds, take_turns
+
+from uvc.compaction import forms_of, in_form
+from uvc.costs import count_macs, flop_counter
+from uvc.latency_table import quiet_clock
+from uvc.layers import FORMS, is_compacted
+
+
+class Timed(NamedTuple):
+    """The attention half of one block in each form: multiply-accumulates of the batch, milliseconds.
+
+    `chosen` is None where the half is skipped or nothing differs; then there is nothing to measure.
+    """
+
+    chosen: str | None
+    macs: dict[str, int]
+    ms: dict[str, float]
+
+
+class Choice(NamedTuple):
+    """A compacted model in its faster forms, and what was measured; times are of forward passes of a batch.
+
+    `before`, `after`: milliseconds of the model as it was and as it is now, `ratio` the median over turns.
+    MACs are those executed on one image. Where the faster halves made no faster model, it is as it was.
+    """
+
+    model: nn.Module
+    blocks: tuple[Timed, ...]
+    before_macs: int
+    after_macs: int
+    before_ms: float
+    after_ms: float
+    ratio: float
+
+
+def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 5.0) -> Choice:
+    """Times the attention half of each block of a compacted model in every form, and takes the faster.
+
+    On random images of the model's own size, on its device, with torch's present number of threads. Each
+    measurement takes `rounds` turns, or ends after `seconds`. The model itself is untouched.
+    """
+    if not is_compacted(small):
+        raise ValueError("choose: the model is not compacted; give what uvc.compact returns")
+    if small.patch_embed.img_size is None:
+        raise ValueError("choose: the model has no input size of its own; give it an img_size")
+    parameter, size = next(small.parameters()), (small.in_chans, *small.patch_embed.img_size)
+    images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
+    was, training = forms_of(small), small.training
+    old = in_form(small, was).eval()
+    forms = [in_form(old, form) for form in FORMS]
+    timed = tuple(
+        _timed([model.blocks[i] for model in forms], call, rounds, seconds)
+        for i, call in enumerate(_calls(old, images))
+    )
+    new = in_form(old, [t.chosen or form for t, form in zip(timed, was, strict=True)])
+    old_ms, new_ms = _measured([old, new], ((images,), {}), rounds, seconds)
+    ratio = median(after / before for after, before in zip(new_ms, old_ms, strict=True))
+    if forms_of(new) == was or ratio >= 1.0:
+        new, new_ms, ratio = old, old_ms, 1.0
+    macs = [count_macs(model, images[:1]) for model in (old, new)]
+    return Choice(new.train(training), timed, *macs, median(old_ms), median(new_ms), ratio)
+
+
+def _calls(model: nn.Module, images: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
+    """The arguments with which each block is called on these images."""
+    found, handles = [], []
+    for block in model.blocks:
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda module, args, kwargs: found.append((args, kwargs)), with_kwargs=True
+            )
+        )
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _timed(
+    blocks: Sequence[nn.Module], call: tuple[tuple, dict[str, Any]], rounds: int, seconds: float
+) -> Timed:
+    """One block in all forms, of which the attention half alone runs."""
+    record, groups = blocks[0].record, [getattr(getattr(b, "attn", None), "groups", ()) for b in blocks]
+    if not record.attn or all(g == groups[0] for g in groups):
+        return Timed(None, {}, {})
+    halves = []
+    for block in blocks:
+        # A shallow copy, which shares the weights.
+        half = copy.copy(block)
+        half.record = replace(record, mlp=False)
+        halves.append(half)
+    times = _measured(halves, call, rounds, seconds)
+    macs = []
+    for half in halves:
+        with flop_counter() as counter, torch.no_grad():
+            half(*call[0], **call[1])
+        macs.append(counter.get_total_flops() // 2)
+    first, *others = times
+    ratios = [1.0] + [median(a / b for a, b in zip(other, first, strict=True)) for other in others]
+    chosen = FORMS[ratios.index(min(ratios))]
+    return Timed(chosen, dict(zip(FORMS, macs, strict=True)), dict(zip(FORMS, map(median, times), strict=True)))
+
+
+def _measured(
+    models: Sequence[nn.Module], call: tuple[tuple, dict[str, Any]], rounds: int, seconds: float
+) -> list[list[float]]:
+    """Milliseconds of each model called so, by turns."""
+    device = next(models[0].parameters()).device
+    timers = {str(i): partial(_ms, model, call, device) for i, model in enumerate(models)}
+    with torch.inference_mode():
+        return list(take_turns(timers, rounds, 2, seconds).values())
+
+
+def _ms(model: nn.Module, call: tuple[tuple, dict[str, Any]], device: torch.device) -> float:
+    return milliseconds(lambda: model(*call[0], **call[1]), device, quiet_clock(device))
