@@ -1,6 +1,7 @@
 """One sentence, three computations: dense without what is removed = skipped on the fly = compacted."""
 
 import copy
+import itertools
 
 import pytest
 import timm
@@ -16,13 +17,15 @@ from oracle import (
     images,
     positions,
     small_vit,
+    stored,
     structures,
 )
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import uvc
-from uvc.compaction import equivalent
+from uvc.compaction import equivalent, forms_of, in_form
+from uvc.layers import FORMS
 
 CASES = list(structures(small_vit()))
 
@@ -167,6 +170,70 @@ def test_torch_export_gives_the_same_outputs():
     x = torch.randn(2, 3, 16, 16)
     exported = torch.export.export(small, (x,)).module()
     assert error(exported(x), small(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_heads_equal_grouped_ones(name):
+    model = MODELS[name]().double().eval()
+    x = images(model, dtype=torch.float64)
+    for case, structure in structures(model).items():
+        converted = uvc.apply_structure(copy.deepcopy(model), structure)
+        grouped, padded = uvc.compact(converted), uvc.compact(converted, "padded")
+        assert error(padded(x), grouped(x)) < 1e-12, case
+        assert uvc.cost(padded) == uvc.cost(grouped) and uvc.structure_of(padded) == structure
+        for block in padded.blocks:
+            assert not block.record.attn or len(block.attn.groups) == min(len(block.record.heads), 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compacted_model_goes_from_form_to_form_with_its_weights(name):
+    model = MODELS[name]().eval()
+    converted = uvc.apply_structure(model, structures(model)["random at keep 0.5"])
+    small = {form: uvc.compact(converted, form) for form in FORMS}
+    for form, other in itertools.permutations(FORMS):
+        assert stored(in_form(small[form], other)) == stored(small[other])
+    x = images(model)
+    mixed = in_form(small["grouped"], ["padded", *["grouped"] * (len(model.blocks) - 1)])
+    assert forms_of(mixed)[:2] == ("padded", "grouped")
+    assert error(mixed(x), small["grouped"](x)) < 1e-5
+
+
+def test_training_leaves_the_padding_zero():
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["a head without q/k dims"]), "padded")
+    padding = {name: p == 0 for name, p in small.named_parameters() if ".attn." in name}
+    assert sum(int(zero.sum()) for zero in padding.values()) > 100
+    optimizer = torch.optim.AdamW(small.parameters(), lr=0.01)
+    for _ in range(3):
+        small(images(model)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in small.named_parameters():
+        if name in padding:
+            assert (parameter[padding[name]] == 0).all(), name
+
+
+def test_padded_heads_rank_tokens_as_grouped_ones_do():
+    model = small_vit().double()
+    for case in ("random at keep 0.5", "a head without q/k dims", "no heads"):
+        structure = structures(model)[case].with_tokens(model, 0.5, at=[1])
+        converted = uvc.apply_structure(copy.deepcopy(model), structure)
+        x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        assert error(uvc.compact(converted, "padded")(x), uvc.compact(converted)(x)) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["ragged", ["padded"], 3, ["padded", "padded", "x"]], ids=str)
+def test_an_unknown_form_is_refused(form):
+    with pytest.raises(ValueError, match="form must be one of grouped, padded, or one for each of 3 blocks"):
+        uvc.compact(small_vit(), form)
+
+
+def test_replaced_heads_cannot_take_another_form():
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]))
+    small.blocks[0].attn.proj = torch.nn.Linear(3, 24)
+    with pytest.raises(ValueError, match="not as they were compacted"):
+        in_form(small, "padded")
 
 
 def test_compacting_twice_is_an_error():

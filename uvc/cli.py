@@ -1,4 +1,4 @@
-"""The command line: `uvc compress`, `eval`, `export`, `report`, `bench` and `doctor`.
+"""The command line: `uvc compress`, `eval`, `compact`, `export`, `report`, `bench` and `doctor`.
 
 Options that are not given are None: their defaults stand in the recipe and in `uvc.config`, which also check
 the values.
@@ -94,6 +94,22 @@ def _multiples(_context: click.Context, _option: click.Parameter, value: str | N
             f"--round-to: {value!r}; give two multiples, of dims and of neurons, as in 16,64"
         )
     return [int(part) for part in parts]
+
+
+def _target(_context: click.Context, _option: click.Parameter, value: str | None) -> dict[str, Any]:
+    """cpu,batch=1,threads=2: a device, and numbers above zero."""
+    device, *named = (value or "cpu").split(",")
+    found: dict[str, Any] = {"device": device.strip()}
+    for part in named:
+        name, _, number = part.partition("=")
+        name = name.strip()
+        counts = number.strip().isdecimal() and int(number) > 0
+        if not counts or name not in ("batch", "threads") or name in found:
+            raise click.UsageError(
+                f"--for: {value!r}; give a device, then numbers, as in cpu,batch=1,threads=1"
+            )
+        found[name] = int(number)
+    return found
 
 
 def _numbers(_context: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
@@ -333,6 +349,27 @@ def export(folder: Path, format_: str, to: Path | None) -> None:
 
     target, error = export(folder, format_, to)
     click.echo(f"{target}  (outputs differ by {error:.0e} of the largest)")
+
+
+@cli.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--for",
+    "target",
+    callback=_target,
+    metavar="cpu,batch=1,threads=1",
+    help="Where the model will run: device, images per forward pass, CPU threads.",
+)
+@click.option("--out", type=FOLDER, help="Folder of the model; default: DIR itself.")
+def compact(folder: Path, target: dict[str, Any], out: Path | None) -> None:
+    """Measure here which form of each layer's heads is faster, and write the model in these forms."""
+    from rich.console import Console
+
+    from uvc.app.compacting import choice_table, compact_run
+
+    choice = compact_run(folder, out, **target)
+    Console(highlight=False).print(choice_table(choice))
+    click.echo(f"the model: {(out or folder) / 'model.safetensors'}")
 
 
 @cli.command()

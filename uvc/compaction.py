@@ -21,7 +21,7 @@ def compact(model: nn.Module, form: str | Sequence[str] = "grouped") -> nn.Modul
     Args:
         form: how the kept heads of a layer run. "grouped": heads of equal size as one batched product;
             "padded": all as one, with zeros up to one size, which adds products and saves calls. One for all
-            blocks, or one for each; `uvc.forms.choose` measures which is faster. Costs count what is kept.
+            blocks, or one for each; `uvc.forms.choose` measures what is faster. Costs count what is kept.
 
     ValueError when the model is compacted already, or a child of an attention or MLP does more than its
     weights say (an adapter, a hook, an int8 layer).
@@ -50,7 +50,7 @@ def in_form(model: nn.Module, form: str | Sequence[str]) -> nn.Module:
 
 
 def check_forms(form: object, blocks: int) -> tuple[str, ...]:
-    """The form of each block; ValueError unless `form` is one of `FORMS`, or a list of them, one per block."""
+    """The form of each block; ValueError unless `form` is one of `FORMS`, or a list of one per block."""
     forms = (form,) * blocks if isinstance(form, str) else form
     if not isinstance(forms, list | tuple) or len(forms) != blocks or any(f not in FORMS for f in forms):
         raise ValueError(

@@ -16,6 +16,7 @@ from uvc_kernels.timing import milliseconds, take_turns
 
 from uvc.compaction import forms_of, in_form
 from uvc.costs import count_macs, flop_counter
+from uvc.io.dtypes import input_dtype
 from uvc.latency_table import quiet_clock
 from uvc.layers import FORMS, is_compacted
 
@@ -57,8 +58,8 @@ def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 
         raise ValueError("choose: the model is not compacted; give what uvc.compact returns")
     if small.patch_embed.img_size is None:
         raise ValueError("choose: the model has no input size of its own; give it an img_size")
-    parameter, size = next(small.parameters()), (small.in_chans, *small.patch_embed.img_size)
-    images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
+    size, device = (small.in_chans, *small.patch_embed.img_size), next(small.parameters()).device
+    images = torch.randn(batch, *size, device=device, dtype=input_dtype(small))
     was, training = forms_of(small), small.training
     old = in_form(small, was).eval()
     forms = [in_form(old, form) for form in FORMS]
@@ -115,7 +116,9 @@ def _timed(
     first, *others = times
     ratios = [1.0] + [median(a / b for a, b in zip(other, first, strict=True)) for other in others]
     chosen = FORMS[ratios.index(min(ratios))]
-    return Timed(chosen, dict(zip(FORMS, macs, strict=True)), dict(zip(FORMS, map(median, times), strict=True)))
+    return Timed(
+        chosen, dict(zip(FORMS, macs, strict=True)), dict(zip(FORMS, map(median, times), strict=True))
+    )
 
 
 def _measured(

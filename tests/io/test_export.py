@@ -14,6 +14,7 @@ from oracle import error as error_of
 import uvc
 import uvc.models
 from uvc.cli import run
+from uvc.compaction import in_form
 from uvc.io.export import export
 from uvc.io.serialization import load
 
@@ -48,6 +49,19 @@ def test_an_exported_program_takes_any_batch_and_computes_the_same(folder, image
     assert error < 1e-5
     found = torch.export.load(target).module()(images)
     torch.testing.assert_close(found, load(folder).eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_padded_heads_are_exported_as_one_product(folder, images, tmp_path):
+    small = load(folder)
+    uvc.save(in_form(small, "padded"), tmp_path / "padded")
+    target, error = export(tmp_path / "padded", "torch-export")
+    assert error < 1e-5
+    program = torch.export.load(target)
+    torch.testing.assert_close(program.module()(images), small(images), rtol=1e-4, atol=1e-5)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    running = sum(block.record.attn for block in small.blocks)
+    assert sum("scaled_dot_product" in call for call in calls) == running
+    assert not any("baddbmm" in call for call in calls)
 
 
 def test_safetensors_go_to_a_folder_that_uvc_loads(folder, images, tmp_path):

@@ -14,6 +14,7 @@ from timm.layers import PatchEmbed
 
 import uvc
 import uvc.models
+from uvc.compaction import forms_of
 from uvc.io.serialization import CONFIG, WEIGHTS, describe, rebuild
 from uvc.structure import Structure
 
@@ -70,6 +71,25 @@ def test_a_loaded_model_is_the_saved_one(name, compacted, tmp_path):
     dropped = model.train()(x)
     torch.manual_seed(5)
     assert error(loaded.train()(x), dropped) < TOLERANCE[x.dtype]
+
+
+def test_the_form_of_heads_survives(tmp_path):
+    model = pruned(small_vit())
+    small = uvc.compact(model, ["padded", "grouped", "padded"])
+    uvc.save(small, tmp_path)
+    loaded, x = uvc.load(tmp_path), images(model)
+    assert stored(loaded) == stored(small) and forms_of(loaded) == ("padded", "grouped", "padded")
+    assert error(loaded(x), model(x)) < TOLERANCE[x.dtype]
+    config = json.loads((tmp_path / CONFIG).read_text())
+    with pytest.raises(ValueError, match="form must be one of grouped, padded"):
+        rebuild({**config, "form": ["padded"]})
+
+
+def test_a_folder_of_the_format_before_forms_is_grouped():
+    config = describe(uvc.compact(pruned(small_vit())))
+    old = {**config, "format": "uvc-3"}
+    del old["form"]
+    assert forms_of(rebuild(old)[1]) == ("grouped",) * 3
 
 
 @pytest.mark.parametrize("case", structures(small_vit()))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
 import uvc.models
+from uvc.compaction import in_form
 from uvc.config import Config
 from uvc.costs import count_macs
 from uvc.structure import Structure
@@ -94,6 +95,9 @@ def test_a_served_model_works_from_end_to_end(name, tmp_path):
         small = uvc.compact(model)
         assert error(out, before) > 1e-3
         assert error(small(x), out) < 1e-5
+        padded = uvc.compact(model, "padded")
+        assert error(padded(x), out) < 1e-5
+        assert stored(in_form(small, "padded")) == stored(padded)
         uvc.save(small, tmp_path)
         loaded = uvc.load(tmp_path)
         assert stored(loaded) == stored(small)

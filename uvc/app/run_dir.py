@@ -15,6 +15,7 @@ from uvc.io.files import make_folder, write_json
 
 OPTIONS = "run.json"
 SUMMARY = "summary.json"
+COMPACT = "compact.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:

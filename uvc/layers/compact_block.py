@@ -44,14 +44,14 @@ class CompactBlock(nn.Module):
             self.register_parameter(f"gamma_{digit}", copy.deepcopy(gamma))
 
     def in_form(self, form: str) -> "CompactBlock":
-        """A copy whose heads run in one of `FORMS`, by the same weights; ValueError if these were replaced."""
+        """A copy whose heads run in one of `FORMS`; ValueError where their weights were replaced."""
         memo = {} if form == self.form or not self.record.attn else {id(self.attn): self._attn_in_form(form)}
         new = copy.deepcopy(self, memo)
         new.form = form
         return new
 
     def _attn_in_form(self, form: str) -> nn.Module:
-        # Entries of dense weights that are their own numbers say where each stands in either form; 0 is padding.
+        # Dense weights whose entries are their own numbers show where each is in either form; 0 is padding.
         numbered = copy.deepcopy(prunable(self.origin.attn)).to_empty(device="cpu").double()
         with torch.no_grad():
             for parameter in numbered.parameters():
@@ -60,7 +60,9 @@ class CompactBlock(nn.Module):
         new = numbered.compacted(self.record, form)
         mine = dict(self.attn.named_parameters())
         if {n: p.shape for n, p in before.items()} != {n: p.shape for n, p in mine.items()}:
-            raise ValueError(f"form: the heads are no longer as compacted, so they cannot be {form}; compact again")
+            raise ValueError(
+                f"form: the heads are not as they were compacted, so they cannot be {form}; compact again"
+            )
         for path, module in new.named_modules():
             for name, numbers in module._parameters.items():
                 if numbers is None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from uvc.layers.children import drop_rate, is_plain
 from uvc.layers.token_pruning import Slimming, row_scores
 
-
-# How kept heads run: one product for each group of equal heads, or one for all, padded with zeros to one size.
+# How kept heads run: a product for each group of equal heads, or one for all, with zeros up to one size.
 FORMS = ("grouped", "padded")
 PADDING = -1  # in the place of a row: zeros
 # Of dims that heads are padded to: rows of whole vectors, and pairs of dims stay together.
@@ -48,9 +47,8 @@ class CompactAttention(nn.Module):
     """Attention over kept rows and columns only.
 
     Where q, k and v have one weight and one bias, their kept rows lie group by group in `qkv`: its q, its k,
-    its v; else group by group in `q`, `k` and `v`. In the padded form there is one group, and rows and columns
-    of padding are zero; their gradients are zero, too, so that they stay so. A kind of attention with positions
-    overrides what they do.
+    its v; else group by group in `q`, `k` and `v`. In the padded form there is one group; rows and columns of
+    padding are zero, and so are their gradients. A kind of attention with positions overrides what they do.
     """
 
     def __init__(self, dense: nn.Module, record, form: str = "grouped"):
@@ -82,8 +80,8 @@ class CompactAttention(nn.Module):
                 bias = source.bias
                 bias = None if bias is None else select(bias, 0, after(source.bias_row, kept))
                 self.add_module(name, linear_of(weight, bias))
-        # A norm of the output has weights of its own for every dim, head after head. It ties all v dims, so that
-        # none of them is padding.
+        # A norm of the output has weights of its own for every dim, head after head. It ties all v dims, so
+        # that none of them is padding.
         natural = type(getattr(dense, "norm", None)) not in (type(None), nn.Identity)
         self._order = sorted(range(len(columns)), key=columns.__getitem__) if natural else None
         columns = sorted(columns) if natural else columns

@@ -22,8 +22,8 @@ def talk(attn: nn.Module, scores: Tensor) -> Tensor:
 class CompactTalkingHeads(CompactAttention):
     """All heads, over their kept dims."""
 
-    def __init__(self, dense: nn.Module, record):
-        super().__init__(dense, record)
+    def __init__(self, dense: nn.Module, record, form: str = "grouped"):
+        super().__init__(dense, record, form)
         self.proj_l, self.proj_w = copy.deepcopy(dense.proj_l), copy.deepcopy(dense.proj_w)
 
     def scored(self, x: Tensor, slimming: None, *masks, **positions) -> tuple[Tensor, None]:
