@@ -63,6 +63,14 @@ def test_a_wrong_target_is_one_line(folder, target, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_model_in_full_size_is_not_overwritten(tmp_path, capsys):
+    uvc.save(small_vit(), tmp_path / "full")
+    assert run(["compact", str(tmp_path / "full")]) == 2
+    assert "give --out" in capsys.readouterr().err
+    assert run(["compact", str(tmp_path / "full"), "--out", str(tmp_path / "b")]) == 0
+    assert forms_of(uvc.load(tmp_path / "b")) == ("padded",) * 3
+
+
 def test_out_that_holds_other_files_is_refused(folder, tmp_path, capsys):
     assert run(["compact", str(folder), "--out", str(tmp_path)]) == 2
     assert "--out" in capsys.readouterr().err

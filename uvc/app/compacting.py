@@ -34,6 +34,8 @@ def compact_run(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {str(out)!r} holds other files; name a new or an empty folder")
     model = load(folder, place)
+    if out is None and not is_compacted(model):
+        raise ValueError(f"DIR: {str(folder)!r} holds a model in full size, which would be lost; give --out")
     check_runs(model)
     choice = choose(model if is_compacted(model) else compact(model), batch)
     target = make_folder(folder, "DIR") if out is None else make_folder(out, "--out")
