@@ -23,7 +23,6 @@ LAYERS = [
     ["uvc.compaction"],
     ["uvc.io", "uvc.costs"],
     ["uvc.constraints", "uvc.latency_table"],
-    ["uvc.forms"],
     ["uvc.solver"],
     ["uvc.training"],
     ["uvc"],

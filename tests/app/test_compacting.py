@@ -7,9 +7,9 @@ from oracle import error, images, small_vit, stored, structures
 
 import uvc
 from uvc.app import compacting
+from uvc.app.forms import Choice, Timed
 from uvc.cli import run
 from uvc.compaction import forms_of, in_form
-from uvc.forms import Choice, Timed
 
 
 @pytest.fixture

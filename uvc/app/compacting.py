@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from uvc.app.forms import Choice, choose
 from uvc.app.run_dir import COMPACT
 from uvc.compaction import compact, equivalent, forms_of
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
-from uvc.forms import Choice, choose
 from uvc.io.dtypes import check_runs, sample_images
 from uvc.io.export import TOLERANCE
 from uvc.io.files import make_folder, one_line, write_json

@@ -5,9 +5,9 @@ import torch
 from oracle import error, images, small_vit, stored, structures
 
 import uvc
-import uvc.forms
+from uvc.app import forms
+from uvc.app.forms import choose
 from uvc.compaction import forms_of
-from uvc.forms import choose
 
 
 def small(case="random at keep 0.5"):
@@ -21,7 +21,7 @@ def clock(monkeypatch, half: dict[str, float], whole: dict[str, float]) -> None:
     def ms(model, call, device):
         return half[model.form] if hasattr(model, "form") else whole[forms_of(model)[0]]
 
-    monkeypatch.setattr(uvc.forms, "_ms", ms)
+    monkeypatch.setattr(forms, "_ms", ms)
 
 
 def test_the_faster_form_of_each_block_is_taken(monkeypatch):
