@@ -21,7 +21,7 @@ def compact(model: nn.Module, form: str | Sequence[str] = "grouped") -> nn.Modul
     Args:
         form: how the kept heads of a layer run. "grouped": heads of equal size as one batched product;
             "padded": all as one, with zeros up to one size, which adds products and saves calls. One for all
-            blocks, or one for each; `uvc compact DIR --for` measures what is faster. Costs count what is kept.
+            blocks, or one for each; `uvc compact --for` measures both. Costs count what is kept.
 
     ValueError when the model is compacted already, or a child of an attention or MLP does more than its
     weights say (an adapter, a hook, an int8 layer).
