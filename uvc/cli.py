@@ -327,14 +327,27 @@ def data(folder: Path, workers: int | None) -> int:
 
 
 @cli.command()
-@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def report(folder: Path) -> None:
-    """Show the results of the run in DIR and draw its structure again."""
+@click.argument(
+    "folders",
+    metavar="DIR...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option("--html", type=FOLDER, metavar="FILE", help="One page of all runs, which needs no network.")
+def report(folders: tuple[Path, ...], html: Path | None) -> None:
+    """Show the results of the runs in DIR... and draw their structures again."""
     from uvc.app.pipeline import draw_run, read_summary
 
-    summary = read_summary(folder)
-    draw_run(folder, summary)
-    _print_report(folder, summary)
+    for folder in folders:
+        summary = read_summary(folder)
+        draw_run(folder, summary)
+        _print_report(folder, summary)
+    if html is not None:
+        from uvc.app.page import write_page
+
+        write_page(folders, html)
+        click.echo(f"the page:      {html}")
 
 
 @cli.command()

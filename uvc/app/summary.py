@@ -31,7 +31,7 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     table.add_row("top-1 (%)", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
     for label, key in (("MACs", "macs"), ("parameters", "params")):
         dense, final = summary[f"dense_{key}"], summary[f"final_{key}"]
-        table.add_row(label, _count(dense), _count(final), f"{final / dense:.4f}")
+        table.add_row(label, count_text(dense), count_text(final), f"{final / dense:.4f}")
     for row in summary.get("budgets", ()):
         label, after = f"budget {row['budget']:g}: top-1 (%)", row["final_top1"]
         table.add_row(label, f"{before:.2f}", f"{after:.2f}", f"MACs {row['macs_ratio']:.4f}")
@@ -42,7 +42,8 @@ def result_table(summary: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _count(value: float) -> str:
+def count_text(value: float) -> str:
+    """A number of MACs or parameters in G, M or k."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3f} {unit}"

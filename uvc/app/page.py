@@ -1,0 +1,178 @@
+"""`uvc report --html`: finished runs as one page that needs no other file and no network.
+
+What a run folder does not hold is said on the page. All that comes from files is escaped by the template.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from uvc.app.charts import Line, Point, curves, scatter, structure_picture
+from uvc.app.page_template import PAGE
+from uvc.app.pipeline import read_summary
+from uvc.app.run_dir import COMPACT, OPTIONS, read_json
+from uvc.app.summary import count_text
+from uvc.io.files import write_text
+from uvc.io.serialization import load
+from uvc.structure import Structure
+
+NONE = "not recorded"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page shows of one run folder; `missing` says what could not be had."""
+
+    number: int
+    folder: str
+    quoted: str
+    summary: Mapping[str, Any]
+    rows: Sequence[tuple[str, str, str, str]]
+    structure: Markup | None
+    charts: Sequence[tuple[str, Markup]]
+    compact: Mapping[str, Any] | None
+    facts: Sequence[tuple[str, str]]
+    missing: Sequence[str]
+
+
+def write_page(folders: Sequence[Path], to: Path) -> None:
+    """Write the page of these run folders to a file, whole or not at all; ValueError without a summary."""
+    summaries = [read_summary(folder) for folder in folders]
+    runs = [_run(i + 1, f, s) for i, (f, s) in enumerate(zip(folders, summaries, strict=True))]
+    accuracy, notes = [], []
+    for title, read in (("share of the MACs", _cost), ("milliseconds, batch 1", _latency)):
+        points = [Point(str(run.number), *found) for run in runs if (found := read(run.summary)) is not None]
+        if points:
+            accuracy.append((f"Top-1 over {title}", scatter(points, title, "top-1 (%)")))
+        if len(points) < len(runs):
+            notes.append(f"Top-1 over {title}: {len(runs) - len(points)} of {len(runs)} runs do not say it.")
+    environment = Environment(autoescape=True)
+    text = environment.from_string(PAGE).render(runs=runs, accuracy=accuracy, notes=notes)
+    try:
+        write_text(to, text)
+    except OSError as error:
+        raise ValueError(f"--html: {error}; name another file") from None
+
+
+def _number(value: object) -> float | None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if fits else None
+
+
+def _cost(summary: Mapping[str, Any]) -> tuple[float, float] | None:
+    found = _number(summary.get("macs_ratio")), _number(summary.get("final_top1"))
+    return None if None in found else found
+
+
+def _latency(summary: Mapping[str, Any]) -> tuple[float, float] | None:
+    one = next((e for e in summary.get("latency") or () if e.get("batch") == 1), {})
+    found = _number(one.get("compressed_ms")), _number(summary.get("final_top1"))
+    return None if None in found else found
+
+
+def _run(number: int, folder: Path, summary: Mapping[str, Any]) -> Run:
+    missing: list[str] = []
+    structure = _structure(folder, summary, missing)
+    charts = _search(folder, missing)
+    options = _optional(folder / OPTIONS, "the options of the run", missing) or {}
+    compact = _optional(folder / COMPACT, None, missing)
+    facts = [(name, _text(summary.get(name))) for name in ("data", "budget", "metric", "seed", "steps")]
+    facts += [("recipe", _text(options.get("recipe")))]
+    facts += [(name, _text(summary.get(name))) for name in ("precision", "device", "processes", "seconds")]
+    facts += [(name, _text(version)) for name, version in (summary.get("versions") or {}).items()]
+    if not summary.get("versions"):
+        missing.append("versions of the packages")
+    folder = str(folder)
+    return Run(
+        number, folder, repr(folder), summary, _rows(summary), structure, charts, compact, facts, missing
+    )
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, teacher, compressed, difference or ratio."""
+    before, after = _number(summary.get("teacher_top1")), _number(summary.get("final_top1"))
+    delta = NONE if before is None or after is None else f"{after - before:+.2f}"
+    rows = [("top-1 (%)", _fixed(before), _fixed(after), delta)]
+    for label, key in (("MACs", "macs"), ("parameters", "params")):
+        dense, final = _number(summary.get(f"dense_{key}")), _number(summary.get(f"final_{key}"))
+        rows.append((label, *map(_count, (dense, final)), _ratio(final, dense)))
+    for entry in summary.get("latency") or ():
+        dense, final = _number(entry.get("teacher_ms")), _number(entry.get("compressed_ms"))
+        label = f"latency, batch {entry.get('batch')} (ms)"
+        rows.append((label, *map(_fixed, (dense, final)), _ratio(final, dense)))
+    return rows
+
+
+def _fixed(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _count(value: float | None) -> str:
+    return NONE if value is None else count_text(value)
+
+
+def _ratio(part: float | None, whole: float | None) -> str:
+    return NONE if part is None or not whole else f"× {part / whole:.3f}"
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return NONE
+    return (
+        f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    )
+
+
+def _optional(path: Path, what: str | None, missing: list[str]) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except ValueError:
+        if what is not None:
+            missing.append(f"{what} ({path.name})")
+        return None
+
+
+def _structure(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> Markup | None:
+    try:
+        kept = Structure.from_json(json.dumps(summary.get("structure")))
+        return Markup(structure_picture(kept, Structure.dense(load(folder))))
+    except ValueError as error:
+        missing.append(f"the picture of the structure ({error})")
+        return None
+
+
+def _search(folder: Path, missing: list[str]) -> list[tuple[str, Markup]]:
+    """Charts of the search: what it cost and should cost, and the multipliers."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    try:
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # torn when a run was killed
+        if not isinstance(line, dict) or line.get("phase") != "search" or _number(line.get("step")) is None:
+            continue
+        for name, value in line.items():
+            if _number(value) is not None:
+                series.setdefault(name, []).append((float(line["step"]), float(value)))
+    charts = []
+    for title, starts in (
+        ("Cost and target, shares of the dense cost", ("target", "soft_cost", "hard_cost")),
+        ("Multiplier of the budget, z", ("z",)),
+        ("Multipliers of the groups, y", ("y_",)),
+    ):
+        names = [n for n in series if n.startswith(starts) and len(series[n]) > 1]
+        if names:
+            charts.append((title, Markup(curves([Line(n, series[n]) for n in names], "step of the search"))))
+    if not charts:
+        missing.append("curves of the search (log.jsonl)")
+    return charts
