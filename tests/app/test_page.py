@@ -52,7 +52,7 @@ def folder_of(path, **changes):
         "dense_params": 30_000, "final_params": 15_100, "teacher_top1": 97.25, "final_top1": 96.5,
         "steps": 77, "device": "cpu", "structure": json.loads(structure),
         "latency": [{"batch": 1, "teacher_ms": 4.0, "compressed_ms": 2.98}],
-        "versions": {"torch": "9.8.7"},
+        "versions": {"torch": "9.8.7"}, "budgets": [{"budget": 0.25, "macs_ratio": 0.2497, "final_top1": 91.75}],
     }  # fmt: skip
     (path / "structure.json").write_text(structure)
     (path / "summary.json").write_text(json.dumps({**summary, **changes}))
@@ -75,7 +75,19 @@ def test_the_page_of_several_runs_stands_alone_and_holds_their_figures(tmp_path,
         set(page.asks) == {"data:,"} and "http" not in text and "@import" not in text and "url(" not in text
     )
     assert "script" not in page.tags
-    for figure in ("96.50", "-0.75", "987.000 k", "88.25", "-9.00", "1.234 M", "2.98", "41", "43", "9.8.7"):
+    for figure in (
+        "96.50",
+        "-0.75",
+        "987.000 k",
+        "88.25",
+        "-9.00",
+        "1.234 M",
+        "2.98",
+        "41",
+        "43",
+        "9.8.7",
+        "91.75",
+    ):
         assert figure in page.text, figure
     # Accuracy over cost and latency; per run a structure and three charts.
     assert page.tags.count("svg") == 2 + 2 * 4 and "Not in the folder" in page.text

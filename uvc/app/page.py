@@ -102,6 +102,10 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     for label, key in (("MACs", "macs"), ("parameters", "params")):
         dense, final = _number(summary.get(f"dense_{key}")), _number(summary.get(f"final_{key}"))
         rows.append((label, *map(_count, (dense, final)), _ratio(final, dense)))
+    for row in summary.get("budgets") or ():
+        label, cost = f"top-1 at budget {_text(row.get('budget'))} (%)", _number(row.get("macs_ratio"))
+        at = _number(row.get("final_top1"))
+        rows.append((label, _fixed(before), _fixed(at), f"{_ratio(cost, 1.0)} of the MACs"))
     for entry in summary.get("latency") or ():
         dense, final = _number(entry.get("teacher_ms")), _number(entry.get("compressed_ms"))
         label = f"latency, batch {entry.get('batch')} (ms)"
