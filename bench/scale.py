@@ -12,6 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import timm
+import torch
+
+from uvc import Structure, convert, cost
 from uvc.bench.ceilings import Ceilings
 from uvc.bench.roofline import Kept, Shape, everything, model_work
 from uvc.bench.rows import Row, latest, read
@@ -68,8 +73,8 @@ cheaper. So
             s = {start:g} d + {middle:g} ({dense:.2f} d + {kept:.2f} k) + {rest:g} k
 
 The recipe is stretched to the 300 epochs of the dense run, so that both see equally many images. Without a
-teacher `t` is 0. Several devices are counted as so many times faster than one: no run on several has been
-measured, and exchanging gradients only adds to it.
+teacher `t` is 0. Several devices are counted as so many times faster than one; the last section adds the
+exchange of gradients.
 """
 
 
@@ -101,6 +106,7 @@ def page(results: Path) -> str:
     for setting in dict.fromkeys((row.device, row.threads, row.dtype) for row in rows):
         parts += measured([row for row in rows if (row.device, row.threads, row.dtype) == setting])
     parts += limits()
+    parts += processes()
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,6 +184,110 @@ def limits() -> list[str]:
         "bench/results say once there are any. "
         "Hours: dense / UVC / UVC without a teacher.",
         "\n".join(table),
+    ]
+
+
+SEVERAL = """\
+The recipe's global batch of {batch:,} images is shared by the GPUs of nodes of {node}. Computing is at the
+limit above, so reducing weighs more here than it does beside real steps. What is sent is 4 bytes for each
+kept parameter, as tests count it ([distributed.md](distributed.md)). A node reduces in a ring, then nodes do,
+each GPU for its share; a message takes {latency:g} us; two thirds of the computing hide as much reducing."""
+ENDS = """\
+The batch ends the scaling: 512 GPUs compute 2 images each, in a tenth of the time that reducing takes. Where
+reducing is the step, keeping half takes half to two thirds of the dense step; a batch that grows with the
+GPUs hides it again, as on 8. The search adds one reduction of less than 1 KB, which the forward pass hides,
+and at gate steps 2 numbers for each block, in the last bucket."""
+LOSSES = """\
+Failures come once in {hours:,.0f} GPU hours (published of Llama 3's training); each costs {restart:g} minutes
+to start again (assumed) and half of the {between:g} minutes between checkpoints. The time of a step varies by
+{jitter:.0%} (assumed, normal, of each GPU apart), and all wait for the slowest (2,000 simulated steps)."""
+
+
+class Links(NamedTuple):
+    """GB/s and microseconds of one message, one way: of a GPU within its node of 8, and out of it."""
+
+    name: str
+    inside: float
+    outside: float
+    latency: float = 5.0
+
+
+# As published: NVLink 4 has 450 GB/s each way; NDR InfiniBand 400 Gbit/s for a GPU; Ethernet for a node.
+LINKS = (Links("NVLink, InfiniBand NDR", 450.0, 50.0), Links("NVLink, 100 Gbit/s Ethernet", 450.0, 12.5 / 8))
+NODE, BATCH, COUNTS = 8, 1024, (8, 64, 512)
+# As published of Llama 3's training: 419 unexpected interruptions of 16,384 GPUs in 54 days.
+GPU_HOURS_PER_FAILURE = 16384 * 54 * 24 / 419
+RESTART, BETWEEN = 5.0, 10.0  # minutes: to start again (assumed); between checkpoints
+JITTER = 0.03  # deviation of the time of a step, as a share of it (assumed)
+
+
+def all_reduce_ms(size: float, gpus: int, links: Links) -> float:
+    """A ring in each node, then one of nodes for each of its GPUs, over that GPU's share.
+
+    A ring of n moves 2 (n - 1) / n of its bytes through each link, in 2 (n - 1) messages.
+    """
+    nodes, time = max(gpus // NODE, 1), 0.0
+    for n, part, speed in ((min(gpus, NODE), size, links.inside), (nodes, size / NODE, links.outside)):
+        time += 2 * (n - 1) / n * part / (speed * 1e6) + 2 * (n - 1) * links.latency * 1e-3
+    return time
+
+
+def step_ms(images_per_second: float, size: float, gpus: int, links: Links) -> tuple[float, float, float]:
+    """Computing, reducing, and both: two thirds of a step are its backward pass, which hides as much."""
+    compute, reduce = 1e3 * BATCH / gpus / images_per_second, all_reduce_ms(size, gpus, links)
+    return compute, reduce, compute + max(reduce - compute * 2 / 3, 0.0)
+
+
+def slowest(gpus: int) -> float:
+    """Mean time of a step that waits for the slowest of so many, over the mean of one; simulated."""
+    steps = np.random.default_rng(0).normal(1.0, JITTER, (2000, gpus))
+    return float(steps.max(1).mean())
+
+
+def processes() -> list[str]:
+    """The section on several GPUs: a model of traffic, not a measurement."""
+    with torch.device("meta"):
+        model = convert(timm.create_model("deit_base_patch16_224"))
+    sizes = [
+        4 * cost(model, s).params
+        for s in (Structure.dense(model), Structure.uniform(model, heads=KEEP, neurons=KEEP))
+    ]
+    shape = Shape(128, 197, 768, 12, 64, 3072, stem=196 * 768 * 768)
+    half = Kept(*(round(KEEP * n) for n in everything(shape)))
+    rates = [
+        1e3 * 128 / model_work(shape, [kept] * 12, 2, True).floor_ms(LIMIT)
+        for kept in (everything(shape), half)
+    ]
+    table = [
+        "| GPUs | links | structure | MB sent | computing, ms | reducing, ms | step, ms | images/s | "
+        "rate of a GPU, to that of 8 |",
+        "|---" * 9 + "|",
+    ]
+    for links in LINKS:
+        for name, size, rate in zip(("dense", f"keep {KEEP:g}"), sizes, rates, strict=True):
+            one = None
+            for gpus in COUNTS:
+                compute, reduce, step = step_ms(rate, size, gpus, links)
+                one = one or step * gpus
+                table.append(
+                    f"| {gpus} | {links.name} | {name} | {size / 1e6:.0f} | {compute:.2f} | {reduce:.2f} | "
+                    f"{step:.2f} | {1e3 * BATCH / step:,.0f} | {one / (step * gpus):.0%} |"
+                )
+    losses = [
+        "| GPUs | failures a day | lost to them | waiting for the slowest |",
+        "|---|---|---|---|",
+    ]
+    for gpus in COUNTS:
+        failures = 24 * gpus / GPU_HOURS_PER_FAILURE
+        lost = failures * (RESTART + BETWEEN / 2) / (24 * 60)
+        losses.append(f"| {gpus} | {failures:.3f} | {lost:.3%} | {slowest(gpus) - 1:.1%} |")
+    return [
+        "## DeiT-B on 8, 64 and 512 GPUs: computed, not measured",
+        SEVERAL.format(batch=BATCH, node=NODE, latency=LINKS[0].latency),
+        "\n".join(table),
+        ENDS,
+        LOSSES.format(hours=GPU_HOURS_PER_FAILURE, restart=RESTART, between=BETWEEN, jitter=JITTER),
+        "\n".join(losses),
     ]
 
 

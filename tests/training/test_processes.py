@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from gang import gang
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from test_compress import CONFIG, digits_model
 from torch.utils.data import DataLoader, TensorDataset
 
+from uvc.config import SolverConfig
 from uvc.costs import cost
 from uvc.layers import convert
 from uvc.solver.search import Search
@@ -17,8 +20,10 @@ from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.compress import compress
 from uvc.training.data import load_data
 from uvc.training.loaders import TensorLoader
+from uvc.training.processes import Several
 from uvc.training.reduction import Reduction
 from uvc.training.shares import Share, check_share
+from uvc.training.signals import Stopped
 
 # 6 steps in an epoch.
 SEARCH = dataclasses.replace(CONFIG, warmup_epochs=0, search_epochs=10, post_epochs=1, batch_size=160)
@@ -206,14 +211,76 @@ def test_a_batch_that_cannot_be_shared_is_refused(loader, count, mixes, says):
         check_share(loader(torch.zeros(25, 1, 8, 8)), count, mixes)
 
 
-def parts(changes):
+def parts(solver, **changes):
     data = digits()
-    config = dataclasses.replace(SHORT, **changes)
+    config = dataclasses.replace(SHORT, solver=SolverConfig(method=solver), **changes)
     return weights(compress(digits_model(), data.train, data.val, 0.6, config=config))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"accumulate": 3}, {"grad_checkpointing": True}], ids=["in parts", "recomputed"]
+@pytest.mark.parametrize("solver", ["uvc", "published"])
+def test_batches_in_parts_and_recomputed_blocks_train_alike(solver):
+    whole = parts(solver)
+    assert farthest(whole, parts(solver, accumulate=3)) < 0.05 * REACH
+    assert farthest(whole, parts(solver, grad_checkpointing=True)) < 0.05 * REACH
+
+
+def drawn(changes, solver):
+    """Three steps of a search."""
+    data = digits(changes["batch_size"])
+    config = dataclasses.replace(
+        SHORT, search_epochs=1, post_epochs=0, solver=SolverConfig(**solver), **changes
+    )
+    facts, compare = [], Several.compare
+
+    def watched(self, say, *flags):
+        facts.append({name: repr(value) for name, value in say().items()})
+        compare(self, say, *flags)
+        if len(facts) == 5:  # the settings, and four steps: the last has seen the end of the third
+            raise Stopped
+
+    Several.compare = watched
+    try:
+        compress(digits_model(), data.train, data.val, 0.6, config=config)
+    except Stopped:
+        return facts
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
-def test_batches_in_parts_and_recomputed_blocks_train_alike(changes):
-    assert farthest(parts({}), parts(changes)) < 0.05 * REACH
+@given(
+    changes=st.fixed_dictionaries(
+        {
+            "accumulate": st.sampled_from([1, 2, 3]),
+            "precision": st.sampled_from(["float32", "bfloat16", "float16"]),
+            "grad_checkpointing": st.booleans(),
+            "mixup": st.sampled_from([0.0, 0.8]),
+            "ema_decay": st.sampled_from([0.0, 0.9]),
+            "batch_size": st.sampled_from([160, 98, 75]),
+        }
+    ),
+    solver=st.fixed_dictionaries(
+        {
+            "skip": st.sampled_from(["none", "blocks", "halves"]),
+            "tokens": st.sampled_from([0, 1, 2]),
+            "every": st.sampled_from([1, 2]),
+            "anneal": st.just((0.0, 0.5)),
+            "method": st.sampled_from(["uvc", "uvc", "published"]),
+        }
+    ),
+)
+def test_drawn_configurations_agree_for_three_steps_or_are_refused_in_one_line(changes, solver):
+    first, second = gang(2, drawn, changes, solver)
+    assert first == second and first is not None and not isinstance(first, Exception), first
+    if isinstance(first, str):
+        assert "\n" not in first
+    else:
+        assert len(first) == 5

@@ -89,16 +89,18 @@ class PublishedSearch(Pruner):
         logits = self.gate.detach().clone().requires_grad_(True)
         self._logits = logits
         self._sample = ((logits - noise.log().to(logits)) / TEMPERATURE).softmax(-1)
-        for block, gate in zip(self.groups.blocks, self._sample[:, 1].unbind(), strict=True):
+        # A leaf, as a batch may take several backward passes.
+        self._gate = self._sample[:, 1].detach().requires_grad_(True)
+        for block, gate in zip(self.groups.blocks, self._gate.unbind(), strict=True):
             block.set_gates(gate, gate)
 
     def evidence(self) -> list[Tensor]:
         """The gradients of the gates."""
-        return [self._logits.grad]
+        return [self._gate.grad]
 
     def observe(self, scale: float = 1.0) -> None:
         """Adds the task's gradient of the gates and the cost's, whose gates are the same noisy ones."""
-        gradient = self._logits.grad / scale
+        (gradient,) = torch.autograd.grad(self._sample[:, 1], self._logits, self._gate.grad / scale)
         logits = self.gate.detach().clone().requires_grad_(True)
         cost = self._cost(logits.softmax(-1)[:, 1])
         gradient = gradient + float(self.z) * GATE_COST * torch.autograd.grad(cost, logits)[0]
