@@ -173,6 +173,19 @@ def test_bytes_follow_the_kept_parameters(one_process):
     print(*found, sep="\n")
 
 
+def test_gradients_of_an_earlier_pass_are_sent_with_those_of_the_last(one_process):
+    model = convert(digits_model())
+    reduction = Reduction(model, 1)
+    images = torch.randn(8, 1, 8, 8)
+    reduction.facts()
+    model(images).square().mean().backward()
+    model.blocks[0].set_skip(True, True)
+    reduction.begin()
+    model(images).square().mean().backward()
+    reduction.finish([torch.zeros(())])
+    assert reduction.sent == 4 * (sum(p.numel() for p in model.parameters()) + 1)
+
+
 def test_shares_are_a_partition_and_keep_pairs_together():
     for batch, count in ((16, 4), (12, 4), (7, 3), (2, 3), (0, 2)):
         places = torch.arange(batch)

@@ -111,6 +111,9 @@ class Reduction(NoReduction):
 
     def finish(self, also: Sequence[Tensor]) -> None:
         self._open = False
+        # Gradients that an earlier pass of this step gave, and the last one did not add to.
+        taken = {p for parameters, *_ in self._sent for p in parameters} | set(self._next)
+        self._next += [p for p in self._names if p.requires_grad and p.grad is not None and p not in taken]
         self._send(also)
         for parameters, others, flat, work in self._sent:
             with lost():
