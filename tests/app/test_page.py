@@ -52,7 +52,8 @@ def folder_of(path, **changes):
         "dense_params": 30_000, "final_params": 15_100, "teacher_top1": 97.25, "final_top1": 96.5,
         "steps": 77, "device": "cpu", "structure": json.loads(structure),
         "latency": [{"batch": 1, "teacher_ms": 4.0, "compressed_ms": 2.98}],
-        "versions": {"torch": "9.8.7"}, "budgets": [{"budget": 0.25, "macs_ratio": 0.2497, "final_top1": 91.75}],
+        "versions": {"torch": "9.8.7"},
+        "budgets": [{"budget": 0.25, "macs_ratio": 0.2497, "final_top1": 91.75}],
     }  # fmt: skip
     (path / "structure.json").write_text(structure)
     (path / "summary.json").write_text(json.dumps({**summary, **changes}))
