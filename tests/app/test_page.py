@@ -126,7 +126,12 @@ def test_how_the_model_runs_is_shown_where_it_was_measured(tmp_path):
     folder = folder_of(tmp_path / "a")
     assert run(["compact", str(folder)]) == 0
     write_page([folder], tmp_path / "page.html")
-    assert "MACs executed" in Page((tmp_path / "page.html").read_text()).text
+    text = Page((tmp_path / "page.html").read_text()).text
+    found = json.loads((folder / "compact.json").read_text())
+    assert "MACs executed" in text and f"{found['ms']['after']:.2f} after" in text
+    (folder / "compact.json").write_text("{}")
+    write_page([folder], tmp_path / "page.html")
+    assert "not recorded after" in Page((tmp_path / "page.html").read_text()).text
 
 
 @pytest.mark.parametrize("place", ["folder", "file/page.html"])

@@ -36,7 +36,7 @@ class Run:
     rows: Sequence[tuple[str, str, str, str]]
     structure: Markup | None
     charts: Sequence[tuple[str, Markup]]
-    compact: Mapping[str, Any] | None
+    compact: Sequence[tuple[str, str]]
     facts: Sequence[tuple[str, str]]
     missing: Sequence[str]
 
@@ -81,7 +81,7 @@ def _run(number: int, folder: Path, summary: Mapping[str, Any]) -> Run:
     structure = _structure(folder, summary, missing)
     charts = _search(folder, missing)
     options = _optional(folder / OPTIONS, "the options of the run", missing) or {}
-    compact = _optional(folder / COMPACT, None, missing)
+    compact = _compact(_optional(folder / COMPACT, None, missing))
     facts = [(name, _text(summary.get(name))) for name in ("data", "budget", "metric", "seed", "steps")]
     facts += [("recipe", _text(options.get("recipe")))]
     facts += [(name, _text(summary.get(name))) for name in ("precision", "device", "processes", "seconds")]
@@ -92,6 +92,24 @@ def _run(number: int, folder: Path, summary: Mapping[str, Any]) -> Run:
     return Run(
         number, folder, repr(folder), summary, _rows(summary), structure, charts, compact, facts, missing
     )
+
+
+def _compact(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What `uvc compact` measured; nothing where it was not run."""
+    if found is None:
+        return []
+    place = (f"{name} {_text(found.get(name))}" for name in ("batch", "threads"))
+    forms = found.get("forms")
+    rows = [("measured on", ", ".join([_text(found.get("device")), *place]))]
+    rows.append(
+        ("form of each block's heads", ", ".join(map(str, forms)) if isinstance(forms, list) else NONE)
+    )
+    rows.append(("MACs kept", _count(_number(found.get("kept_macs")))))
+    for label, key, text in (("MACs executed", "executed_macs", _count), ("milliseconds", "ms", _fixed)):
+        pair = found.get(key) if isinstance(found.get(key), dict) else {}
+        said = (f"{text(_number(pair.get(when)))} {when}" for when in ("before", "after"))
+        rows.append((label, ", ".join(said)))
+    return rows
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -23,7 +23,7 @@ margin: 8px 0; }
 .grid-of { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); gap: 12px; }
 .card { background: var(--card); border-radius: 8px; padding: 12px; min-width: 0; }
 .big { font-size: 26px; font-weight: 600; } .faint { color: var(--faint); font-size: 13px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%;
+.wide { overflow-x: auto; white-space: nowrap; } table { border-collapse: collapse; width: 100%;
 font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child {
@@ -67,14 +67,8 @@ of the parameters</div></div>
 <div class="card"><h3>How it was made</h3><table>
 {% for name, value in run.facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>
 {% if run.compact %}<div class="card"><h3>How it runs</h3><table>
-<tr><td>chosen for</td><td>
-{{ run.compact.device }}, batch {{ run.compact.batch }}, threads {{ run.compact.threads }}</td></tr>
-<tr><td>form of each block's heads</td><td>{{ run.compact.forms | join(", ") }}</td></tr>
-<tr><td>MACs kept</td><td>{{ run.compact.kept_macs }}</td></tr>
-<tr><td>MACs executed</td><td>{{ run.compact.executed_macs.before }}
-before, {{ run.compact.executed_macs.after }} now</td></tr>
-<tr><td>milliseconds</td><td>{{ run.compact.ms.before }} before, {{ run.compact.ms.after }} now</td></tr>
-</table></div>{% endif %}
+{% for name, value in run.compact %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table></div>
+{% endif %}
 </div>
 <h3>How to load it</h3>
 <pre>import uvc
