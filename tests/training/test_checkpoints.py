@@ -155,6 +155,7 @@ def kill_and_resume(tmp_path, count, kills):
     ends is compared with an undisturbed run.
     """
     chance, whole, out = random.Random(kills), tmp_path / "whole", tmp_path / "out"
+    gang(1, int)  # the server that they fork from has started
     start = time.monotonic()
     assert gang(count, command, tmp_path, options(whole)) == [0] * count
     lasts = time.monotonic() - start
