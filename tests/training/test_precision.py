@@ -199,10 +199,10 @@ class Watching(Pruner):
 
     def __init__(self, model, overflows=0):
         super().__init__(model)
-        self.seen, self.passes, self.overflows = [], 0, overflows
+        self.seen, self.calls, self.overflows = [], 0, overflows
 
     def before(self):
-        self.passes += 1
+        self.calls += 1
 
     def observe(self, scale=1.0):
         self.seen.append((scale, self.model.head.weight.grad.norm().item() / scale))
@@ -231,7 +231,7 @@ def test_a_step_that_overflows_is_repeated_at_half_the_scale(overflows, model, d
     plain = Trainer(twin, batches, data.val, replace(config, precision="float32"), RunLog(None), None)
     other = Watching(twin)
     plain.phase("warmup", 1, Classification(), plain.optimizer(1e-3), other)
-    assert pruner.passes == 1 + overflows and other.passes == 1
+    assert pruner.calls == 1 + overflows and other.calls == 1
     assert [scale for scale, _ in pruner.seen] == [2.0 ** (16 - overflows)]
     assert pruner.seen[0][1] == pytest.approx(other.seen[0][1], rel=1e-5) and other.seen[0][0] == 1.0
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):

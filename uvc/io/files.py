@@ -14,8 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(
+    path: Path, write: Callable[[Path], object], keep: Callable[[Path], object] | None = None
+) -> None:
     """Let `write` make a file beside `path`, then put it in place in one step, or not at all.
+
+    keep: takes `path` once the new file is whole, to put aside what is there.
 
     A reader, and whoever comes after a crash, finds the old file or the new one. OSError, in one line that
     names the file, when the disk is full or the folder cannot be written.
@@ -26,6 +30,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            keep(path)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {one_line(error)}") from None
@@ -34,8 +40,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             part.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all; on the CPU, whatever the device of the tensors."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    keep: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a safetensors file whole or not at all; on the CPU, whatever the device of the tensors.
+
+    keep: as in `write_whole`.
+    """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # A tensor that two names share, or a view of a larger one, becomes one of its own.
     seen: set[int] = set()
@@ -44,7 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         if memory.data_ptr() in seen or memory.nbytes() > tensor.nbytes:
             held[name] = tensor.clone()
         seen.add(memory.data_ptr())
-    write_whole(path, lambda part: save_file(held, part, metadata))
+    write_whole(path, lambda part: save_file(held, part, metadata), keep)
 
 
 def one_line(error: Exception) -> str:

@@ -49,10 +49,8 @@ class _Copy(NamedTuple):
 
     def write(self, path: Path, replaces: bool = False) -> None:
         """replaces: what is there is not kept as the one before."""
-        checksum = self.checksum()
-        if path.exists() and not replaces:
-            _keep_before(path)
-        write_tensors(path, self.flat, {"facts": self.facts, "sha256": checksum})
+        about = {"facts": self.facts, "sha256": self.checksum()}
+        write_tensors(path, self.flat, about, None if replaces else _keep_before)
 
 
 class Checkpoints:
