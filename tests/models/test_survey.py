@@ -124,7 +124,8 @@ TABLE = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", (ROOT / "docs" / "models
 
 def narrow(name: str) -> torch.nn.Module:
     """A model of two narrow blocks, or what its function makes instead, in evaluation with random blocks."""
-    for arguments in ({**NARROW, "attn_pool_num_heads": 3}, NARROW, dict(depth=2, num_classes=5), {}):
+    heads = [{"attn_pool_num_heads": 3}, {}, {"num_kv_heads": 3}]
+    for arguments in (*({**NARROW, **own} for own in heads), dict(depth=2, num_classes=5), {}):
         try:
             model = timm.create_model(name, **arguments).eval().requires_grad_(False)
         except (TypeError, AssertionError, RuntimeError, ValueError):
