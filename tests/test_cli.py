@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from cli_runs import SHORT, uvc_test_vit
 from PIL import Image
-from runs import SHORT, uvc_test_vit
 from safetensors.torch import save_file
 
 from uvc import cli

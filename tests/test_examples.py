@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import timm
-from runs import uvc_test_vit
+from cli_runs import uvc_test_vit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import SHORT
+from cli_runs import SHORT
 
 from uvc import cli
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from runs import EPOCHS, SHORT, summary
+from cli_runs import EPOCHS, SHORT, summary
 
 from uvc import cli
 from uvc.training.checkpoint import load_run, save_run

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import SHORT, summary, uvc_test_vit
+from cli_runs import SHORT, summary, uvc_test_vit
 
 import uvc
 import uvc.latency_table

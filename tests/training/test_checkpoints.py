@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import SHORT, summary
 from gang import gang
-from runs import SHORT, summary
 from safetensors.torch import load_file
 from test_compress import CONFIG, digits_data, digits_model
 

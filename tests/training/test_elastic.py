@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cli_runs import SHORT, summary
 from oracle import TOLERANCE, error
-from runs import SHORT, summary
 from test_compress import CONFIG, digits_data, digits_model
 from test_interrupted import StopAt
 
