@@ -152,6 +152,8 @@ class Config:
     grad_checkpointing: bool = False
     checkpoint_every: Count = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
     checkpoint_minutes: Weight = 0.0  # as well; 0: none
+    # So many steps whose loss or gradient is not finite are left out before such a one ends the run.
+    skip_not_finite: Count = 0
     threads: Size | None = None  # CPU threads; None leaves torch's choice
     distill: DistillConfig = field(default_factory=DistillConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)

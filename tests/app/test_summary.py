@@ -70,7 +70,15 @@ def test_without_a_terminal_progress_is_a_plain_line_per_tenth(capsys):
         log.step(499, loss=0.25)
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 10 and all(line.startswith("search") for line in shown)
+    assert all(" s left" in line for line in shown)
     assert "500/500" in shown[-1] and "loss 0.25" in shown[-1]
+
+
+def test_progress_shows_loss_costs_and_images_per_second_first(capsys):
+    with RunLog(None, progress=True) as log:
+        log.phase("search", 10)
+        log.step(9, lr=1e-3, loss=0.5, target=0.6, soft_cost=0.7, hard_cost=0.8, images_s=12345.6)
+    assert "loss 0.5  soft_cost 0.7  hard_cost 0.8  12,346 images/s" in capsys.readouterr().err
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

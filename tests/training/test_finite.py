@@ -1,6 +1,7 @@
 """A loss, a gradient or a weight that is not finite ends a run in one line and is never saved."""
 
 import dataclasses
+import json
 
 import pytest
 import timm
@@ -9,11 +10,16 @@ from test_compress import CONFIG, digits_data, digits_model
 
 import uvc
 import uvc.models
+from uvc.config import SolverConfig
+from uvc.constraints import limits
 from uvc.io.finite import first_not_finite
 from uvc.solver import Search
-from uvc.training.checkpoint import load_run
+from uvc.training.checkpoint import load_run, optimizer_tensors
 from uvc.training.compress import compress
 from uvc.training.finite import FiniteCheck
+from uvc.training.logger import RunLog
+from uvc.training.losses import Classification
+from uvc.training.trainer import Trainer
 
 SHORT = dataclasses.replace(CONFIG, warmup_epochs=1, search_epochs=1, post_epochs=1)
 
@@ -128,3 +134,52 @@ def test_a_score_that_is_not_finite_is_not_saved(tmp_path):
             compress(digits_model(), data.train, data.val, 0.7, config=SHORT, out=tmp_path)
     _, facts = load_run(tmp_path / "checkpoint.safetensors")
     assert facts["phase"] == "warmup"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_skipped_step_leaves_weights_moments_scores_and_loss_scale_as_they_were(precision):
+    model, data = uvc.convert(digits_model(class_token=True)), digits_data()
+    config = dataclasses.replace(SHORT, precision=precision, skip_not_finite=1)
+    trainer = Trainer(model, data.train, data.val, config, RunLog(None), None)
+    search = Search(model, limits(model, 0.5), 20, SolverConfig(tokens=1, gate_every=1, anneal=(0.9, 1.0)))
+    task, optimizer = Classification(precision=precision), trainer.optimizer(1e-3)
+    check = FiniteCheck(model, "search", lambda: "nothing is kept")
+    batches = iter(data.train)
+
+    def seen():
+        moments = optimizer_tensors(optimizer, model)
+        scores = {n: t for n, t in search.state_dict().items() if "importance" in n or "theta" in n}
+        return {n: t.clone() for n, t in (*model.state_dict().items(), *moments.items(), *scores.items())}
+
+    for _ in range(2):
+        trainer._train_step(task, next(batches), optimizer, search, check)
+    before, scale = seen(), trainer.scale.state()
+    trainer._train_step(task, nan_pixel(*next(batches)), optimizer, search, check)
+    assert trainer.skipped == 1 and trainer.scale.state() == scale
+    after = seen()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    trainer._train_step(task, next(batches), optimizer, search, check)
+    assert first_not_finite(seen()) is None and not all(torch.equal(before[n], t) for n, t in seen().items())
+
+
+def test_so_many_steps_are_skipped_and_said_and_the_next_one_ends_the_run(tmp_path):
+    class Often(Spoilt):
+        def __iter__(self):
+            for images, labels in self.loader:
+                self.seen += 1
+                yield nan_pixel(images.clone(), labels) if self.seen in self.at else (images, labels)
+
+    config = dataclasses.replace(SHORT, skip_not_finite=2)
+    data, steps = digits_data(), len(digits_data().train)
+    result = compress(
+        digits_model(), Often(data.train, (3, steps + 5), None), data.val, 0.7, config=config, out=tmp_path
+    )
+    assert first_not_finite(result.model.state_dict()) is None and result.steps == 3 * steps
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    skipped = [(line["phase"], line["batch"]) for line in lines if line.get("event") == "skipped"]
+    assert skipped == [("warmup", 2), ("search", 4)]
+    data, out = digits_data(), tmp_path / "other"
+    with pytest.raises(RuntimeError, match="search: epoch 0, batch 5: the loss is nan"):
+        spoilt = Often(data.train, (3, steps + 5, steps + 6), None)
+        compress(digits_model(), spoilt, data.val, 0.7, config=config, out=out)
+    assert load_run(out / "checkpoint.safetensors")[1]["skipped"] == 1

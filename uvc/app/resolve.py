@@ -33,7 +33,9 @@ PATHS = {
 TABLES = ("images", "model_args", "training", "training.distill", "training.solver")
 # Settings that change where a run computes, not what; a resumed run may be given others.
 PLACES = ("device", "workers", "data_root", "teacher_cache")
-PLACES += tuple(f"training.{name}" for name in ("threads", "checkpoint_every", "checkpoint_minutes"))
+PLACES += tuple(
+    f"training.{name}" for name in ("threads", "checkpoint_every", "checkpoint_minutes", "skip_not_finite")
+)
 
 
 class Given(NamedTuple):

@@ -62,6 +62,9 @@ class NestedSearch(Pruner):
     def observe(self, scale: float = 1.0) -> None:
         self.inner.observe(scale)
 
+    def forget(self) -> None:
+        self.inner.forget()
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         self.inner.step(optimizer)
         self.count += 1

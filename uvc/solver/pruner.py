@@ -67,6 +67,9 @@ class Pruner:
     def observe(self, scale: float = 1.0) -> None:
         """Reads the gradients, which are ``scale`` times those of the loss."""
 
+    def forget(self) -> None:
+        """In place of ``observe`` where the gradients are not finite; ``step`` follows."""
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Changes weights or structure after a step of ``optimizer``."""
 

@@ -156,6 +156,10 @@ class Search(Pruner):
                 family.importance.lerp_((value / scale).square(), ran[:, None])
         self.tokens.observe(scale, config.importance_decay)
 
+    def forget(self) -> None:
+        """What halves have read of tokens in this step is not finite either."""
+        self.tokens.forget()
+
     def _open(self) -> None:
         """Segments that a gradient has reached may lose groups from here on: no gradient is no evidence."""
         reached = self.groups.reached()

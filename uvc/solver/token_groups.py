@@ -66,6 +66,9 @@ class AllTokens:
     def observe(self, scale: float, decay: float) -> None:
         """If watched: the importance of every bucket follows the square of its gate's gradient."""
 
+    def forget(self) -> None:
+        """Ends what `watch` began; `observe` has nothing to read."""
+
     def reprice(self, state: State, limits: Sequence[Limit]) -> None:
         """Sets what a bucket costs in its interval, from what the blocks keep now."""
 
@@ -128,7 +131,7 @@ class Tokens(AllTokens):
             self.model.blocks[site].set_slimming(None if ended and dropped == 0 else slims)
 
     def watch(self) -> None:
-        self._look_away()  # from a pass that is repeated
+        self.forget()  # from a pass that is repeated
         for index, block in enumerate(self.model.blocks):
             for half, reached in ((block.attn, index), (block.mlp, index + 1)):
                 interval = sum(site < reached for site in self.sites) - 1
@@ -156,13 +159,13 @@ class Tokens(AllTokens):
             return
         state = self.state
         gates = torch.zeros_like(state.importance).index_add_(1, self._bucket, self._read / scale)
-        self._look_away()
+        self.forget()
         # A bucket that is dropped keeps its importance.
         dropped = torch.tensor(state.dropped, device=gates.device)[:, None]
         there = torch.arange(gates.shape[1], device=gates.device) >= dropped
         state.importance.lerp_(gates.square(), (1.0 - decay) * there.to(gates.dtype))
 
-    def _look_away(self) -> None:
+    def forget(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

@@ -1,4 +1,6 @@
-"""A run stops at the first loss or gradient that is not finite, before that reaches the weights."""
+"""A run stops at a loss or gradient that is not finite, before that reaches the weights; so many as
+`skip_not_finite` says are left out first.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +38,11 @@ class FiniteCheck:
         self.pending.append((self.epoch, self.batch, pair))
         if loss.device.type == "cpu":
             self.read(images)
+
+    def finite(self, loss: Tensor) -> bool:
+        """Whether loss and gradients of this step are finite; waits for the device."""
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        return bool(loss.isfinite()) and bool(norm.isfinite())
 
     def read(self, images: Tensor | None = None) -> None:
         """RuntimeError if loss or norm of a step seen since the last call was not finite. images: of the last

@@ -9,6 +9,9 @@ from typing import Any
 
 from uvc.io.files import _plain
 
+SHOWN = ("loss", "soft_cost", "hard_cost", "images_s")  # of a step's scalars, before any others
+MOST_SHOWN = 4
+
 
 class RunLog:
     """Writes `out/log.jsonl` (one JSON line per logged step) and TensorBoard events, and shows progress.
@@ -19,6 +22,7 @@ class RunLog:
 
     def __init__(self, out: Path | None, progress: bool = False) -> None:
         self._phase, self._step, self._total, self._tenth = "", 0, 0, 0
+        self._first: int | None = None  # the first step of this phase that was logged here
         self._start = time.monotonic()
         self._file = self._events = self._progress = self._task = self._console = None
         if out is not None:
@@ -39,12 +43,14 @@ class RunLog:
         """Start a phase ('teacher', 'warmup', 'search', 'post-train') of `total_steps` steps."""
         self._end_bar()
         self._phase, self._step, self._total, self._tenth = name, 0, total_steps, 0
+        self._first = None
         self._start = time.monotonic()
         if self._console is not None and self._console.is_terminal:
             self._start_bar()
 
     def step(self, step: int, **scalars: float) -> None:
         """Log the scalars of one step, counted from 0 within the phase, and advance the progress to it."""
+        self._first = step if self._first is None else self._first
         self._step = step + 1
         self._write({"phase": self._phase, "step": step, **scalars})
         if self._events is not None:
@@ -54,8 +60,11 @@ class RunLog:
             self._progress.update(self._task, completed=self._step, figures=_figures(scalars))
         elif self._console is not None and self._new_tenth():
             seconds = time.monotonic() - self._start
+            # A resumed phase begins in its middle.
+            left = seconds * (self._total - self._step) / max(self._step - self._first, 1)
             self._console.print(
-                f"{self._phase:<10} {self._step:>6}/{self._total}  {seconds:5.0f} s  {_figures(scalars)}",
+                f"{self._phase:<10} {self._step:>6}/{self._total}  {seconds:5.0f} s, {left:.0f} s left  "
+                f"{_figures(scalars)}",
                 soft_wrap=True,
             )
 
@@ -126,4 +135,26 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _figures(scalars: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in list(scalars.items())[:4])
+    """What progress shows of a step."""
+    names = sorted(scalars, key=lambda name: SHOWN.index(name) if name in SHOWN else len(SHOWN))
+    return "  ".join(
+        f"{scalars[name]:,.0f} images/s" if name == "images_s" else f"{name} {scalars[name]:.4g}"
+        for name in names[:MOST_SHOWN]
+    )
+
+
+class Rate:
+    """Images per second between two readings."""
+
+    def __init__(self) -> None:
+        self._images, self._start = 0, time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """So many more have been trained on."""
+        self._images += images
+
+    def read(self) -> float:
+        """Since the last reading, or since this was made."""
+        images, start = self._images, self._start
+        self._images, self._start = 0, time.perf_counter()
+        return images / max(self._start - start, 1e-9)

@@ -24,12 +24,12 @@ from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, 
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.freezing import train_mode
-from uvc.training.logger import RunLog
+from uvc.training.logger import Rate, RunLog
 from uvc.training.loss_scale import LossScale
 from uvc.training.losses import Classification, Mixing
 from uvc.training.processes import ALONE, Alone
 from uvc.training.signals import Stopped, asked
-from uvc.training.user_loss import Score, UserLoss, moved, scalars_of, score_of
+from uvc.training.user_loss import Score, UserLoss, moved, rows_of, scalars_of, score_of
 
 LOG_EVERY = 5  # steps
 Part = tuple[float, tuple[Any, ...]]  # share of its batch, and what a task takes of it beside the model
@@ -62,9 +62,9 @@ class Trainer:
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
         self.scale = LossScale(config.precision)
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
-        # A checkpoint belongs to one set of them; how often one is written is none of it.
+        # A checkpoint belongs to one set of them; how often one is written, and what may fail, is none of it.
         self.settings = _json_like({**asdict(config), **settings})
-        for name in ("checkpoint_every", "checkpoint_minutes"):
+        for name in ("checkpoint_every", "checkpoint_minutes", "skip_not_finite"):
             del self.settings[name]
         processes.compare(lambda: {"the version of torch": torch.__version__, **self.settings})
         processes.settle("before training")
@@ -75,6 +75,7 @@ class Trainer:
         self.feed = Feed(self.train_loader, self.device)
         self.history: list[dict[str, Any]] = []
         self.steps, self.saved = 0, time.monotonic()
+        self.skipped, self.rate = 0, Rate()  # steps that were not finite
         self.resumed: dict[str, Any] = {}
         self.tensors: dict[str, dict[str, Tensor]] = {}
 
@@ -109,7 +110,7 @@ class Trainer:
         check = FiniteCheck(self.model, name, self._kept)
         with self.checkpoints:
             for epoch in range(first, epochs):
-                start = time.perf_counter()
+                start, self.rate = time.perf_counter(), Rate()
                 train_mode(self.model)
                 had = done
                 batches = self.feed.epoch(done) if done < steps else ()
@@ -124,7 +125,7 @@ class Trainer:
                         check.read()
                         scalars = {"loss": loss.item(), "lr": optimizer.param_groups[0]["lr"]}
                         scalars |= {name: float(value) for name, value in also.items()}
-                        self.log.step(step, **scalars, **pruner.metrics())
+                        self.log.step(step, **scalars, **pruner.metrics(), images_s=self.rate.read())
                     self.steps += 1
                     done = i + 1
                     if done == steps:
@@ -167,6 +168,8 @@ class Trainer:
         check: FiniteCheck,
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Returns the loss of the whole batch, and what else a user's loss says in numbers."""
+        self.rate.add(rows_of(batch) * self.processes.count)
+        scale = self.scale.state()
         if task.labelled:
             parts, images = self._labelled(batch)
         else:
@@ -178,6 +181,9 @@ class Trainer:
             if self.scale.fits(self.model.parameters()):
                 break
             optimizer.zero_grad(set_to_none=True)
+        if self.skipped < self.config.skip_not_finite and not check.finite(loss):
+            self._pass_over(loss, optimizer, pruner, check, scale)
+            return loss, also
         pruner.observe(self.scale.value)
         self.scale.unscale(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -186,6 +192,27 @@ class Trainer:
         pruner.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         return loss, also
+
+    def _pass_over(
+        self,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        pruner: Pruner,
+        check: FiniteCheck,
+        scale: list[float],
+    ) -> None:
+        """Ends a step whose loss or gradients are not finite: they reach neither weights nor importance.
+
+        scale: of the loss, before the step: that it was lowered has not helped.
+        """
+        self.skipped += 1
+        self.scale.load_state(scale)
+        optimizer.zero_grad(set_to_none=True)
+        pruner.forget()
+        pruner.step(optimizer)
+        number = f"{self.skipped} of {self.config.skip_not_finite}"
+        self.log.note(event="skipped", epoch=check.epoch, batch=check.batch, loss=float(loss))
+        self.log.say(f"{check.where()}: not finite, the step is skipped ({number})")
 
     def _labelled(self, batch: Any) -> tuple[list[Part], Tensor]:
         """The parts of a batch of (images, labels), each with its share of it, and all of its images."""
@@ -287,6 +314,7 @@ class Trainer:
             "loader": loader,
             "history": self.history,
             "steps": self.steps,
+            "skipped": self.skipped,
             "loss_scale": self.scale.state(),
         }
         structure = structure_of(self.model).to_json() if phase == "post-train" else None
@@ -305,6 +333,7 @@ class Trainer:
                 f"{self.file}: it was written with other settings; resume with the same ones or start afresh"
             )
         self.history, self.steps = self.resumed["history"], self.resumed["steps"]
+        self.skipped = self.resumed.get("skipped", 0)
 
     def finished(self, phase: str) -> bool:
         """Whether the loaded checkpoint is from a later phase."""

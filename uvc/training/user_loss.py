@@ -15,7 +15,7 @@ from uvc.training.losses import DTYPES
 
 Loss = Callable[[nn.Module, Any], Mapping[str, Any]]
 Score = Callable[[nn.Module], float]
-TAKEN = ("lr", "phase", "step")  # names that a line of the log has already
+TAKEN = ("lr", "phase", "step", "images_s")  # names that a line of the log has already
 
 
 class UserLoss:
@@ -86,6 +86,16 @@ def moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(moved(part, device) for part in batch))
     return type(batch)(moved(part, device) for part in batch) if type(batch) in (tuple, list) else batch
+
+
+def rows_of(batch: Any) -> int:
+    """How many images a batch has: the length of its first tensor with dims; 0 without one."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 0
+    parts = (
+        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    )
+    return next(filter(None, map(rows_of, parts)), 0)
 
 
 def scalars_of(found: Mapping[str, Any]) -> dict[str, Tensor | float]:
