@@ -137,12 +137,20 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
+// Where something lies in it, in the bytes that addresses of shared memory count.
+__device__ inline uint32_t shared_address(const void* place) {
+#ifdef __CUDACC__
+  return static_cast<uint32_t>(__cvta_generic_to_shared(place));
+#else
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(place) - running->shared);
+#endif
+}
+
 // Starts a copy of 16 bytes into shared memory, of zeros unless `there`. It has arrived after copies_arrived(n), with
 // n not less than the number of commit_copies() since, and for other threads after a barrier behind that.
 __device__ inline void copy16(void* to, const void* from, bool there) {
 #ifdef __CUDACC__
-  const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(there ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
 #else
   running->copy16(to, from, there);

@@ -79,10 +79,17 @@ class Coroutine {
   std::unique_ptr<char[]> stack_;
 };
 
+inline bool asked(const char* variable, const char* value) {
+  const char* found = std::getenv(variable);
+  return found != nullptr && std::strcmp(found, value) == 0;
+}
+
 // One block after the other.
 class Machine {
  public:
   unsigned char* shared = nullptr;
+  // What tests ask for: copies land when they are started; float32 is multiplied by the shuffles that a GPU runs.
+  const bool early = asked("UVC_HOST_COPIES", "early"), shuffles = asked("UVC_HOST_PRODUCTS", "shuffles");
 
   template <class F>
   void run(unsigned block, unsigned blocks, int threads, size_t bytes, F&& kernel) {
@@ -117,21 +124,22 @@ class Machine {
     if (!arrive(barrier_, alive_, [] {})) wait(barrier_, 0, static_cast<int>(blockDim.x));
   }
 
-  void copy16(void* to, const void* from, bool there) { fibers_[current_]->copies.push_back({to, from, there}); }
+  void copy16(void* to, const void* from, bool there) {
+    const Copy copy{to, from, there};
+    if (early)
+      make(copy);
+    else
+      fibers_[current_]->copies.push_back(copy);
+  }
   void commit_copies() { fibers_[current_]->copies.push_back({}); }
-  // A copy is made as late as it may be.
+  // A copy is made as late as it may be, or at once where `early`: a GPU may do either.
   void copies_arrived(int left) {
     std::vector<Copy>& copies = fibers_[current_]->copies;
     size_t keep = copies.size();
     while (keep > 0 && left >= 0) left -= copies[--keep].to == nullptr;
     if (left < 0) ++keep;
-    for (size_t i = 0; i < keep; ++i) {
-      if (copies[i].to == nullptr) continue;
-      if (copies[i].there)
-        std::memcpy(copies[i].to, copies[i].from, 16);
-      else
-        std::memset(copies[i].to, 0, 16);
-    }
+    for (size_t i = 0; i < keep; ++i)
+      if (copies[i].to != nullptr) make(copies[i]);
     copies.erase(copies.begin(), copies.begin() + keep);
   }
 
@@ -141,6 +149,12 @@ class Machine {
     const void* from;
     bool there;
   };
+  static void make(const Copy& copy) {
+    if (copy.there)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+  }
   struct Fiber {
     Coroutine coroutine;
     std::vector<Copy> copies;
@@ -231,6 +245,31 @@ inline int __any_sync(unsigned, int condition) {
     for (int i = 0; i < 32; ++i) *static_cast<int*>(lanes[i]) = any;
   });
   return call;
+}
+
+// ldmatrix: lane 8 m + i names the place in shared memory of row i of matrix m [8, 8] of 16-bit elements; lane 4 g + t
+// gets of every matrix the elements (g, 2 t) and (g, 2 t + 1) or, turned, (2 t, g) and (2 t + 1, g).
+template <bool TURNED>
+inline void load_matrices(uint32_t from, uint32_t* words) {
+  struct Call {
+    uint32_t from, *words;
+  } call{from, words};
+  if (from % 16 != 0) stuck("ldmatrix from a place that is no multiple of 16 bytes");
+  running->meet_warp(&call, [](void** lanes) {
+    const auto element = [&](int matrix, int row, int column) {
+      uint16_t value;
+      std::memcpy(&value, running->shared + static_cast<Call*>(lanes[8 * matrix + row])->from + 2 * column, 2);
+      return static_cast<uint32_t>(value);
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int m = 0; m < 4; ++m) {
+        const uint32_t low = TURNED ? element(m, 2 * t, g) : element(m, g, 2 * t);
+        const uint32_t high = TURNED ? element(m, 2 * t + 1, g) : element(m, g, 2 * t + 1);
+        static_cast<Call*>(lanes[lane])->words[m] = high << 16 | low;
+      }
+    }
+  });
 }
 
 inline uint16_t bfloat_of_float(float value) {

@@ -29,6 +29,32 @@ __device__ inline A16<T> as_factor(const Sums<T> (&s)[2]) {
           pack<T>(s[1].at[2], s[1].at[3])};
 }
 
+// No tensor core multiplies float32: every lane fetches the rows and columns of its four sums from their holders.
+template <class T>
+__device__ inline void multiply_by_shuffles(Sums<T>& sums, const A16<T>& a, const Pair<T> (&b)[2]) {
+  auto& d = sums.at;
+  const int t = lane_index() % 4, quad = lane_index() - t;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int from = 0; from < 4; ++from) {
+      Pair<T> row[2], column[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Pair<T>&mine = a.at[2 * half + i], &other = b[half];
+        row[i] = {__shfl_sync(ALL_LANES, mine.low, quad + from), __shfl_sync(ALL_LANES, mine.high, quad + from)};
+        const int holder = 4 * (2 * t + i) + from;
+        column[i] = {__shfl_sync(ALL_LANES, other.low, holder), __shfl_sync(ALL_LANES, other.high, holder)};
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d[i] += row[i / 2].low * column[i % 2].low;
+        d[i] += row[i / 2].high * column[i % 2].high;
+      }
+    }
+  }
+}
+
 #ifdef __CUDACC__
 __device__ inline uint32_t word(const Pair<Bf16>& p) { return reinterpret_cast<const uint32_t&>(p); }
 __device__ inline uint32_t word(const Pair<Fp16>& p) { return reinterpret_cast<const uint32_t&>(p); }
@@ -48,32 +74,15 @@ __device__ inline void multiply(Sums<T>& sums, const A16<T>& a, const Pair<T> (&
         : "r"(word(a.at[0])), "r"(word(a.at[1])), "r"(word(a.at[2])), "r"(word(a.at[3])), "r"(word(b[0])),
           "r"(word(b[1])));
   } else {
-    // No tensor core multiplies float32: every lane fetches the rows and columns of its four sums from their holders.
-    const int t = lane_index() % 4, quad = lane_index() - t;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-      for (int from = 0; from < 4; ++from) {
-        Pair<T> row[2], column[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Pair<T>&mine = a.at[2 * half + i], &other = b[half];
-          row[i] = {__shfl_sync(ALL_LANES, mine.low, quad + from), __shfl_sync(ALL_LANES, mine.high, quad + from)};
-          const int holder = 4 * (2 * t + i) + from;
-          column[i] = {__shfl_sync(ALL_LANES, other.low, holder), __shfl_sync(ALL_LANES, other.high, holder)};
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          d[i] += row[i / 2].low * column[i % 2].low;
-          d[i] += row[i / 2].high * column[i % 2].high;
-        }
-      }
-    }
+    multiply_by_shuffles(sums, a, b);
   }
 }
 #else
 template <class T>
 inline void multiply(Sums<T>& sums, const A16<T>& a, const Pair<T> (&b)[2]) {
+  if constexpr (!is_half<T>) {
+    if (running->shuffles) return multiply_by_shuffles(sums, a, b);
+  }
   struct Call {
     Sums<T>* sums;
     const A16<T>* a;
@@ -114,11 +123,7 @@ __device__ inline void multiply(Sums<T> (&sums)[2], const A16<T>& a, const B16<T
 template <class T, bool SWIZZLE>
 struct Tile {
   static constexpr int PIECE = 16 / sizeof(T);
-#ifdef __CUDACC__
   static constexpr bool kMatrixLoads = is_half<T>;
-#else
-  static constexpr bool kMatrixLoads = false;
-#endif
   T* rows;
   int pitch;
 
@@ -189,15 +194,11 @@ struct Tile {
   // What `piece` says of a lane's row and piece of the block at (row, column), both multiples of 16, in the order of
   // computation that leaves one addition per row and one exclusive or per column: tiles start at a multiple of a row.
   __device__ uint32_t place(int lane_row, int lane_piece, int row, int column) const {
-#ifdef __CUDACC__
     constexpr int SIZE = static_cast<int>(sizeof(T));
-    const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(rows));
+    const uint32_t start = shared_address(rows);
     if constexpr (SWIZZLE) lane_piece ^= fold(lane_row);
     const uint32_t corner = start + (lane_row * pitch + lane_piece * PIECE) * SIZE + row * pitch * SIZE;
     return SWIZZLE ? corner ^ (column * SIZE) : corner + column * SIZE;
-#else
-    return 0;
-#endif
   }
   __device__ int fold(int row) const {
     const int pieces = pitch / PIECE, spread = pieces < 8 ? pieces : 8;
@@ -218,6 +219,10 @@ struct Tile {
                    : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                    : "r"(from)
                    : "memory");
+#else
+    uint32_t words[4];
+    host::load_matrices<TURNED>(from, words);
+    std::memcpy(&out, words, sizeof out);
 #endif
   }
 };

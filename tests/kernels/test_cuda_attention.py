@@ -165,6 +165,33 @@ def test_the_order_of_threads_changes_nothing():
             assert all(torch.equal(images[0], other) for other in images[1:])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dims", "dtype"),
+    [
+        (197, 64, torch.bfloat16),
+        (300, 64, torch.bfloat16),
+        (577, 64, torch.bfloat16),
+        (300, 128, torch.float16),
+        (198, 24, torch.float32),
+    ],
+    ids=str,
+)
+def test_copies_may_land_at_once_or_as_late_as_they_may(tokens, dims, dtype, monkeypatch):
+    # A copy that is started too early shows when it lands at once; one that nobody waits for, when late.
+    kept = ragged(1, dims, 0.9)
+    qkv, grad = packed(kept, tokens, 2, dtype)
+    late = core(qkv, grad, kept, tokens, 0.125, "cpu")
+    monkeypatch.setenv("UVC_HOST_COPIES", "early")
+    assert all(map(torch.equal, late, core(qkv, grad, kept, tokens, 0.125, "cpu")))
+    check(kept, tokens, dtype)
+
+
+@pytest.mark.parametrize("tokens", [17, 70])
+def test_the_products_of_float32_are_those_of_its_shuffles(tokens, monkeypatch):
+    monkeypatch.setenv("UVC_HOST_PRODUCTS", "shuffles")
+    check(ragged(2, 24), tokens, torch.float32)
+
+
 def test_nan_reaches_its_own_image_only():
     kept = dense(2, 16)
     qkv, grad = packed(kept, 17, 2, torch.float32)
