@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import uvc
+from uvc.layers import image_of
 from uvc.models import T2TVisionTransformer
 from uvc.structure import BlockStructure, Structure
 
@@ -62,7 +63,7 @@ MODELS = {
 
 def images(model: nn.Module, batch: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random images of the model's own size."""
-    return torch.randn(batch, model.in_chans, *model.patch_embed.img_size, dtype=dtype)
+    return torch.randn(batch, *image_of(model), dtype=dtype)
 
 
 def distilled_198() -> nn.Module:
@@ -117,7 +118,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
             for name, mask in {**masks, "mlp.fc2.weight": neurons, "mlp.w2.weight": neurons}.items():
                 path = f"blocks.{i}.{name}"
                 if path in parameters:
-                    parameters[path] = parameters[path] * mask.to(x)
+                    parameters[path] = parameters[path] * mask.to(parameters[path])
             for runs, half in ((kept.attn, "1"), (kept.mlp, "2")):
                 path = getattr(block, f"drop_path{half}", None)
                 if not runs and path is None:  # CaiT's halves share one

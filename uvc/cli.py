@@ -241,6 +241,9 @@ def _data_options(command: Callable) -> Callable:
     help="Of the products in training; float32. auto: what a step is faster in here.",
 )
 @click.option("--skip", metavar="none|blocks|halves", help="What may be skipped.")
+@click.option(
+    "--tokens-per-image", type=int, help="Patch tokens that costs count, where images may have any size."
+)
 @click.option("--tokens", type=int, help="Blocks at which patch tokens may be dropped, 0 to 3.")
 @click.option("--distill", metavar="none|soft|hard", help="How the teacher teaches.")
 @click.option("--distill-features", type=float, help="Weight of the distance of pooled features; 0.")

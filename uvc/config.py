@@ -57,6 +57,8 @@ class DataConfig:
     """
 
     input_size: tuple[Size, Size, Size] | None = None  # channels, height, width; of the model, too
+    # Patch tokens of an image, of a model that takes images of any size: costs are counted for so many.
+    tokens_per_image: Size | None = None
     crop_pct: Positive | None = None  # of the image that evaluation sees
     mean: tuple[Number, ...] | None = None  # of pixels in [0, 1], one for all channels or one of each
     std: tuple[Positive, ...] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvc.layers import Prunable, UnitCost, check_children, meta_copy
+from uvc.layers import Prunable, UnitCost, check_children, image_of, meta_copy, stem_of
 from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
@@ -204,8 +204,8 @@ def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
     """
     blocks = nn.Sequential(_FirstTokens(tokens))
     stem_and_head = meta_copy(model, {id(model.blocks): blocks}).eval().requires_grad_(False)
-    dtype = next(stem_and_head.patch_embed.parameters()).dtype
-    image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, dtype=dtype, device="meta")
+    dtype = next(stem_of(stem_and_head).parameters()).dtype
+    image = torch.empty(1, *image_of(model), dtype=dtype, device="meta")
     return count_macs(stem_and_head, image)
 
 

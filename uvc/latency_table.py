@@ -24,6 +24,7 @@ from uvc_kernels.timing import Clock, milliseconds, take_turns
 from uvc.compaction import compacted
 from uvc.costs import BlockCounts, Counts, Prices, counts, total
 from uvc.environment import device_name, versions_line
+from uvc.layers import image_of
 from uvc.structure import BlockStructure, Sizes, Structure, sizes_of, structure_of
 
 Row = tuple[float, ...]
@@ -107,7 +108,7 @@ class LatencyTable:
         """ValueError unless this table was measured on a model of the same shapes."""
         s = sizes_of(model)
         own = (self.blocks, self.dim, self.heads[-1], self.dims[-1], self.neurons[-1], tuple(self.image))
-        image = (model.in_chans, *model.patch_embed.img_size)
+        image = image_of(model)
         mine = (s.blocks, s.dim, s.heads, s.head_dim, s.neurons, image)
         if own != mine:
             raise ValueError(
@@ -236,7 +237,7 @@ def measure(
         rounds: turns of each form; the median counts.
     """
     s = sizes_of(model)
-    size, parameter = (model.in_chans, *model.patch_embed.img_size), next(model.parameters())
+    size, parameter = image_of(model), next(model.parameters())
     images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
     dense = compacted(model, Structure.dense(model)).eval()
 

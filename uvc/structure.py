@@ -20,6 +20,7 @@ from uvc.layers import (
     families_of,
     is_compacted,
     layers_of,
+    patches_of,
     prefix_of,
     slimming,
     units_of,
@@ -53,7 +54,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         check(model)
     blocks = [block.origin if compacted else block for block in model.blocks]
     layers = tuple(map(layers_of, blocks))
-    (attn, mlp), stem = layers[0], model.patch_embed
+    attn, mlp = layers[0]
     return Sizes(
         blocks=len(blocks),
         dim=model.embed_dim,
@@ -63,7 +64,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         layers=layers,
         families=tuple(families_of(*pair) for pair in layers),
         around=tuple(map(params_around, blocks)),
-        patches=None if stem.img_size is None else stem.num_patches,
+        patches=patches_of(model),
         prefix=prefix_of(model),
     )
 

@@ -88,3 +88,16 @@ def test_what_cannot_be_is_one_line_and_nothing_is_begun(folder, capsys, options
     assert run([*start, "--input-size", "3", "12", "12", *options]) == 2
     said = capsys.readouterr().err
     assert says in said and len(said.strip().splitlines()) == 1 and not (folder / "run").exists()
+
+
+def test_a_model_for_images_of_any_size_is_run_and_counted_at_the_tokens_that_are_stated(folder, capsys):
+    sizes = [f"--model-arg={size}" for size in ("patch_size=4", "embed_dim=24", "num_heads=3", "depth=2")]
+    start = ["compress", "--data", str(folder / "data"), *SHORT, *sizes, "--budget", "0.7"]
+    start += ["--model", "naflexvit_base_patch16_siglip", "--tokens-per-image", "6"]
+    assert run([*start, "--out", str(folder / "run")]) == 0
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert config["preprocessing"]["input_size"] == [3, 8, 12]
+    assert json.loads((folder / "run" / "run.json").read_text())["images"]["tokens_per_image"] == 6
+    assert run(["eval", str(folder / "run")]) == 0
+    assert run([*start, "--input-size", "3,8,8", "--out", str(folder / "other")]) == 2
+    assert "--tokens-per-image: --input-size says how many there are" in capsys.readouterr().err

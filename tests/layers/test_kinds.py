@@ -10,6 +10,7 @@ from oracle import absent, error, gradient_error, gradients, images, stored, str
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
@@ -25,6 +26,7 @@ from uvc.structure import Structure
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5, mlp_ratio=1.25)
 ROPE = dict(use_rot_pos_emb=True)
+FLEX = dict(img_size=None, pos_embed_grid_size=(4, 4))
 FREE = {"heads": 1, "qk": 1, "v": 1, "neurons": 1}
 TURNED = {**FREE, "qk": 2}
 KINDS = {
@@ -70,6 +72,12 @@ KINDS = {
         dict(shared_rel_pos=True, block_fn=ResPostRelPosBlock),
         FREE,
     ),
+    "naflex": (NaFlexVit, dict(FLEX, init_values=0.5, act_layer="gelu_tanh"), FREE),
+    "naflex, rotary positions": (
+        NaFlexVit,
+        dict(FLEX, rope_type="axial", global_pool="avg", reg_tokens=2, swiglu_mlp=True),
+        TURNED,
+    ),
     "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), {**FREE, "qk": 0}),
 }
 
@@ -78,7 +86,7 @@ def made(name: str) -> torch.nn.Module:
     """A small model of the kind, in evaluation, all its weights random."""
     cls, own, _ = KINDS[name]
     torch.manual_seed(5)
-    model = cls(**SIZES, **own).eval()
+    model = cls(**{**SIZES, **own}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)

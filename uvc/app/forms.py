@@ -18,7 +18,7 @@ from uvc.compaction import forms_of, in_form
 from uvc.costs import count_macs, flop_counter
 from uvc.io.dtypes import input_dtype
 from uvc.latency_table import quiet_clock
-from uvc.layers import FORMS, is_compacted
+from uvc.layers import FORMS, image_of, is_compacted
 
 
 class Timed(NamedTuple):
@@ -56,9 +56,9 @@ def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 
     """
     if not is_compacted(small):
         raise ValueError("choose: the model is not compacted; give what uvc.compact returns")
-    if small.patch_embed.img_size is None:
+    if (size := image_of(small)) is None:
         raise ValueError("choose: the model has no input size of its own; give it an img_size")
-    size, device = (small.in_chans, *small.patch_embed.img_size), next(small.parameters()).device
+    device = next(small.parameters()).device
     images = torch.randn(batch, *size, device=device, dtype=input_dtype(small))
     was, training = forms_of(small), small.training
     old = in_form(small, was).eval()

@@ -24,12 +24,12 @@ from uvc.environment import choose_device, device_name, versions
 from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
 from uvc.io.finite import refuse_not_finite
-from uvc.io.preprocessing import cfg_of, check_classes, check_names, note_data
+from uvc.io.preprocessing import check_classes, check_names, note_data
 from uvc.io.serialization import CONFIG as MODEL
 from uvc.io.serialization import load, save
 from uvc.io.weights import take_weights, warn
 from uvc.latency_table import LatencyTable, measure, measure_latency, verify
-from uvc.layers import convert
+from uvc.layers import cfg_of, convert, image_of, set_image, set_tokens, takes_any_size
 from uvc.recipes import AIMS, RECIPES
 from uvc.structure import Structure
 from uvc.training.checkpoint import delete_run
@@ -161,7 +161,7 @@ def evaluate_run(
     training = replace(run.training, **{k: v for k, v in changes.items() if v is not None})
     place = choose_device(device, training.threads)
     wants = cfg_of(model) or wants
-    wants["input_size"] = (model.in_chans, *model.patch_embed.img_size)
+    wants["input_size"] = image_of(model)
     opened = _data(replace(run, training=training), wants)
     if opened.num_classes != model.num_classes:
         raise ValueError(
@@ -206,21 +206,36 @@ def _model(run: RunConfig, num_classes: int, pretrained: bool = False) -> nn.Mod
             raise ValueError(f"--input-size: {size}, but --model-arg says otherwise; leave one of them out")
         arguments |= {"in_chans": size[0], "img_size": size[1:]}
     if pretrained:
-        return timm.create_model(run.model, pretrained=True, num_classes=num_classes, **arguments)
+        model = timm.create_model(run.model, pretrained=True, num_classes=num_classes, **arguments)
+        return _sized(model, run)
     if not arguments:
-        return timm.create_model(run.model, num_classes=num_classes)
+        return _sized(timm.create_model(run.model, num_classes=num_classes), run)
     try:
-        return timm.create_model(run.model, num_classes=num_classes, **arguments)
+        model = timm.create_model(run.model, num_classes=num_classes, **arguments)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--model-arg: {run.model} cannot be made with {arguments}: {one_line(error)}"
         ) from None
+    return _sized(model, run)
+
+
+def _sized(model: nn.Module, run: RunConfig) -> nn.Module:
+    """A model that takes images of any size with the size of a run's images; another as it is."""
+    tokens, size = run.images.tokens_per_image, run.images.input_size
+    if tokens is not None and size is not None:
+        raise ValueError("--tokens-per-image: --input-size says how many there are; leave one of them out")
+    if tokens is not None:
+        return set_tokens(model, tokens)
+    return set_image(model, _input_size(image_of(model), run.model_args)) if takes_any_size(model) else model
 
 
 def _model_input(run: RunConfig) -> dict[str, Any]:
     """What the model of a run takes, as timm's `pretrained_cfg` has it."""
     found = timm.get_pretrained_cfg(run.model)
     wants = found.to_dict() if found is not None else {"input_size": (3, 224, 224)}
+    if run.images.tokens_per_image is not None:
+        with torch.device("meta"):
+            return {**wants, "input_size": image_of(_model(run, 1))}
     return {**wants, "input_size": _input_size(wants["input_size"], run.model_args)}
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from uvc.layers import image_of
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the model's first layer wants its images in."""
-    stem = getattr(model, "patch_embed", model)
+    stem = getattr(model, "patch_embed", getattr(model, "embeds", model))
     floats = [p.dtype for p in (*stem.parameters(), *model.parameters()) if p.is_floating_point()]
     return floats[0]
 
 
 def sample_images(model: nn.Module, batch: int) -> Tensor:
     """Images [batch, C, H, W] from -2 to 2, of the model's size, dtype and device; the same each time."""
-    size = model.patch_embed.img_size
+    size = image_of(model)
     if size is None:
         raise ValueError("the model has no input size of its own; give it an img_size")
-    x = torch.linspace(-2, 2, batch * model.in_chans * size[0] * size[1], device="cpu")
+    x = torch.linspace(-2, 2, batch * math.prod(size), device="cpu")
     first = next(model.parameters())
-    return x.view(batch, model.in_chans, *size).to(first.device, input_dtype(model))
+    return x.view(batch, *size).to(first.device, input_dtype(model))
 
 
 def check_runs(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from uvc.layers import cfg_of, image_of
+
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "hamming", "box", "random")
 CROP_MODES = ("center", "squash", "border")
 LONGEST_NAME = 1000
@@ -25,8 +27,8 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any] | None:
     found = {name: given[name] for name in CHECKS if given.get(name) is not None}
     if not found:
         return None
-    if model.patch_embed.img_size is not None:
-        found["input_size"] = (model.in_chans, *model.patch_embed.img_size)
+    if (size := image_of(model)) is not None:
+        found["input_size"] = size
     names = found.get("label_names")
     if isinstance(names, Sequence) and not isinstance(names, str) and len(names) != model.num_classes:
         warnings.warn(
@@ -80,12 +82,6 @@ def check_names(names: Sequence[str] | None, classes: Sequence[str] | None, wher
             raise ValueError(
                 f"--data: class {i} is {theirs!r} there but {mine!r} in {where}; give data with its classes"
             )
-
-
-def cfg_of(model: nn.Module) -> dict[str, Any]:
-    """timm's `pretrained_cfg` of a model, a dict or an object in timm; empty if there is none."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    return dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg or {})
 
 
 def _number(value: object, least: float = -math.inf) -> bool:

@@ -21,15 +21,16 @@ from torch import nn
 
 from uvc.compaction import compact, compacted, forms_of
 from uvc.elastic import make_elastic, set_budget, structures_from_data, structures_of, structures_to_data
-from uvc.io.arguments import MAKERS
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
-from uvc.io.preprocessing import cfg_of, check_preprocessing, preprocessing_of, take_preprocessing
+from uvc.io.makers import MAKERS
+from uvc.io.preprocessing import check_preprocessing, preprocessing_of, take_preprocessing
 from uvc.layers import (
     UVCGeGluMlp,
     UVCGluMlp,
     UVCMlp,
     UVCSwiGLU,
+    cfg_of,
     check_children,
     convert,
     is_compacted,

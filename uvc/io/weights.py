@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from uvc.io.checkpoint_files import Found, named, read_weights
 from uvc.io.finite import first_not_finite
-from uvc.io.preprocessing import cfg_of
 from uvc.io.weight_names import bare, to_timm, without_wrappers
-from uvc.layers import is_compacted
+from uvc.layers import cfg_of, is_compacted
 from uvc.structure import Structure, structure_of
 
 # First parts of names that belong to no vision transformer without its classifier: other heads, decoders.

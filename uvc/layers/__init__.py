@@ -11,6 +11,7 @@ from uvc.layers.compact_layers import FORMS
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
 from uvc.layers.families import Families, families_of, layers_of, units_of
 from uvc.layers.geglu import UVCGeGluMlp
+from uvc.layers.inputs import cfg_of, image_of, patches_of, set_image, set_tokens, stem_of, takes_any_size
 from uvc.layers.kinds import prefix_of
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
@@ -30,17 +31,24 @@ __all__ = [
     "UVCMlp",
     "UVCSwiGLU",
     "UnitCost",
+    "cfg_of",
     "check",
     "check_children",
     "convert",
     "families",
     "families_of",
+    "image_of",
     "is_compacted",
     "layers_of",
     "like",
     "meta_copy",
+    "patches_of",
     "prefix_of",
+    "set_image",
     "set_recompute",
+    "set_tokens",
     "slimming",
+    "stem_of",
+    "takes_any_size",
     "units_of",
 ]

@@ -11,8 +11,8 @@ from uvc.layers.prepack import pack_ahead
 from uvc.layers.prunable import Prunable
 
 SUPPORTED = (
-    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos and Cait with blocks of two "
-    "halves, their attention and Mlp, GluMlp or SwiGLU"
+    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait and NaFlexVit with "
+    "blocks of two halves, their attention and Mlp, GluMlp or SwiGLU"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
@@ -27,7 +27,6 @@ WHY = {
     "hiera": "its width grows from block to block",
     "hieradet_sam2": "its width grows from block to block",
     "mlp_mixer": "it mixes tokens without attention",
-    "naflexvit": "it takes images of any size, so that it has no one cost",
     "tnt": "it holds a transformer for each patch",
     "vision_transformer_sam": "its attention adds relative position biases in windows",
     "xcit": "it attends between channels, not tokens",

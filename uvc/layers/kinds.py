@@ -4,6 +4,7 @@ from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models import beit
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
@@ -22,7 +23,7 @@ from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
 from uvc.layers.talking import UVCTalkingHeads
 
-MODELS = (VisionTransformer, Eva, beit.Beit, VisionTransformerRelPos, Cait)
+MODELS = (VisionTransformer, Eva, beit.Beit, VisionTransformerRelPos, Cait, NaFlexVit)
 # Blocks of two halves, each a residual branch, by where its norm stands.
 NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock)
 NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)

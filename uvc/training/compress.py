@@ -24,7 +24,7 @@ from uvc.io.dtypes import input_dtype
 from uvc.io.files import make_folder, write_text
 from uvc.io.serialization import describe, save
 from uvc.latency_table import LatencyTable, measure
-from uvc.layers import check, check_children, convert
+from uvc.layers import check, check_children, convert, set_tokens
 from uvc.solver import Joint, NestedSearch, Pruner, method_of
 from uvc.solver.elastic import from_bytes
 from uvc.structure import Structure, apply_structure, structure_of
@@ -240,6 +240,7 @@ def compress(
     teacher_cache: str | Path | None = None,
     loss: Loss | None = None,
     evaluate: Score | None = None,
+    tokens_per_image: int | None = None,
 ) -> Result:
     """Compresses a trained timm ViT to a budget: warm up, search, harden, post-train.
 
@@ -264,6 +265,8 @@ def compress(
             what ``train_loader`` yields, their tensors on the model's device; all numbers are logged.
         evaluate: ``evaluate(model) -> float``, higher is better, in place of top-1 over ``val_loader``, which
             may then be None; the model is in eval mode, without gradients.
+        tokens_per_image: patch tokens for which costs are counted, of a model that takes images of any size;
+            None = those of the size it was pretrained at.
 
     Under a launcher every process calls this, on its own device; batches are the global ones, rank 0 alone
     writes.
@@ -272,6 +275,9 @@ def compress(
         ValueError: a bad argument, named; a budget below the smallest reachable one; a model that ``out``
             could not hold. All of it before any training.
     """
+    check(model)
+    if tokens_per_image is not None:
+        set_tokens(model, tokens_per_image)
     processes = here(next(model.parameters()).device.type)
     plan = Plan(
         model,

@@ -20,6 +20,7 @@ from uvc.config import Config
 from uvc.io.dtypes import input_dtype
 from uvc.io.files import one_line, write_json
 from uvc.latency_table import quiet_clock
+from uvc.layers import image_of
 from uvc.training.checkpoint import random_state, set_random_state
 from uvc.training.losses import Classification
 
@@ -115,7 +116,7 @@ def _steps(model: nn.Module, batch: int, config: Config) -> Callable[[str, int],
     parameters = list(model.parameters())
     # The work of AdamW is the same at a rate of 0, and weights stay where training found them.
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
-    size, device = (model.in_chans, *model.patch_embed.img_size), parameters[0].device
+    size, device = image_of(model), parameters[0].device
     images = torch.randn(batch, *size, device=device, dtype=input_dtype(model))
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
 
