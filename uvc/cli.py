@@ -255,6 +255,13 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--checkpoint-minutes", type=float, help="Minutes between checkpoints, as well; 0: none.")
 @click.option("--skip-not-finite", type=int, help="Steps left out as their loss or gradient is NaN; 0.")
 @click.option(
+    "--tracker",
+    multiple=True,
+    callback=lambda _context, _option, values: values or None,
+    metavar="wandb|mlflow",
+    help="Also report there, as its own settings say; may be repeated.",
+)
+@click.option(
     "--resume",
     is_flag=False,
     flag_value="yes",

@@ -190,6 +190,7 @@ class RunConfig:
     metric: Literal["macs", "params", "latency"] = "macs"  # of a budget that is a single fraction
     latency_table: str | None = None  # None: that of the run, or one measured on `device`
     latency_batch: Size | None = None  # images per forward pass in a table measured here; None: 1
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()  # that get what TensorBoard gets, and the settings
     device: str = "cpu"
     training: Config = field(default_factory=Config)
 

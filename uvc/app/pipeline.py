@@ -38,6 +38,7 @@ from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
 from uvc.training.processes import Alone, here
+from uvc.training.trackers import check_trackers
 
 LATENCY_BATCHES = (1, 64)
 CHECKPOINT = "checkpoint.safetensors"
@@ -56,6 +57,7 @@ def compress_run(
         raise ValueError("--out: none given; name a new or empty folder for the run")
     out, started = Path(run.out), time.monotonic()
     check_out(out, run.resume)
+    check_trackers(run.trackers)
     if run.resume and (out / SUMMARY).is_file():
         return read_summary(out)
     device = choose_device(run.device, run.threads)
@@ -89,7 +91,7 @@ def compress_run(
     if aim and aim.model == run.model:
         say(f"published by others, not ours: {aim.published}")
 
-    with RunLog(out, progress) if processes.main else RunLog(None) as log:
+    with RunLog(out, progress, run.trackers) if processes.main else RunLog(None) as log:
         plan.begin(log)
         if not trained:
             _make_teacher(model, data, plan, out, log)

@@ -26,13 +26,14 @@ PATHS = {
     "distill": "training.distill.kind",
     "distill_features": "training.distill.features",
     "model_arg": "model_args",
+    "tracker": "trackers",
     **{name: f"training.solver.{name}" for name in ("skip", "tokens", "round_to")},
     "grain": "training.solver.round_to",
 }
 # Settings that hold settings.
 TABLES = ("images", "model_args", "training", "training.distill", "training.solver")
 # Settings that change where a run computes, not what; a resumed run may be given others.
-PLACES = ("device", "workers", "data_root", "teacher_cache")
+PLACES = ("device", "workers", "data_root", "teacher_cache", "trackers")
 PLACES += tuple(
     f"training.{name}" for name in ("threads", "checkpoint_every", "checkpoint_minutes", "skip_not_finite")
 )

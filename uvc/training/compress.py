@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,7 @@ class Plan:
         precision, out = self.precision, self.out
         if not self.processes.main:
             return
+        log.configure({"budget": self.budget, "metric": self.metric, **asdict(self.config)})
         if self.latency is not None and out:
             write_text(out / LATENCY, self.latency.to_json())
         if precision.asked == "float32" or (self.resume and out and (out / PRECISION).exists()):
