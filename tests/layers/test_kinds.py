@@ -1,6 +1,7 @@
 """Every kind of attention and block that is served, against timm's own with contributions absent."""
 
 import copy
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,8 @@ KINDS = {
 def made(name: str) -> torch.nn.Module:
     """A small model of the kind, in evaluation, all its weights random."""
     cls, own, _ = KINDS[name]
+    if own.keys() - inspect.signature(cls).parameters.keys():
+        pytest.skip(f"the {cls.__name__} of this timm takes no {', '.join(own)}")
     torch.manual_seed(5)
     model = cls(**{**SIZES, **own}).eval()
     with torch.no_grad():
@@ -108,6 +111,11 @@ def test_a_converted_model_is_the_timm_one_bit_for_bit(name):
 def test_outputs_gradients_costs_and_files_are_those_of_dense_with_contributions_absent(name, tmp_path):
     model = made(name).double()
     x = images(model, dtype=torch.float64)
+    if name == "mixed rotary positions":
+        try:
+            model(x)
+        except RuntimeError as error_of_timm:
+            pytest.skip(f"this timm turns by mixed positions in float32 alone: {error_of_timm}")
     for i, (kind, structure) in enumerate(structures(model).items()):
         truth = absent(model, structure)(x)
         expected = gradients(model, truth)

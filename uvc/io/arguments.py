@@ -132,7 +132,8 @@ def of_eva(dense: Eva) -> Arguments:
     block, stem, rope = dense.blocks[0], dense.patch_embed, dense.rope
     attn, mlp = block.attn, block.mlp
     gated, fused = type(mlp) is not UVCMlp, attn.qkv is not None
-    source = (attn.qkv if hasattr(attn, "num_kv_heads") else None) if fused else attn.q_proj
+    rotary = isinstance(attn, timm.layers.AttentionRope)
+    source = (attn.qkv if rotary else None) if fused else attn.q_proj
     qkv_bias = attn.q_bias if source is None else source.bias
     pool = dense.attn_pool
     return {
@@ -145,7 +146,7 @@ def of_eva(dense: Eva) -> Arguments:
         "swiglu_align_to": int(gated and hasattr(mlp, "fc1_g") and not is_there(mlp.norm)),
         "scale_mlp": is_there(mlp.norm),
         "scale_attn_inner": is_there(attn.norm),
-        "attn_type": "rope" if isinstance(attn, timm.layers.AttentionRope) else "eva",
+        "attn_type": "rope" if rotary else "eva",
         "pos_drop_rate": dense.pos_drop.p,
         "patch_drop_rate": getattr(dense.patch_drop, "prob", 0.0),
         "init_values": getattr(block, "init_values", None),

@@ -33,6 +33,13 @@ class UVCGeGluMlp(Neurons, GeGluMlp):
     SMALL = CompactGeGluMlp
     NORM_INSIDE = False
 
+    def _be_dense(self) -> None:
+        super()._be_dense()
+        # Older versions of timm have no dropout here.
+        for name in ("drop1", "drop2"):
+            if name not in self._modules:
+                setattr(self, name, nn.Identity())
+
     @property
     def fc2(self) -> nn.Module:
         """The second layer, under the name it has in other MLPs."""
