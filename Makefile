@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test matrix lint gate sanitize bench bench-gpu install clean
+.PHONY: demo test matrix lint gate mutate sanitize bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
@@ -31,9 +31,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Compiles every Triton kernel for GPUs that are not here: registers, spills, shared memory, tensor cores.
+# Without a GPU: what the machine code of csrc/cuda's attention says of its speed, beside the stored table; then
+# every kernel is compiled for GPUs that are not here: registers, spills, shared memory, tensor cores.
 gate: install
+	$(BIN)/python -m uvc_kernels.compile_check.static || test $$? = 2
 	$(BIN)/python -m uvc_kernels.compile_check
+
+# Deletes each barrier, wait and guard of csrc/cuda in turn: a test of the host build must notice.
+mutate: install
+	$(BIN)/python tests/kernels/mutate.py
 
 # The C++ and the host build of CUDA, slow tests too, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/loops.h"
+#include "cuda/emulation.h"
 
 // A backward op returns an empty tensor for each gradient that `needs` (one bit each, in order) does not ask for.
 STABLE_TORCH_LIBRARY(uvc_kernels, m) {
@@ -44,11 +45,20 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
 }
 
 static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(uvc::instruction_set()); }
+// What the host build of the CUDA kernels did since the last call: loads of matrices, and the turns of shared memory that
+// they took; of its last launch blocks, threads of each, and bytes of shared memory.
+static PyObject* host_record(PyObject*, PyObject*) {
+  const auto number = [](int64_t n) { return static_cast<long long>(n); };
+  return Py_BuildValue("LLLLL", number(uvc::host::matrix_loads.exchange(0)), number(uvc::host::matrix_turns.exchange(0)),
+                       number(uvc::host::last_launch[0]), number(uvc::host::last_launch[1]),
+                       number(uvc::host::last_launch[2]));
+}
 
 // `import uvc_kernels._C` only has to load this library: its static initialisers register the ops.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef functions[] = {
       {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU loops chose."},
+      {"host_record", host_record, METH_NOARGS, "Matrix loads and turns of the host build, and its last launch."},
       {nullptr, nullptr, 0, nullptr}};
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, functions, nullptr, nullptr,
                                       nullptr,               nullptr};

@@ -3,6 +3,8 @@
 // number run their threads in falling order: a result that depends on the order, for want of a barrier, shows.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <cstdio>
@@ -248,7 +250,16 @@ inline int __any_sync(unsigned, int condition) {
 }
 
 // ldmatrix: lane 8 m + i names the place in shared memory of row i of matrix m [8, 8] of 16-bit elements; lane 4 g + t
-// gets of every matrix the elements (g, 2 t) and (g, 2 t + 1) or, turned, (2 t, g) and (2 t + 1, g).
+// gets of every matrix the elements (g, 2 t) and (g, 2 t + 1) or, turned, (2 t, g) and (2 t + 1, g). A matrix takes one
+// turn of shared memory where its rows, of 4 banks each, lie in different banks. Counted: loads, and their turns.
+inline std::atomic<int64_t> matrix_loads{0}, matrix_turns{0};
+// Of the last launch: blocks, threads of each, and bytes of shared memory.
+inline std::atomic<int64_t> last_launch[3] = {};
+inline int turns(void* const* lanes, int matrix, uint32_t (*place)(void*)) {
+  int most = 0, rows[8] = {};
+  for (int i = 0; i < 8; ++i) most = std::max(most, ++rows[place(lanes[8 * matrix + i]) / 16 % 8]);
+  return most;
+}
 template <bool TURNED>
 inline void load_matrices(uint32_t from, uint32_t* words) {
   struct Call {
@@ -261,6 +272,9 @@ inline void load_matrices(uint32_t from, uint32_t* words) {
       std::memcpy(&value, running->shared + static_cast<Call*>(lanes[8 * matrix + row])->from + 2 * column, 2);
       return static_cast<uint32_t>(value);
     };
+    ++matrix_loads;
+    for (int m = 0; m < 4; ++m)
+      matrix_turns += turns(lanes, m, [](void* lane) { return static_cast<Call*>(lane)->from; });
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
       for (int m = 0; m < 4; ++m) {

@@ -87,8 +87,10 @@ class Device {
   void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
     if (blocks == 0) return;
     check(blocks <= INT32_MAX, std::string(op) + ": " + std::to_string(blocks) + " blocks are too many for one launch");
+    // All that a block may have, whatever this launch asks for: what one thread allows no other thread takes back.
     if (shared > 48 * 1024)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), op);
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_memory())), op);
     kernel<<<static_cast<unsigned>(blocks), threads, shared, current_stream(index_)>>>(arguments...);
     check_cuda(cudaGetLastError(), op);
   }
@@ -107,6 +109,7 @@ class Device {
   int64_t shared_memory() const { return 227 * 1024; }
   template <class... P, class... A>
   void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
+    host::last_launch[0] = blocks, host::last_launch[1] = threads, host::last_launch[2] = shared;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       Machine machine;
       Machine* const before = std::exchange(running, &machine);

@@ -69,7 +69,11 @@ def _disassembler() -> str | None:
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
-def _compile(unit: str, target: str) -> list[Row]:
+def machine_code(unit: str, target: str) -> tuple[str, dict[str, str]]:
+    """What the compiler says of one of `UNITS` for a target, and every kernel's code by its mangled name.
+
+    Machine code, or PTX where nothing disassembles. RuntimeError with the compiler's first error.
+    """
     from torch.utils.cpp_extension import include_paths
 
     with tempfile.TemporaryDirectory() as folder:
@@ -80,20 +84,31 @@ def _compile(unit: str, target: str) -> list[Row]:
         command += ["-cubin", "--keep", "--keep-dir", folder, str(SOURCES / "cuda" / unit), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            error = next((line for line in done.stderr.splitlines() if "error" in line), "nvcc failed")
-            return [Row(f"cuda.{unit}", "", target, None, None, 0, "", error)]
+            errors = (line for line in done.stderr.splitlines() if "error" in line)
+            raise RuntimeError(next(errors, "nvcc failed"))
         if (tool := _disassembler()) is not None:
             code = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True).stdout
             parts = code.split("Function : ")
         else:
             parts = next(Path(folder).glob("*.ptx")).read_text().split(".entry ")
-        codes = {re.match(r"\w+", part)[0]: part for part in parts[1:]}
-        reports = re.findall(r"Compiling entry function '(\w+)'(.*?Used .*?)\n", done.stderr, re.DOTALL)
-        return [_row(name, report, target, codes.get(name, "")) for name, report in reports]
+        return done.stderr, {re.match(r"\w+", part)[0]: part for part in parts[1:]}
+
+
+def reported(report: str) -> list[tuple[str, str]]:
+    """The mangled name of every kernel, and what the compiler says of it."""
+    return re.findall(r"Compiling entry function '(\w+)'(.*?Used .*?)\n", report, re.DOTALL)
+
+
+def _compile(unit: str, target: str) -> list[Row]:
+    try:
+        report, codes = machine_code(unit, target)
+    except RuntimeError as error:
+        return [Row(f"cuda.{unit}", "", target, None, None, 0, "", str(error))]
+    return [_row(name, said, target, codes.get(name, "")) for name, said in reported(report)]
 
 
 def _row(name: str, report: str, target: str, code: str) -> Row:
-    kernel, configuration = _readable(name)
+    kernel, configuration = readable(name)
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
     shared = sum(int(size) for size in re.findall(r"(\d+) bytes smem", report))
@@ -110,15 +125,20 @@ def _row(name: str, report: str, target: str, code: str) -> Row:
 
 def _spills_in_a_loop(code: str) -> bool:
     """Whether machine code touches local memory in an innermost loop that multiplies on tensor cores."""
+    return any(re.search(r"\b(LDL|STL)\b", " ".join(body)) for body in loops_that_multiply(code))
+
+
+def loops_that_multiply(code: str) -> list[list[str]]:
+    """The instructions of every innermost loop of machine code that has tensor-core instructions in it."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
     jumps = [(at, re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)) for at, text in lines]
     loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
     inner = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
-    bodies = [" ".join(text for at, text in lines if a <= at <= b) for a, b in inner]
-    return any("HMMA" in body and re.search(r"\b(LDL|STL)\b", body) for body in bodies)
+    bodies = [[text for at, text in lines if a <= at <= b] for a, b in inner]
+    return [body for body in bodies if any("HMMA" in text for text in body)]
 
 
-def _readable(name: str) -> tuple[str, str]:
+def readable(name: str) -> tuple[str, str]:
     """Kernel and template arguments of a mangled name."""
     kernel, arguments = re.search(r"\d([a-z_]+)_kernelI(.*?)EEv", name).groups()
     types = [_TYPES[found] for found in re.findall("|".join(_TYPES), arguments)]
