@@ -22,6 +22,23 @@ def statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# What lies behind the outputs that a test has made: nothing may write there.
+_behind: list[torch.Tensor] = []
+FENCE = 64
+
+
 def poisoned(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """NaN wherever a kernel forgets to write."""
-    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+    """NaN wherever a kernel forgets to write; behind it lies what `fenced` looks at."""
+    count = torch.Size(shape).numel()
+    whole = torch.full((count + FENCE,), float("nan"), dtype=dtype, device=device)
+    whole[count:] = 77.0
+    _behind.append(whole[count:])
+    return whole[:count].view(shape)
+
+
+@pytest.fixture(autouse=True)
+def fenced():
+    """No kernel of the test wrote behind its outputs."""
+    _behind.clear()
+    yield
+    assert all((fence == 77.0).all() for fence in _behind)

@@ -4,7 +4,7 @@ import accuracy
 import pytest
 import torch
 import uvc_kernels
-from on_cuda import CASES, PROVIDERS, on_every_build, on_every_type, ops, poisoned, statistics
+from on_cuda import CASES, PROVIDERS, fenced, on_every_build, on_every_type, ops, poisoned, statistics  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from uvc_kernels import cuda
 from uvc_kernels.indices import counts_of
