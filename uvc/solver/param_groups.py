@@ -60,6 +60,11 @@ class Groups:
         self.parts = [_Part(*part, layer) for layer, half in layers for part in half.parts()]
         self.gated = [part for part in self.parts if part.gates]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are. Norms and scores are given on the CPU, by one copy: there is the solver."""
+        return self.parts[0].parameter.device
+
     def norms(self) -> dict[str, Tensor]:
         """Squared joint norm of every group, [S, G] per family, float32."""
         weights = [part.of(part.parameter.detach()) for part in self.parts]
@@ -93,7 +98,16 @@ class Groups:
 
     def reached(self) -> dict[str, Tensor]:
         """bool [S] per family: the segment's gates have a gradient."""
-        return self._segments_outside({(p.family, p.layer) for p in self.gated if p.parameter.grad is None})
+        return self._segments_outside(self.without_gradient())
+
+    def without_gradient(self) -> set[tuple[str, int]]:
+        """Families and layers whose gates have no gradient."""
+        return {(part.family, part.layer) for part in self.gated if part.parameter.grad is None}
+
+    def waiting(self) -> set[tuple[str, int]]:
+        """Families and layers that are trained: each waits for its first gradient."""
+        frozen = {(part.family, part.layer) for part in self.parts if not part.parameter.requires_grad}
+        return {(part.family, part.layer) for part in self.gated} - frozen
 
     def shrink(self, factors: Factors) -> None:
         """Multiplies every group's weights by its factor, in place."""
@@ -132,11 +146,11 @@ class Groups:
         for name in FAMILIES:
             rows = [(name, layer) not in places for layer in range(self.geometry.layers)]
             times = self.geometry.segments(name)[0] // self.geometry.layers
-            found[name] = torch.tensor(rows, device=self.parts[0].parameter.device).repeat_interleave(times)
+            found[name] = torch.tensor(rows, device="cpu").repeat_interleave(times)
         return found
 
     def _families(self, parts: list[_Part], a: list[Tensor], b: list[Tensor]) -> dict[str, Tensor]:
-        scores = group_scores(a, b, [part.dim for part in parts])
+        scores = group_scores(a, b, [part.dim for part in parts]).cpu()
         sums = {name: scores.new_zeros(self.geometry.shape(name)) for name in FAMILIES}
         rows = {name: values.view(self.geometry.layers, -1) for name, values in sums.items()}
         for part, values in zip(parts, scores.split([part.size for part in parts]), strict=True):
@@ -147,4 +161,4 @@ class Groups:
         rows = {name: factor.flatten(1) for name, factor in factors._asdict().items()}
         flat = torch.cat([rows[part.family][part.layer] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
-        prox_shrink(slices, flat, [part.dim for part in parts])
+        prox_shrink(slices, flat.to(self.device), [part.dim for part in parts])

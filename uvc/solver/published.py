@@ -51,14 +51,14 @@ class PublishedSearch(Pruner):
         super().__init__(convert(model), limits, steps, config, seed)
         self.groups = Groups(model)
         _, self.prices, self.dense_cost, self.budget = self.limits[0]
-        geo, device = self.groups.geometry, next(model.parameters()).device
+        geo = self.groups.geometry
         sizes = {"head": (geo.layers, geo.heads)} | {name: geo.segments(name) for name in CHOSEN[1:]}
-        self.families = {name: Family.new(*size, device) for name, size in sizes.items()}
+        self.families = {name: Family.new(*size, "cpu") for name, size in sizes.items()}
         for family in self.families.values():
             family.y.zero_()  # here s holds counts, and y starts at 0
-        self.z = torch.zeros((), device=device)
+        self.z = torch.zeros((), device="cpu")
         # Logits of skipping and running.
-        self.gate = torch.tensor([0.0, 3.0], device=device).repeat(geo.layers, 1)
+        self.gate = torch.tensor([0.0, 3.0], device="cpu").repeat(geo.layers, 1)
         self.gate_mean, self.velocity = torch.zeros_like(self.gate), torch.zeros_like(self.gate)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -90,7 +90,7 @@ class PublishedSearch(Pruner):
         self._logits = logits
         self._sample = ((logits - noise.log().to(logits)) / TEMPERATURE).softmax(-1)
         # A leaf, as a batch may take several backward passes.
-        self._gate = self._sample[:, 1].detach().requires_grad_(True)
+        self._gate = self._sample[:, 1].detach().to(self.groups.device).requires_grad_(True)
         for block, gate in zip(self.groups.blocks, self._gate.unbind(), strict=True):
             block.set_gates(gate, gate)
 
@@ -100,7 +100,7 @@ class PublishedSearch(Pruner):
 
     def observe(self, scale: float = 1.0) -> None:
         """Adds the task's gradient of the gates and the cost's, whose gates are the same noisy ones."""
-        (gradient,) = torch.autograd.grad(self._sample[:, 1], self._logits, self._gate.grad / scale)
+        (gradient,) = torch.autograd.grad(self._sample[:, 1], self._logits, self._gate.grad.cpu() / scale)
         logits = self.gate.detach().clone().requires_grad_(True)
         cost = self._cost(logits.softmax(-1)[:, 1])
         gradient = gradient + float(self.z) * GATE_COST * torch.autograd.grad(cost, logits)[0]

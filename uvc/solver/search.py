@@ -44,8 +44,9 @@ class Search(Pruner):
     ) -> None:
         super().__init__(convert(model), limits, steps, config, seed)
         config, many = self.config, len(self.limits)
-        self.groups, device = Groups(model), next(model.parameters()).device
-        self.state = State.new(self.groups.geometry, config.gate_init, device, many, config.round_to)
+        # The state is the host's, where its decisions are: of a device it reads what `Groups` copies at once.
+        self.groups = Groups(model)
+        self.state = State.new(self.groups.geometry, config.gate_init, "cpu", many, config.round_to)
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True
@@ -80,14 +81,15 @@ class Search(Pruner):
         """What the model leaves out already stays out: a search can follow another one. Nothing is open
         before its first gradient.
         """
-        state, blocks, device = self.state, self.groups.blocks, self.state.theta.device
+        state, blocks = self.state, self.groups.blocks
         v = torch.stack([block.attn.kept_v for block in blocks])
         qk = torch.stack([block.attn.kept_qk for block in blocks]) & v.any(-1, keepdim=True)
         neuron = torch.stack([block.mlp.kept_neurons for block in blocks])
-        skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device=device)
-        state.keep(Masks(qk.to(device), v.to(device), neuron.to(device), ~skipped))
+        skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device="cpu")
+        state.keep(Masks(qk, v, neuron, ~skipped))
         skip_gates.remove_halves(state, skipped)
-        self._trainable, self._waiting, fixed = self.groups.trainable(), True, self.groups.fixed()
+        self._trainable, fixed = self.groups.trainable(), self.groups.fixed()
+        self._waiting = self.groups.waiting()
         state.families["v"].some.copy_(self.groups.some())
         for name, family in state.families.items():
             family.fixed.copy_(fixed[name])
@@ -120,9 +122,11 @@ class Search(Pruner):
         if self.state.hard:
             return
         run = self._run = skip_gates.sample(self.state, self.config.skip, self.generator)
-        self._gates = tuple(gate.requires_grad_() for gate in run.float().unbind(1)) if update else None
+        self._gates = None
         if not update:
             return self.groups.skip(run)
+        gates = run.float().to(self.groups.device).unbind(1)
+        self._gates = tuple(gate.requires_grad_() for gate in gates)
         for block, *gates in zip(self.groups.blocks, *self._gates, strict=True):
             block.set_gates(*gates)
 
@@ -147,7 +151,7 @@ class Search(Pruner):
             self._open()
         if self._gates is not None:
             grads = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates]
-            skip_gates.update(state, torch.stack(grads, 1) / scale, config)
+            skip_gates.update(state, torch.stack(grads, 1).cpu() / scale, config)
         if self.count % config.every == 0:
             rate = (1.0 - config.importance_decay) * self._run.to(state.theta.dtype)
             for name, value in self.groups.first_order().items():
@@ -165,7 +169,7 @@ class Search(Pruner):
         reached = self.groups.reached()
         for name, family in self.state.families.items():
             family.open |= reached[name] & self._trainable[name]
-        self._waiting = any((self._trainable[n] & ~f.open).any() for n, f in self.state.families.items())
+        self._waiting &= self.groups.without_gradient()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One solver step on every ``config.every``-th training step: prox, primal, dual, snap."""

@@ -23,7 +23,7 @@ def sample(state: State, skip: str, generator: torch.Generator) -> Tensor:
     """bool [L, 2]: which halves run, drawn with probability sigmoid(theta). ``skip="blocks"`` draws once per
     block.
     """
-    draw = torch.rand(state.theta.shape, generator=generator).to(state.theta.device)
+    draw = torch.rand(state.theta.shape, generator=generator)
     if skip == "blocks":
         draw = draw[:, :1].expand_as(draw)
     return draw < state.gates()

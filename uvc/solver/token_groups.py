@@ -53,8 +53,8 @@ class AllTokens:
 
     state: TokenState
 
-    def __init__(self, limits: int = 1, device: torch.device | str = "cpu") -> None:
-        self.state = TokenState.new(0, 1, device, limits)
+    def __init__(self, limits: int = 1) -> None:
+        self.state = TokenState.new(0, 1, limits=limits)
 
     def watch(self) -> None:
         """Until `observe`, backward passes tell what the halves read of each token."""
@@ -93,8 +93,7 @@ class AllTokens:
 
 def tokens_of(model: nn.Module, sites: int, limits: int) -> AllTokens:
     """What drops tokens of the model at so many sites, possibly none."""
-    device = next(model.parameters()).device
-    return Tokens(model, sites, limits) if sites else AllTokens(limits, device)
+    return Tokens(model, sites, limits) if sites else AllTokens(limits)
 
 
 class Tokens(AllTokens):
@@ -115,11 +114,10 @@ class Tokens(AllTokens):
         buckets = min(BUCKETS, patches)
         # left[n]: how many tokens are left without the n worst buckets.
         self.left = [patches - round(patches * n / buckets) for n in range(buckets + 1)]
-        device = next(model.parameters()).device
-        self.state = TokenState.new(len(self.sites), buckets, device, limits)
+        self.state = TokenState.new(len(self.sites), buckets, limits=limits)
         places = [sum(place < n for n in self.left) - 1 for place in range(patches)]
-        self._bucket = torch.tensor(places).to(device)
-        self._read = torch.zeros(len(self.sites), patches, device=device)
+        self._bucket = torch.tensor(places, device="cpu")
+        self._read = torch.zeros(len(self.sites), patches, device=next(model.parameters()).device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._fixed: dict[int, int] = {}
         self.apply()
@@ -158,7 +156,7 @@ class Tokens(AllTokens):
         if not self._hooks:
             return
         state = self.state
-        gates = torch.zeros_like(state.importance).index_add_(1, self._bucket, self._read / scale)
+        gates = torch.zeros_like(state.importance).index_add_(1, self._bucket, self._read.cpu() / scale)
         self.forget()
         # A bucket that is dropped keeps its importance.
         dropped = torch.tensor(state.dropped, device=gates.device)[:, None]
