@@ -90,8 +90,8 @@ def test_the_page_of_several_runs_stands_alone_and_holds_their_figures(tmp_path,
         "91.75",
     ):
         assert figure in page.text, figure
-    # Accuracy over cost and latency; per run a structure and three charts.
-    assert page.tags.count("svg") == 2 + 2 * 4 and "Not in the folder" in page.text
+    # Accuracy over cost and latency; per run a structure, its MACs and three charts.
+    assert page.tags.count("svg") == 2 + 2 * 5 and "Not in the folder" in page.text
     assert page.text.count("attention skipped") == 4 and str(first) in page.text
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
+from torch import nn
 
-from uvc.app.charts import Line, Point, curves, scatter, structure_picture
+from uvc.app.charts import Line, Point, Share, curves, scatter, shares, structure_picture
 from uvc.app.page_template import PAGE
 from uvc.app.pipeline import read_summary
 from uvc.app.run_dir import COMPACT, OPTIONS, read_json
 from uvc.app.summary import count_text
+from uvc.costs import block_costs, counts, prices
 from uvc.io.files import write_text
 from uvc.io.serialization import load
 from uvc.structure import Structure
@@ -34,7 +36,7 @@ class Run:
     quoted: str
     summary: Mapping[str, Any]
     rows: Sequence[tuple[str, str, str, str]]
-    structure: Markup | None
+    pictures: Sequence[tuple[str, Markup, str]]
     charts: Sequence[tuple[str, Markup]]
     compact: Sequence[tuple[str, str]]
     facts: Sequence[tuple[str, str]]
@@ -47,11 +49,13 @@ def write_page(folders: Sequence[Path], to: Path) -> None:
     runs = [_run(i + 1, f, s) for i, (f, s) in enumerate(zip(folders, summaries, strict=True))]
     accuracy, notes = [], []
     for title, read in (("share of the MACs", _cost), ("milliseconds, batch 1", _latency)):
-        points = [Point(str(run.number), *found) for run in runs if (found := read(run.summary)) is not None]
-        if points:
-            accuracy.append((f"Top-1 over {title}", scatter(points, title, "top-1 (%)")))
-        if len(points) < len(runs):
-            notes.append(f"Top-1 over {title}: {len(runs) - len(points)} of {len(runs)} runs do not say it.")
+        found = [(run, *read(run.summary)) for run in runs]
+        points = _points([(run.number, "teacher", before) for run, _, before in found], ring=True)
+        after = _points([(run.number, "compressed", at) for run, at, _ in found])
+        if after:
+            accuracy.append((f"Top-1 over {title}", scatter(points + after, title, "top-1 (%)")))
+        if len(after) < len(runs):
+            notes.append(f"Top-1 over {title}: {len(runs) - len(after)} of {len(runs)} runs do not say it.")
     environment = Environment(autoescape=True)
     text = environment.from_string(PAGE).render(runs=runs, accuracy=accuracy, notes=notes)
     try:
@@ -65,20 +69,29 @@ def _number(value: object) -> float | None:
     return float(value) if fits else None
 
 
-def _cost(summary: Mapping[str, Any]) -> tuple[float, float] | None:
-    found = _number(summary.get("macs_ratio")), _number(summary.get("final_top1"))
-    return None if None in found else found
+Place = tuple[float | None, float | None]  # cost or milliseconds, and top-1
 
 
-def _latency(summary: Mapping[str, Any]) -> tuple[float, float] | None:
+def _points(places: Sequence[tuple[int, str, Place]], ring: bool = False) -> list[Point]:
+    known = [(number, what, at) for number, what, at in places if None not in at]
+    return [Point(number - 1, f"run {number}, {what}", *at, ring) for number, what, at in known]
+
+
+def _cost(summary: Mapping[str, Any]) -> tuple[Place, Place]:
+    """The compressed model's place, and its teacher's."""
+    after, before = (_number(summary.get(f"{name}_top1")) for name in ("final", "teacher"))
+    return (_number(summary.get("macs_ratio")), after), (1.0, before)
+
+
+def _latency(summary: Mapping[str, Any]) -> tuple[Place, Place]:
     one = next((e for e in summary.get("latency") or () if e.get("batch") == 1), {})
-    found = _number(one.get("compressed_ms")), _number(summary.get("final_top1"))
-    return None if None in found else found
+    after, before = (_number(summary.get(f"{name}_top1")) for name in ("final", "teacher"))
+    return (_number(one.get("compressed_ms")), after), (_number(one.get("teacher_ms")), before)
 
 
 def _run(number: int, folder: Path, summary: Mapping[str, Any]) -> Run:
     missing: list[str] = []
-    structure = _structure(folder, summary, missing)
+    pictures = _pictures(folder, summary, missing)
     charts = _search(folder, missing)
     options = _optional(folder / OPTIONS, "the options of the run", missing) or {}
     compact = _compact(_optional(folder / COMPACT, None, missing))
@@ -90,7 +103,7 @@ def _run(number: int, folder: Path, summary: Mapping[str, Any]) -> Run:
         missing.append("versions of the packages")
     folder = str(folder)
     return Run(
-        number, folder, repr(folder), summary, _rows(summary), structure, charts, compact, facts, missing
+        number, folder, repr(folder), summary, _rows(summary), pictures, charts, compact, facts, missing
     )
 
 
@@ -160,13 +173,36 @@ def _optional(path: Path, what: str | None, missing: list[str]) -> dict[str, Any
         return None
 
 
-def _structure(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> Markup | None:
+def _pictures(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> list[tuple[str, Markup, str]]:
+    """Title, picture and legend: what each block keeps, and what it costs."""
     try:
         kept = Structure.from_json(json.dumps(summary.get("structure")))
-        return Markup(structure_picture(kept, Structure.dense(load(folder))))
+        model = load(folder)
+        dense = Structure.dense(model)
+        picture = structure_picture(kept, dense)
     except ValueError as error:
         missing.append(f"the picture of the structure ({error})")
-        return None
+        return []
+    legend = "Blue: q/k dims, orange: v dims, green: neurons; grey: removed."
+    pictures = [("What each block keeps", picture, legend)]
+    try:
+        rows = _shares(model, kept, dense)
+    except ValueError as error:
+        missing.append(f"the MACs of each block ({error})")
+        return pictures
+    legend = "Blue: attention, green: MLP, rest: patch embedding and head; grey: removed."
+    return [*pictures, ("Where the MACs go", shares(rows, "MACs of each block"), legend)]
+
+
+def _shares(model: nn.Module, kept: Structure, dense: Structure) -> list[Share]:
+    """The MACs of each block as `kept` and as `dense`, and of what is outside the blocks."""
+    after, before = prices(model, "macs", kept), prices(model, "macs", dense)
+    count, none = counts(kept), (0,) * len(kept.blocks)
+    attn = block_costs(after, count._replace(mlp=none))
+    mlp = block_costs(after, count._replace(attn=none))
+    whole = block_costs(before, counts(dense))
+    rows = [Share(str(i), *row) for i, row in enumerate(zip(attn, mlp, none, whole, strict=True))]
+    return [*rows, Share("rest", 0.0, 0.0, after.fixed, before.fixed)]
 
 
 def _search(folder: Path, missing: list[str]) -> list[tuple[str, Markup]]:
@@ -194,7 +230,7 @@ def _search(folder: Path, missing: list[str]) -> list[tuple[str, Markup]]:
     ):
         names = [n for n in series if n.startswith(starts) and len(series[n]) > 1]
         if names:
-            charts.append((title, Markup(curves([Line(n, series[n]) for n in names], "step of the search"))))
+            charts.append((title, curves([Line(n, series[n]) for n in names], "step of the search")))
     if not charts:
         missing.append("curves of the search (log.jsonl)")
     return charts
