@@ -53,12 +53,9 @@ Tensor pack_proj(const Tensor& weight, const Shape& s) {
   return packed;
 }
 
-// qkv [S, M] = Wqkv[kept] x^T, without the bias, which is added where a head is loaded
-template <class T>
-Tensor project(const Tensor& x, const Tensor& qkv_weight, const Shape& s) {
-  Tensor qkv = empty(x, {s.S(), s.M});
-  multiply_into(qkv, pack_qkv<T>(qkv_weight, s), matrix(x, s.M, s.D, true));
-  return qkv;
+// qkv [S, M] = Wqkv[kept] x^T for a range of tokens, without the bias, which is added where a head is loaded
+void project(const Tensor& qkv, const Tensor& packed, const Tensor& x, const Shape& s, Range tokens) {
+  multiply_into(columns_of(qkv, s.S(), tokens, s.M), packed, rows_of(x, tokens, s.D, true));
 }
 
 template <class T>
@@ -81,9 +78,9 @@ struct Aligned {
   void operator()(void* p) const { ::operator delete[](p, kLine); }
 };
 
-// Runs work(image, head, scratch) for all pairs, in parallel.
+// Runs work(image, head, scratch) for all pairs of these images, in parallel.
 template <class T, class F>
-void for_heads(const Shape& s, F&& work) {
+void for_heads(const Shape& s, Range images, F&& work) {
   int64_t wide_qk = 0, wide_v = 0;
   for (int64_t h = 0; h < s.heads; ++h) {
     wide_qk = std::max(wide_qk, s.qk_cut[h + 1] - s.qk_cut[h]);
@@ -92,7 +89,7 @@ void for_heads(const Shape& s, F&& work) {
   Head<T> widest{};
   widest.tokens = s.N, widest.qk_dims = wide_qk, widest.v_dims = wide_v;
   const int64_t size = loops<T>().attention_scratch(widest);
-  parallel_for(0, s.B * s.heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(images.begin * s.heads, images.end * s.heads, 1, [&](int64_t begin, int64_t end) {
     // On a cache line, else every load of a whole register touches two.
     std::unique_ptr<Accumulator<T>[], Aligned> scratch(new (kLine) Accumulator<T>[size]);
     for (int64_t i = begin; i < end; ++i) work(i / s.heads, i % s.heads, scratch.get());
@@ -114,17 +111,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor x, Tensor qkv_weight
   return for_type(x, "attention", [&]<class T>() {
     x = as<T>(x);
     Tensor out = empty(x, {s.B, s.N, s.Dout}), heads = padded_rows<T>(x, s.V(), s.M);
-    Tensor stats = empty_of<Accumulator<T>>(x, {s.heads, 2, s.M});
-    Tensor qkv = project<T>(x, qkv_weight, s);
+    Tensor stats = empty_of<Accumulator<T>>(x, {s.heads, 2, s.M}), qkv = empty(x, {s.S(), s.M});
+    const Tensor wqkv = pack_qkv<T>(qkv_weight, s), wproj = pack_proj<T>(proj_weight, s);
     const auto bias = pack_bias<T>(qkv_bias, s.rows, 3 * s.A, kBiasShape);
-    for_heads<T>(s, [&](int64_t image, int64_t h, Accumulator<T>* scratch) {
-      loops<T>().attention_forward(head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads),
-                                           data<Accumulator<T>>(stats)), scratch);
+    const MaybeTensor out_bias = wide_bias<T>(proj_bias, s.Dout);
+    for_shares(s.B, 1, [&](Share share) {
+      const Range images = share.of(s.B, 1), tokens{images.begin * s.N, images.end * s.N};
+      project(qkv, wqkv, x, s, tokens);
+      for_heads<T>(s, images, [&](int64_t image, int64_t h, Accumulator<T>* scratch) {
+        loops<T>().attention_forward(head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads),
+                                             data<Accumulator<T>>(stats)), scratch);
+      });
+      // out [M, Dout] = heads^T Wproj[:, kept]^T
+      multiply_into(rows_of(out, tokens, s.Dout), columns_of(heads, s.V(), tokens, s.M, true),
+                    matrix(wproj, s.Dout, s.V(), true));
+      add_bias<T>(out, out_bias, tokens, s.Dout);
     });
-    // out [M, Dout] = heads^T Wproj[:, kept]^T
-    multiply_into(matrix(out, s.M, s.Dout), matrix(heads, s.V(), s.M, true),
-                  matrix(pack_proj<T>(proj_weight, s), s.Dout, s.V(), true));
-    add_bias<T>(out, proj_bias, s.M, s.Dout);
     return std::make_tuple(cast(out, type), recompute ? empty(x, {0, s.M}) : qkv, heads, stats);
   });
 }
@@ -143,51 +145,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     auto none = [&] { return torch::stable::new_empty(x, {0}, type); };
     Tensor grad_x = none(), grad_qkv_weight = none(), grad_qkv_bias = none();
     Tensor grad_proj = none(), grad_proj_bias = none();
-    if (needs & kNeedBias2) grad_proj_bias = column_sums<T>(proj_weight, grad, s.M, s.Dout);
-    if (needs & kNeedWeight2) {
-      // dWproj[:, kept] [Dout, V] = grad^T heads^T
-      Tensor packed = empty(x, {s.Dout, padded(s.V())});
-      multiply_into(packed, matrix(grad, s.M, s.Dout, true), matrix(heads, padded(s.V()), s.M, true));
-      grad_proj = empty(proj_weight, {s.Dout, s.A});
-      const Index where = inverse(s.columns, s.A);
-      take_columns(grad_proj, packed, where.data(), s.Dout, s.A, padded(s.V()));
-    }
-    if (needs & (kNeedX | kNeedWeight1 | kNeedBias1)) {
-      if (qkv.size(0) != s.S()) qkv = project<T>(x, qkv_weight, s);
-      // dheads [V, M] = Wproj[:, kept]^T grad^T
-      Tensor grad_heads = empty(x, {s.V(), s.M}), grad_qkv = empty(x, {s.S(), s.M});
-      multiply_into(grad_heads, matrix(pack_proj<T>(proj_weight, s), s.Dout, s.V(), true),
-                    matrix(grad, s.M, s.Dout, true));
+    const bool inner = needs & (kNeedX | kNeedWeight1 | kNeedBias1);
+    Tensor wide, grad_qkv;
+    if (inner) {
+      const bool again = qkv.size(0) != s.S();
+      if (again) qkv = empty(x, {s.S(), s.M});
+      Tensor grad_heads = empty(x, {s.V(), s.M});
+      grad_qkv = empty(x, {s.S(), s.M});
+      if (needs & kNeedX) wide = empty(x, {s.B, s.N, s.D});
+      const Tensor wqkv = pack_qkv<T>(qkv_weight, s), wproj = pack_proj<T>(proj_weight, s);
       const auto bias = pack_bias<T>(qkv_bias, s.rows, 3 * s.A, kBiasShape);
-      for_heads<T>(s, [&](int64_t image, int64_t h, A* scratch) {
-        Head<T> head = head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads), data<A>(stats));
-        head.grad_out = data<T>(grad_heads) + (head.out - data<T>(heads));
-        head.grad_q = data<T>(grad_qkv) + (head.q - data<T>(qkv));
-        head.grad_k = data<T>(grad_qkv) + (head.k - data<T>(qkv));
-        head.grad_v = data<T>(grad_qkv) + (head.v - data<T>(qkv));
-        loops<T>().attention_backward(head, scratch);
-      });
-      if (needs & kNeedX) {
+      for_shares(s.B, 1, [&](Share share) {
+        const Range images = share.of(s.B, 1), tokens{images.begin * s.N, images.end * s.N};
+        if (again) project(qkv, wqkv, x, s, tokens);
+        // dheads [V, M] = Wproj[:, kept]^T grad^T
+        multiply_into(columns_of(grad_heads, s.V(), tokens, s.M), matrix(wproj, s.Dout, s.V(), true),
+                      rows_of(grad, tokens, s.Dout, true));
+        for_heads<T>(s, images, [&](int64_t image, int64_t h, A* scratch) {
+          Head<T> head = head_of(s, image, h, scale, data<T>(qkv), bias.data(), data<T>(heads), data<A>(stats));
+          head.grad_out = data<T>(grad_heads) + (head.out - data<T>(heads));
+          head.grad_q = data<T>(grad_qkv) + (head.q - data<T>(qkv));
+          head.grad_k = data<T>(grad_qkv) + (head.k - data<T>(qkv));
+          head.grad_v = data<T>(grad_qkv) + (head.v - data<T>(qkv));
+          loops<T>().attention_backward(head, scratch);
+        });
         // dx [M, D] = dqkv^T Wqkv[kept]
-        Tensor wide = empty(x, {s.B, s.N, s.D});
-        multiply_into(matrix(wide, s.M, s.D), matrix(grad_qkv, s.S(), s.M, true), pack_qkv<T>(qkv_weight, s));
-        grad_x = cast(wide, type);
+        if (needs & kNeedX)
+          multiply_into(rows_of(wide, tokens, s.D), columns_of(grad_qkv, s.S(), tokens, s.M, true), wqkv);
+      });
+      if (needs & kNeedX) grad_x = cast(wide, type);
+    }
+
+    // What sums over all tokens: each share has its channels.
+    const int64_t V = padded(s.V());
+    const Index where = inverse(s.rows, 3 * s.A), columns = inverse(s.columns, s.A);
+    std::vector<A> sums(s.S());
+    Tensor packed_qkv, packed_proj, out_sums;
+    if (needs & kNeedWeight1) packed_qkv = empty(x, {s.S(), s.D}), grad_qkv_weight = empty(qkv_weight, {3 * s.A, s.D});
+    if (needs & kNeedWeight2) packed_proj = empty(x, {s.Dout, V}), grad_proj = empty(proj_weight, {s.Dout, s.A});
+    if (needs & kNeedBias2) out_sums = empty_of<A>(grad, {s.Dout});
+    for_shares(std::min(s.S(), s.Dout), 16, [&](Share share) {
+      const Range rows = share.of(s.S()), outs = share.of(s.Dout);
+      if (needs & kNeedWeight2) {
+        // dWproj[:, kept] [Dout, V] = grad^T heads^T
+        multiply_into(rows_of(packed_proj, outs, V), columns_of(grad, s.M, outs, s.Dout, true),
+                      matrix(heads, V, s.M, true));
+        take_columns(rows_of(grad_proj, outs, s.A), rows_of(packed_proj, outs, V), columns.data(), outs.size(), s.A, V);
       }
+      if (needs & kNeedBias2) column_sums<T>(out_sums, grad, s.M, outs, s.Dout);
       if (needs & kNeedWeight1) {
         // dWqkv[kept] [S, D] = dqkv x
-        Tensor packed = empty(x, {s.S(), s.D});
-        multiply_into(packed, grad_qkv, matrix(x, s.M, s.D));
-        grad_qkv_weight = empty(qkv_weight, {3 * s.A, s.D});
-        take_rows(grad_qkv_weight, packed, inverse(s.rows, 3 * s.A).data(), 3 * s.A, s.D);
+        multiply_into(rows_of(packed_qkv, rows, s.D), rows_of(grad_qkv, rows, s.M), matrix(x, s.M, s.D));
+        put_rows(grad_qkv_weight, packed_qkv, s.rows, rows, where, share.of(3 * s.A), s.D);
       }
-      if (needs & kNeedBias1) {
-        std::vector<A> sums(s.S());
-        for_rows(s.S(), s.M, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) sums[i] = loops<T>().sum(data<T>(grad_qkv) + i * s.M, s.M);
+      if (needs & kNeedBias1)
+        for_rows(rows.size(), s.M, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = rows.begin + begin; i < rows.begin + end; ++i)
+            sums[i] = loops<T>().sum(data<T>(grad_qkv) + i * s.M, s.M);
         });
-        grad_qkv_bias = unpack_bias(qkv_weight, sums, s.rows, 3 * s.A);
-      }
-    }
+    });
+    if (needs & kNeedBias1) grad_qkv_bias = unpack_bias(qkv_weight, sums, s.rows, 3 * s.A);
+    if (needs & kNeedBias2) grad_proj_bias = cast(out_sums, proj_weight.scalar_type());
     return std::make_tuple(grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj, grad_proj_bias);
   });
 }

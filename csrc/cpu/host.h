@@ -1,6 +1,7 @@
 // What the CPU ops share on the host side: checks, views, vendor matrix products, packing of kept rows and columns.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -56,33 +57,62 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
 
 // The macros that check error codes changed their names after torch 2.10, so the codes are compared here.
 
-// A matrix operand: rows x columns over a contiguous tensor, transposed when asked.
-inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, bool transposed = false) {
-  const int64_t plain[2] = {rows, columns}, plain_strides[2] = {columns, 1};
-  const int64_t turned[2] = {columns, rows}, turned_strides[2] = {1, columns};
+// A matrix over the memory of t, from entry `offset` on, whose rows stand `stride` entries apart; transposed when asked.
+inline Tensor view(const Tensor& t, int64_t offset, int64_t rows, int64_t columns, int64_t stride,
+                   bool transposed = false) {
+  const int64_t plain[2] = {rows, columns}, plain_strides[2] = {stride, 1};
+  const int64_t turned[2] = {columns, rows}, turned_strides[2] = {1, stride};
   AtenTensorHandle handle = nullptr;
   check(aoti_torch__reinterpret_tensor(t.get(), 2, transposed ? turned : plain,
-                                       transposed ? turned_strides : plain_strides, 0, &handle) == AOTI_TORCH_SUCCESS,
+                                       transposed ? turned_strides : plain_strides, offset,
+                                       &handle) == AOTI_TORCH_SUCCESS,
         "a matrix view could not be made");
   return Tensor(handle);
 }
-
-// The contiguous rows that start `offset` entries into t.
-inline Tensor part(const Tensor& t, int64_t offset, std::initializer_list<int64_t> shape) {
-  const int64_t strides[2] = {shape.begin()[1], 1};
-  AtenTensorHandle handle = nullptr;
-  check(aoti_torch__reinterpret_tensor(t.get(), 2, shape.begin(), strides, offset, &handle) == AOTI_TORCH_SUCCESS,
-        "a matrix view could not be made");
-  return Tensor(handle);
+// The same over all of a contiguous tensor.
+inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns, bool transposed = false) {
+  return view(t, 0, rows, columns, columns, transposed);
 }
 
-// out = a b, by the vendor's matrix product.
+// A share of 0..n, of `size` entries.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+// Those rows, or those columns, of a contiguous matrix of `columns` columns (`rows` rows).
+inline Tensor rows_of(const Tensor& t, Range r, int64_t columns, bool transposed = false) {
+  return view(t, r.begin * columns, r.size(), columns, columns, transposed);
+}
+inline Tensor columns_of(const Tensor& t, int64_t rows, Range r, int64_t columns, bool transposed = false) {
+  return view(t, r.begin, rows, r.size(), columns, transposed);
+}
+
+// out = a b, by the vendor's matrix product. Not through torch's dispatcher, whose state is the calling thread's.
 inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  StableIValue stack[3] = {from(a), from(b), from(out)};
-  check(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS,
-        "torch's matrix product failed");
-  Tensor same = torch::stable::detail::to<Tensor>(stack[0]);
+  check(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()) == AOTI_TORCH_SUCCESS, "torch's matrix product failed");
+}
+
+// ---- threads ----
+
+// One of `count` shares of the work, and which part of 0..n is its own, in whole units.
+struct Share {
+  int64_t index, count;
+  Range of(int64_t n, int64_t unit = 16) const {
+    const int64_t each = ((n + unit - 1) / unit + count - 1) / count * unit;
+    return {std::min(n, index * each), std::min(n, (index + 1) * each)};
+  }
+};
+
+// work(share) for as many shares as there are threads. All products and loops of a share run on its thread: one that
+// sleeps is woken once, not for each of them (about 25 us), and ragged sizes are cut evenly. Where 0..n does not cut
+// evenly there is one share, whose products and loops are themselves cut.
+template <class F>
+void for_shares(int64_t n, int64_t unit, F&& work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || 4 * Share{0, threads}.of(n, unit).end * threads > 5 * n) return work(Share{0, 1});
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(Share{i, threads});
+  });
 }
 
 // ---- types ----
@@ -146,7 +176,7 @@ inline Index positions(Indices list) { return Index(list.begin, list.begin + lis
 template <class F>
 void for_rows(int64_t rows, int64_t columns, int64_t unit, F&& work) {
   const int64_t units = (rows + unit - 1) / unit;
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns * unit));
+  const int64_t grain = std::max<int64_t>(1, 131072 / std::max<int64_t>(1, columns * unit));
   parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     work(begin * unit, std::min(rows, end * unit));
   });
@@ -167,6 +197,24 @@ inline void take_rows(const Tensor& out, const Tensor& in, const int32_t* index,
             copy.row(data<In>(in) + index[i] * columns, to, columns);
         }
       });
+    });
+  });
+}
+
+// out[index[i], :] = in[i, :] for the rows i of `from`, and zeros for those rows of out in `to` that no i names by
+// `where`, the inverse of index.
+inline void put_rows(const Tensor& out, const Tensor& in, const Index& index, Range from, const Index& where, Range to,
+                     int64_t columns) {
+  if (columns == 0) return;
+  for_storage(out, "gather", [&]<class Out>() {
+    for_storage(in, "gather", [&]<class In>() {
+      const auto& copy = copies<Out, In>();
+      for_rows(from.size(), columns, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = from.begin + begin; i < from.begin + end; ++i)
+          copy.row(data<In>(in) + i * columns, data<Out>(out) + index[i] * columns, columns);
+      });
+      for (int64_t i = to.begin; i < to.end; ++i)
+        if (where[i] < 0) std::memset(data<Out>(out) + i * columns, 0, columns * sizeof(Out));
     });
   });
 }
@@ -254,26 +302,29 @@ Tensor unpack_bias(const Tensor& weight, const std::vector<A>& sums, const Index
   return cast(wide, weight.scalar_type());
 }
 
-// out[rows, n] += bias[n]; nothing without a bias.
+// out[r, :] += bias for the rows r of a range; nothing without a bias, which is in the type of sums.
 template <class T>
-void add_bias(const Tensor& out, const MaybeTensor& bias, int64_t rows, int64_t n) {
+void add_bias(const Tensor& out, const MaybeTensor& bias, Range rows, int64_t n) {
   if (!bias) return;
-  check(bias->numel() == n, "the output bias must have one value per output");
-  const Tensor wide = as<Accumulator<T>>(*bias);
-  for_rows(rows, n, 1, [&](int64_t begin, int64_t end) {
-    loops<T>().add_to_rows(data<T>(out) + begin * n, data<Accumulator<T>>(wide), end - begin, n);
+  for_rows(rows.size(), n, 1, [&](int64_t begin, int64_t end) {
+    loops<T>().add_to_rows(data<T>(out) + (rows.begin + begin) * n, data<Accumulator<T>>(*bias), end - begin, n);
   });
 }
-
-// The sum over the rows of g[rows, n], in a fixed order and in the dtype of the weights.
 template <class T>
-Tensor column_sums(const Tensor& weight, const Tensor& g, int64_t rows, int64_t n) {
-  Tensor wide = empty_of<Accumulator<T>>(g, {n});
-  parallel_for(0, (n + 63) / 64, 1, [&](int64_t begin, int64_t end) {
-    const int64_t from = begin * 64, to = std::min(n, end * 64);
-    loops<T>().sum_columns(data<T>(g) + from, rows, n, data<Accumulator<T>>(wide) + from, to - from);
+MaybeTensor wide_bias(const MaybeTensor& bias, int64_t n) {
+  if (!bias) return std::nullopt;
+  check(bias->numel() == n, "the output bias must have one value per output");
+  return as<Accumulator<T>>(*bias);
+}
+
+// The sums over the rows of g[rows, n], for a range of columns, in a fixed order.
+template <class T>
+void column_sums(const Tensor& sums, const Tensor& g, int64_t rows, Range columns, int64_t n) {
+  parallel_for(0, (columns.size() + 63) / 64, std::max<int64_t>(1, 2048 / std::max<int64_t>(1, rows)),
+               [&](int64_t begin, int64_t end) {
+    const int64_t from = columns.begin + begin * 64, to = std::min(columns.end, columns.begin + end * 64);
+    loops<T>().sum_columns(data<T>(g) + from, rows, n, data<Accumulator<T>>(sums) + from, to - from);
   });
-  return cast(wide, weight.scalar_type());
 }
 
 // Which gradients a backward op is asked for: one bit per gradient, in the order of its outputs.
