@@ -152,6 +152,9 @@ class Config:
     accumulate: Size = 1
     # Blocks are computed again in the backward pass instead of being kept: less memory, a third more time.
     grad_checkpointing: bool = False
+    # Weights, gradients and moments are spread over the processes by rows (FSDP2), for models that one device
+    # does not hold with them.
+    fsdp: bool = False
     checkpoint_every: Count = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
     checkpoint_minutes: Weight = 0.0  # as well; 0: none
     # So many steps whose loss or gradient is not finite are left out before such a one ends the run.

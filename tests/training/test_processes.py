@@ -112,7 +112,7 @@ def test_users_loaders_are_read_once_and_handed_out():
     assert farthest(ranks[0][0], alone[0]) < 0.05 * REACH
 
 
-def meddle(field):
+def meddle(field, changes):
     """Rank 1 goes its own way after the sixth step."""
 
     def change(self):
@@ -127,14 +127,14 @@ def meddle(field):
 
     watch(change)
     seed = int(os.environ["RANK"]) if field == "seed" else 0
-    data, config = digits(), dataclasses.replace(SHORT, seed=seed)
+    data, config = digits(), dataclasses.replace(SHORT, seed=seed, **changes)
     return compress(digits_model(), data.train, data.val, 0.6, config=config)
 
 
 @pytest.mark.parametrize("field", ["structure", "z", "generator", "seed"])
 def test_a_rank_that_differs_is_caught_at_that_step(field):
     where = "before training" if field == "seed" else "search: epoch 1, batch 0"
-    for found in gang(2, meddle, field):
+    for found in gang(2, meddle, field, {}):
         assert isinstance(found, RuntimeError) and str(found).startswith(
             f"{where}: the 2 processes differ in {field};"
         )

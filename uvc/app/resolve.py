@@ -35,7 +35,8 @@ TABLES = ("images", "model_args", "training", "training.distill", "training.solv
 # Settings that change where a run computes, not what; a resumed run may be given others.
 PLACES = ("device", "workers", "data_root", "teacher_cache", "trackers")
 PLACES += tuple(
-    f"training.{name}" for name in ("threads", "checkpoint_every", "checkpoint_minutes", "skip_not_finite")
+    f"training.{name}"
+    for name in ("threads", "checkpoint_every", "checkpoint_minutes", "skip_not_finite", "fsdp")
 )
 
 

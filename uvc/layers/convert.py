@@ -41,7 +41,7 @@ def convert(model: nn.Module) -> nn.Module:
     """
     check(model)
     for index, block in enumerate(model.blocks):
-        if type(block) is not UVCBlock:
+        if not isinstance(block, UVCBlock):
             model.blocks[index] = UVCBlock.take_over(block)
     if isinstance(model.blocks, nn.Sequential):  # a list is never called as one
         pack_ahead(model.blocks)
@@ -78,10 +78,11 @@ def check(model: nn.Module) -> None:
     shapes = {}
     for index, block in enumerate(blocks):
         name = f"blocks.{index}"
-        if type(block) not in (*NORM_FIRST, *NORM_LAST, UVCBlock):
+        ours = isinstance(block, UVCBlock)  # of a class of its own, where FSDP2 spreads it
+        if not ours and type(block) not in (*NORM_FIRST, *NORM_LAST):
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
         for path, module in ((name, block), (f"{name}.attn", block.attn), (f"{name}.mlp", block.mlp)):
-            if type(block) is not UVCBlock and ("forward" in vars(module) or module._compiled_call_impl):
+            if not ours and ("forward" in vars(module) or module._compiled_call_impl):
                 raise ValueError(
                     f"{path} has a forward of its own, which would run in place of the pruned one; convert "
                     "the model before it is compiled or wrapped"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uvc_kernels import group_scores, prox_shrink
 
 from uvc.layers import families_of
+from uvc.solver.rows import add_up, held, is_spread, local
 from uvc.solver.state import FAMILIES, Factors, Geometry, Masks
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -34,8 +35,22 @@ class _Part(NamedTuple):
     gates: bool
     layer: int
 
+    @property
+    def units(self) -> slice:
+        """Those of its groups that this process holds a part of."""
+        if self.dim or not is_spread(self.parameter):
+            return slice(0, self.size)
+        first, last = (min(max(row - self.start, 0), self.size) for row in held(self.parameter))
+        return slice(first, last)
+
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor.narrow(self.dim, self.start, self.size)
+        """What this process holds of the slice, of a tensor like the parameter."""
+        if not is_spread(self.parameter):
+            return tensor.narrow(self.dim, self.start, self.size)
+        units, rows = self.units, local(tensor)
+        before = 0 if self.dim else held(self.parameter)[0]
+        start = min(max(self.start + units.start - before, 0), rows.shape[self.dim])
+        return rows.narrow(self.dim, start, units.stop - units.start)
 
 
 class Groups:
@@ -153,12 +168,17 @@ class Groups:
         scores = group_scores(a, b, [part.dim for part in parts]).cpu()
         sums = {name: scores.new_zeros(self.geometry.shape(name)) for name in FAMILIES}
         rows = {name: values.view(self.geometry.layers, -1) for name, values in sums.items()}
-        for part, values in zip(parts, scores.split([part.size for part in parts]), strict=True):
-            rows[part.family][part.layer] += values
+        held_here = [part.units for part in parts]
+        sizes = [units.stop - units.start for units in held_here]
+        for part, units, values in zip(parts, held_here, scores.split(sizes), strict=True):
+            rows[part.family][part.layer][units] += values
+        if parts:
+            for values in sums.values():
+                add_up(parts[0].parameter, values)
         return {name: self.geometry.gathered(name, values) for name, values in sums.items()}
 
     def _scale(self, parts: Sequence[_Part], tensors: Sequence[Tensor], factors: Factors) -> None:
         rows = {name: factor.flatten(1) for name, factor in factors._asdict().items()}
-        flat = torch.cat([rows[part.family][part.layer] for part in parts])
+        flat = torch.cat([rows[part.family][part.layer][part.units] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
         prox_shrink(slices, flat.to(self.device), [part.dim for part in parts])

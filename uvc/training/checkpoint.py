@@ -13,7 +13,7 @@ import random
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from uvc.io.files import write_tensors
 
 HELD = "held"  # the group of tensors that stand in the facts
+PARTS = "parts"  # in the facts: files beside this one that are part of it, with their checksums
+More = Callable[[dict[str, Any]], dict[str, dict[str, Tensor]]]
 
 
 class _Copy(NamedTuple):
@@ -44,6 +46,10 @@ class _Copy(NamedTuple):
         }
         return cls(flat, json.dumps(facts))
 
+    def also(self, facts: dict[str, Any]) -> _Copy:
+        """With more facts."""
+        return self._replace(facts=json.dumps({**json.loads(self.facts), **facts}))
+
     def checksum(self) -> str:
         return _checksum(self.flat, self.facts)
 
@@ -59,6 +65,8 @@ class Checkpoints:
 
     OSError, where the next one begins or the context ends, if one could not be written.
     """
+
+    shared = False  # whether all processes write
 
     def __init__(self, path: Path | None) -> None:
         """path: None where nothing is to be written."""
@@ -90,15 +98,18 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def load(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """The newest that can be read; of a damaged one before it a warning tells. ValueError if none can."""
+    def load(self, more: More | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The newest that can be read; of a damaged one before it a warning tells. ValueError if none can.
+
+        more: the tensors, by group, that are not in the file, by its facts; ValueError if there are none.
+        """
         try:
-            return load_run(self.path)
+            return _load(self.path, more)
         except ValueError as error:
             before = before_of(self.path)
             if not before.exists():
                 raise
-            found = load_run(before)
+            found = _load(before, more)
             if self.path.exists():
                 self.damaged = True
                 warnings.warn(f"{error}; the run goes on from the one before, {before}", stacklevel=2)
@@ -117,6 +128,20 @@ def before_of(path: Path) -> Path:
     return path.with_stem(f"{path.stem}-before")
 
 
+def parts_of(path: Path) -> Path:
+    """The folder of what several processes have written of checkpoints at `path`."""
+    return path.with_name(f"{path.stem}-parts")
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """The facts of a checkpoint, but for tensors in them; of one that cannot be read none."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {})["facts"])
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return {}
+
+
 def has_run(path: Path) -> bool:
     """Whether there is a checkpoint, or one before it."""
     return path.exists() or before_of(path).exists()
@@ -126,6 +151,7 @@ def delete_run(path: Path) -> None:
     """Removes the checkpoints of a finished run."""
     for file in (before_of(path), path):
         file.unlink(missing_ok=True)
+    shutil.rmtree(parts_of(path), ignore_errors=True)
 
 
 def save_run(path: Path, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
@@ -148,7 +174,8 @@ def check_room(out: Path, model: nn.Module, copies: int) -> None:
     weights = sum(p.nbytes for p in model.parameters())
     # Weights, two moments of AdamW.
     size = 3 * (3 + copies) * weights + weights
-    there = sum(file.stat().st_size for file in out.glob("**/checkpoint*.safetensors"))
+    kept = (*out.glob("**/checkpoint*.safetensors"), *out.glob("**/checkpoint-parts/*/*.safetensors"))
+    there = sum(file.stat().st_size for file in kept)
     folder = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if (free := _free(folder) + there) < size:
         raise ValueError(
@@ -184,6 +211,14 @@ def _checksum(flat: Mapping[str, Tensor], facts: str) -> str:
         seen.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         seen.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return seen.hexdigest()
+
+
+def _load(path: Path, more: More | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    tensors, facts = load_run(path)
+    if PARTS in facts and more is not None:
+        for group, part in more(facts[PARTS]).items():
+            tensors.setdefault(group, {}).update(part)
+    return tensors, facts
 
 
 def load_run(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -163,6 +163,8 @@ class Plan:
             describe(model)  # what could not be saved is refused now, not after the training
             # An average, and the weights at each budget but the last.
             check_room(self.out, model, bool(config.ema_decay) + len(budgets) - 1)
+        if config.fsdp:
+            check_spread(config, len(budgets))
         with frozen(model, config.freeze):
             # One process measures for all.
             found = self.processes.told(lambda: json.dumps(self._settled()._asdict()))
@@ -186,12 +188,12 @@ class Plan:
         """Whether there are several budgets."""
         return None not in self.stages
 
-    def pruner(self, steps: int) -> Pruner:
-        """What finds the structure, or the structures, in so many steps."""
+    def pruner(self, model: nn.Module, steps: int) -> Pruner:
+        """What finds the structure of a model, or the structures, in so many steps."""
         solver, seed = self.config.solver, self.config.seed
         if self.elastic:
-            return NestedSearch(self.model, self.stages, steps, solver, seed)
-        return method_of(solver.method)(self.model, self.stages[None], steps, solver, seed)
+            return NestedSearch(model, self.stages, steps, solver, seed)
+        return method_of(solver.method)(model, self.stages[None], steps, solver, seed)
 
     def _settled(self) -> Precision:
         if self.loss is not None:  # its steps are not those that are measured
@@ -313,14 +315,15 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
     dense_cost = cost(model, Structure.dense(model))
     trainer = _trainer(plan, log)
     with plan.processes.in_turn():
-        task = _task(plan, teacher)
+        task = _task(plan, trainer.model, teacher)
     teacher_score = trainer.evaluate(teacher)
     before_post = (_searched if trainer.finished("search") else _search)(plan, trainer, task)
-    structures = structures_of(model)
+    structures = structures_of(trainer.model)
     # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
     optimizer = trainer.optimizer(config.learning_rate)
-    joint = Joint(model, structures) if structures else None
+    joint = Joint(trainer.model, structures) if structures else None
     trainer.phase("post-train", config.post_epochs, task, optimizer, joint)
+    plan.processes.gather(trainer.model, model)
     model.eval()
     if config.grad_checkpointing:
         set_checkpointing(model, False)
@@ -349,10 +352,15 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
 
 
 def _trainer(plan: Plan, log: RunLog) -> Trainer:
-    """One of the converted model, where a run to resume has stopped."""
+    """One of the converted model, or of its twin that is spread, where a run to resume has stopped."""
     file = plan.out / "checkpoint.safetensors" if plan.out else None
+    model, prepare = convert(plan.model), method_of(plan.config.solver.method).prepare
+    spread = plan.config.fsdp and plan.processes.count > 1
+    if spread:
+        prepare(model, plan.config.solver)
+        model = plan.processes.spread(model)
     trainer = Trainer(
-        convert(plan.model),
+        model,
         plan.train_loader,
         plan.val_loader,
         plan.config,
@@ -368,13 +376,14 @@ def _trainer(plan: Plan, log: RunLog) -> Trainer:
         trainer.load()
     set_seed(plan.config.seed, bool(trainer.mix))
     plan.processes.seed(plan.config.seed)
-    method_of(plan.config.solver.method).prepare(plan.model, plan.config.solver)
+    if not spread:
+        prepare(model, plan.config.solver)
     return trainer
 
 
-def _task(plan: Plan, teacher: nn.Module) -> Classification | UserLoss:
+def _task(plan: Plan, model: nn.Module, teacher: nn.Module) -> Classification | UserLoss:
     """What the model learns: labels, and from the teacher unless distillation is off; or the user's loss."""
-    model, config = plan.model, plan.config
+    config = plan.config
     if plan.loss is not None:
         return UserLoss(plan.loss, config.precision)
     if hasattr(model, "set_distilled_training"):
@@ -390,20 +399,20 @@ def _task(plan: Plan, teacher: nn.Module) -> Classification | UserLoss:
 def _scores(plan: Plan, trainer: Trainer) -> dict[float | None, float]:
     """The score at each budget; the model ends at the largest."""
     if not plan.elastic:
-        return {None: trainer.evaluate(plan.model)}
-    found = {budget: trainer.evaluate(set_budget(plan.model, budget)) for budget in plan.stages}
-    set_budget(plan.model, next(iter(found)))
+        return {None: trainer.evaluate(trainer.model)}
+    found = {budget: trainer.evaluate(set_budget(trainer.model, budget)) for budget in plan.stages}
+    set_budget(trainer.model, next(iter(found)))
     return found
 
 
 def _search(plan: Plan, trainer: Trainer, task: Classification | UserLoss) -> dict[float | None, float]:
     """Warms up, searches and hardens; returns the scores before post-training, by budget."""
-    model, config = plan.model, plan.config
+    model, config = trainer.model, plan.config
     warmup, searching = config.warmup_epochs, config.search_epochs
     optimizer = trainer.optimizer(config.search_learning_rate)
     trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
     steps = searching * len(plan.train_loader)
-    pruner = plan.pruner(steps)
+    pruner = plan.pruner(model, steps)
     trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
     pruner.harden()
     if plan.elastic:
@@ -419,11 +428,22 @@ def _search(plan: Plan, trainer: Trainer, task: Classification | UserLoss) -> di
 def _searched(plan: Plan, trainer: Trainer, task: Any) -> dict[float | None, float]:
     """Applies what `_search` had found before the run was interrupted; returns its scores."""
     if plan.elastic:
-        make_elastic(plan.model, from_bytes(trainer.tensors["search"]["structures"]))
+        make_elastic(trainer.model, from_bytes(trainer.tensors["search"]["structures"]))
     else:
-        apply_structure(plan.model, Structure.from_json(trainer.resumed["structure"]))
+        apply_structure(trainer.model, Structure.from_json(trainer.resumed["structure"]))
     entries = [entry for entry in trainer.history if entry["phase"] == "harden"]
     return {entry.get("budget"): entry[trainer.measure] for entry in entries}
+
+
+def check_spread(config: Config, budgets: int) -> None:
+    """ValueError for what reads weights that no process has whole."""
+    asked = {
+        f"solver method: {config.solver.method!r}": config.solver.method != "uvc",
+        f"ema_decay: {config.ema_decay}": config.ema_decay > 0,
+        f"budget: {budgets} of them": budgets > 1,
+    }
+    if found := [what for what, is_asked in asked.items() if is_asked]:
+        raise ValueError(f"{found[0]}, but with fsdp no process has whole weights; leave one of them out")
 
 
 def check_nested(config: Config, budgets: Sequence[float], batches: int) -> None:

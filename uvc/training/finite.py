@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uvc.io.finite import first_not_finite
+from uvc.solver.rows import local, whole
 
 
 class FiniteCheck:
@@ -41,7 +42,8 @@ class FiniteCheck:
 
     def finite(self, loss: Tensor) -> bool:
         """Whether loss and gradients of this step are finite; waits for the device."""
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         return bool(loss.isfinite()) and bool(norm.isfinite())
 
     def read(self, images: Tensor | None = None) -> None:
@@ -56,8 +58,9 @@ class FiniteCheck:
             self.pending.clear()
 
     def _stop(self, epoch: int, batch: int, loss: float, norm: float, images: Tensor | None) -> None:
-        parameters = dict(self.model.named_parameters())
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        named = dict(self.model.named_parameters())
+        parameters = {name: local(p.detach()) for name, p in named.items()}
+        gradients = {name: local(p.grad) for name, p in named.items() if p.grad is not None}
         name = first_not_finite(gradients) or first_not_finite(parameters)
         where = f", first in {name}" if name else ""
         cause = "lower the learning rate, or look at the images and labels of this batch"

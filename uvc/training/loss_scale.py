@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from uvc.solver.rows import whole
+
 FIRST, LEAST = 2.0**16, 1.0
 GROWS_AFTER = 2000  # steps without an overflow
 
@@ -32,7 +34,7 @@ class LossScale:
         """Whether the gradients are finite, or no smaller factor can make them so; else the factor halves."""
         if not self.moves:
             return True
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self.value <= LEAST or bool(norm.isfinite()):
             return True
         self.value, self._fitted = self.value / 2, 0

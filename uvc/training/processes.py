@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader
 
 from uvc.environment import launched, launched_as
 from uvc.io.files import one_line
+from uvc.solver.rows import is_spread
+from uvc.training.checkpoint import Checkpoints
 from uvc.training.exchange import lost
 from uvc.training.loaders import Loader
 from uvc.training.reduction import NoReduction, Reduction
@@ -48,6 +51,17 @@ class Alone:
     def copy(self, model: nn.Module) -> None:
         """Gives the model the weights and buffers that it has in rank 0."""
 
+    def spread(self, model: nn.Module) -> nn.Module:
+        """What is trained in the model's place where its weights are spread: in one process itself."""
+        return model
+
+    def gather(self, trained: nn.Module, model: nn.Module) -> None:
+        """Gives a model the weights and the structure of what `spread` has made of it."""
+
+    def checkpoints(self, path: Path | None, model: nn.Module) -> Checkpoints:
+        """The file of an unfinished run."""
+        return Checkpoints(path)
+
     def seed(self, seed: int) -> None:
         """Seeds torch: rank 0 as a process alone, each other one apart."""
         torch.manual_seed(seed if self.rank == 0 else hash((seed, self.rank)) % (1 << 63))
@@ -64,7 +78,7 @@ class Alone:
         """The mean over the processes, of what has no gradient."""
         return value
 
-    def gather(self, value: Tensor) -> list[Tensor]:
+    def each(self, value: Tensor) -> list[Tensor]:
         """The tensors of all processes, equally large, by rank."""
         return [value]
 
@@ -141,7 +155,26 @@ class Several(Alone):
     def copy(self, model: nn.Module) -> None:
         with lost():
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.detach(), 0)
+                if not is_spread(tensor):
+                    dist.broadcast(tensor.detach(), 0)
+
+    def spread(self, model: nn.Module) -> nn.Module:
+        from uvc.training.fsdp.spread import spread
+
+        return spread(model)
+
+    def gather(self, trained: nn.Module, model: nn.Module) -> None:
+        if trained is not model:
+            from uvc.training.fsdp.spread import gather
+
+            gather(trained, model)
+
+    def checkpoints(self, path: Path | None, model: nn.Module) -> Checkpoints:
+        if not is_spread(next(model.parameters())):
+            return Checkpoints(path)
+        from uvc.training.fsdp.checkpoint import SpreadCheckpoints
+
+        return SpreadCheckpoints(path)
 
     def told(self, say: Callable[[], str]) -> str:
         data = torch.tensor(list(say().encode()) if self.main else [], dtype=torch.uint8).to(self.device)
@@ -164,7 +197,7 @@ class Several(Alone):
             dist.all_reduce(value)
         return value / self.count
 
-    def gather(self, value: Tensor) -> list[Tensor]:
+    def each(self, value: Tensor) -> list[Tensor]:
         found = [torch.empty_like(value, device=self.device) for _ in range(self.count)]
         with lost():
             dist.all_gather(found, value.to(self.device))
@@ -182,7 +215,11 @@ class Several(Alone):
             self.wait()
 
     def reduction(self, model: nn.Module) -> Reduction:
-        return Reduction(model, self.count)
+        if not is_spread(next(model.parameters())):
+            return Reduction(model, self.count)
+        from uvc.training.fsdp.spread import SpreadReduction
+
+        return SpreadReduction(model, self.count)
 
     def compare(self, facts: Callable[[], Mapping[str, Any]], flags: tuple[bool, ...] = ()) -> None:
         found = facts()

@@ -8,7 +8,8 @@ list of what must come is kept: a half that does not run is nothing to wait for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -25,6 +26,12 @@ class NoReduction:
     """Gradients of one process are those of the global batch."""
 
     sent = 0  # bytes of the last step, of this process
+    early = False  # whether already the first pass of a step needs one structure in all processes
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around passes through the model: where they exchange something, a process that is lost is said."""
+        yield
 
     def facts(self) -> dict[str, Any]:
         """What decides the layout of what is sent."""
@@ -57,6 +64,9 @@ class Reduction(NoReduction):
         self._next: list[nn.Parameter] = []
         self._bytes = self._order = 0
         self._sent: list[tuple[list[nn.Parameter], Sequence[Tensor], Tensor, Any]] = []
+        self._watch()
+
+    def _watch(self) -> None:
         for p in self._names:
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(self._ready)

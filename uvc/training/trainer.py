@@ -18,8 +18,9 @@ from uvc.config import Config
 from uvc.io.finite import refuse_not_finite
 from uvc.settings import from_dict, hints
 from uvc.solver import Pruner
+from uvc.solver.rows import is_spread, local, whole
 from uvc.structure import structure_of
-from uvc.training.checkpoint import Checkpoints, has_run, load_optimizer_tensors, optimizer_tensors
+from uvc.training.checkpoint import has_run, load_optimizer_tensors, optimizer_tensors, parts_of
 from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, unpack
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
@@ -57,14 +58,14 @@ class Trainer:
         self.train_loader = processes.share(train, True)
         self.val_loader = val if score is not None else processes.share(val, False)
         self.config, self.log, self.file = config, log, file
-        self.checkpoints = Checkpoints(file)
+        self.checkpoints = processes.checkpoints(file, model)
         self.device, self.dtype = next(model.parameters()).device, input_dtype(model)
         self.mix = Mixing(config, getattr(model, "num_classes", 0))
         self.scale = LossScale(config.precision)
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
         # A checkpoint belongs to one set of them; how often one is written, and what may fail, is none of it.
         self.settings = _json_like({**asdict(config), **settings})
-        for name in ("checkpoint_every", "checkpoint_minutes", "skip_not_finite"):
+        for name in ("checkpoint_every", "checkpoint_minutes", "skip_not_finite", "fsdp"):
             del self.settings[name]
         processes.compare(lambda: {"the version of torch": torch.__version__, **self.settings})
         processes.settle("before training")
@@ -118,7 +119,8 @@ class Trainer:
                     step = epoch * steps + i
                     scheduler.step_update(before * steps + step)
                     check.at(epoch, i)
-                    loss, also = self._train_step(task, batch, optimizer, pruner, check)
+                    with self.reduction.guard():
+                        loss, also = self._train_step(task, batch, optimizer, pruner, check)
                     if self.average:
                         self.average.update(self.model, step=step + 1)
                     if step % LOG_EVERY == 0 or step + 1 == epochs * steps:
@@ -186,7 +188,7 @@ class Trainer:
             return loss, also
         pruner.observe(self.scale.value)
         self.scale.unscale(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad))
         check.see(loss, norm, images)
         optimizer.step()
         pruner.step(optimizer)
@@ -237,13 +239,17 @@ class Trainer:
         for number, (share, part) in enumerate(parts, 1):
             for turn in range(pruner.passes):
                 pruner.turn(turn)
+                first, last = number + turn == 1, number == len(parts) and turn == pruner.passes - 1
+                if first and self.reduction.early:
+                    self.processes.settle(check.where())
                 found = task(self.model, *part)
                 loss = found["loss"] * share
                 whole = whole + loss.detach()
                 also = {} if task.labelled else scalars_of(found)
-                if number == len(parts) and turn == pruner.passes - 1:
+                if last:
                     # Only what runs the same structure everywhere may be reduced.
-                    self.processes.settle(check.where())
+                    if not self.reduction.early:
+                        self.processes.settle(check.where())
                     self.reduction.begin()
                 self.scale.backward(loss)
         self.reduction.finish([whole, *pruner.evidence()])
@@ -265,10 +271,14 @@ class Trainer:
 
     def evaluate(self, model: nn.Module) -> float:
         """Top-1 in percent of a model on the validation images, or its score by the user's own measure."""
-        if self.score is not None:
+        with self.reduction.guard():
+            if self.score is None:
+                return evaluate(model, self.val_loader, total=self.processes.total)
+            if is_spread(next(model.parameters())):  # which all must run
+                found = repr(score_of(self.score, model))
+                return float(self.processes.told(lambda: found))
             # Rank 0 measures for all.
             return float(self.processes.told(lambda: repr(score_of(self.score, model))))
-        return evaluate(model, self.val_loader, total=self.processes.total)
 
     def _cosine(self, optimizer: torch.optim.Optimizer, steps: int) -> CosineLRScheduler:
         config = self.config
@@ -298,14 +308,14 @@ class Trainer:
         tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(optimizer, self.model)}
         tensors["random"], loader = self.feed.state()
         for name in tensors["random"].keys() & {"torch", "cuda"}:
-            states = self.processes.gather(tensors["random"][name])
+            states = self.processes.each(tensors["random"][name])
             tensors["random"] |= {f"rank{rank}/{name}": states[rank] for rank in range(1, len(states))}
         if self.average:
             tensors["average"] = self.average.module.state_dict()
         tensors["search"] = pruner.state_dict()
         # Weights, moments, averages and scores alike: from values that are not finite no run can go on.
         named = {f"{group} {name}": t for group, part in tensors.items() for name, t in part.items()}
-        numbers = {name: t for name, t in named.items() if not name.startswith("random ")}
+        numbers = {name: local(t) for name, t in named.items() if not name.startswith("random ")}
         refuse_not_finite(numbers, f"{phase}: epoch {epoch}, batch {done}: not saved")
         facts = {
             "phase": phase,
@@ -319,7 +329,7 @@ class Trainer:
         }
         structure = structure_of(self.model).to_json() if phase == "post-train" else None
         self.saved = time.monotonic()
-        if not self.processes.main:
+        if not self.processes.main and not self.checkpoints.shared:
             return
         self.checkpoints.save(tensors, {**facts, "structure": structure, "settings": self.settings})
 
@@ -327,13 +337,19 @@ class Trainer:
         """Reads the checkpoint; phases before the one it names are passed over, that one continues after its
         last batch.
         """
-        self.tensors, self.resumed = self.checkpoints.load()
+        self.tensors, self.resumed = self.checkpoints.load(self._parts)
         if not _same(self.resumed["settings"], self.settings):
             raise ValueError(
                 f"{self.file}: it was written with other settings; resume with the same ones or start afresh"
             )
         self.history, self.steps = self.resumed["history"], self.resumed["steps"]
         self.skipped = self.resumed.get("skipped", 0)
+
+    def _parts(self, about: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """What several processes have written of a checkpoint."""
+        from uvc.training.fsdp.checkpoint import read_parts
+
+        return read_parts(parts_of(self.file) / about["folder"], about["sha256"], self.model)
 
     def finished(self, phase: str) -> bool:
         """Whether the loaded checkpoint is from a later phase."""
@@ -348,6 +364,7 @@ class Trainer:
             return epochs, 0
         if self.resumed.get("phase") != name:
             return 0, 0
+        self._spread_tensors()
         self.model.load_state_dict(self.tensors["model"])
         load_optimizer_tensors(optimizer, self.model, self.tensors["optimizer"])
         try:
@@ -365,6 +382,18 @@ class Trainer:
         self.feed.load_state(self._random(), self.resumed["loader"], inside)
         epoch, self.resumed, self.tensors = self.resumed["epoch"], {}, {}
         return epoch, done
+
+    def _spread_tensors(self) -> None:
+        """Weights and moments that were written whole are spread as the weights are."""
+        parameters = dict(self.model.named_parameters())
+        if not is_spread(next(iter(parameters.values()))):
+            return
+        from uvc.training.fsdp.spread import like
+
+        for group in ("model", "optimizer"):
+            for name, tensor in self.tensors[group].items():
+                if (parameter := parameters.get(name.rpartition(":")[0] or name)) is not None:
+                    self.tensors[group][name] = like(tensor, parameter)
 
     def _random(self) -> dict[str, Tensor]:
         """The random states that were saved of this process; of one that there was not, new ones."""

@@ -1,0 +1,92 @@
+"""A model whose weights, gradients and moments are spread over the processes by rows (`fully_shard`).
+
+A block's weights are gathered for its forward and its backward pass, and its gradients become means over the
+processes as they are spread again. A half that does not run has no gradient anywhere, and so takes no part.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from uvc.solver.rows import whole
+from uvc.structure import apply_structure, structure_of
+from uvc.training.exchange import lost
+from uvc.training.reduction import Reduction
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """A twin of a converted model, spread over the processes; the model itself goes to the CPU meanwhile."""
+    device = next(model.parameters()).device
+    twin = copy.deepcopy(model)
+    if device.type != "cpu":
+        model.to("cpu")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in twin.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # Without a backward pass to follow, torch would leave what stands outside of the blocks gathered.
+    return fully_shard(twin, mesh=mesh, reshard_after_forward=True)
+
+
+@torch.no_grad()
+def gather(twin: nn.Module, model: nn.Module) -> None:
+    """Gives a model the weights, one at a time, and the structure of its twin, and puts it where that is."""
+    mine = model.state_dict()
+    with lost():
+        for name, tensor in twin.state_dict().items():
+            mine[name].copy_(whole(tensor))
+    model.to(next(twin.parameters()).device)
+    apply_structure(model, structure_of(twin))
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor that each process has, spread as a parameter is, if that is spread."""
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    tensor = tensor.to(parameter.device)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+class SpreadReduction(Reduction):
+    """The gradients of a model that `fully_shard` reduces: what is left are the tensors beside them."""
+
+    early = True
+
+    def _watch(self) -> None:
+        pass
+
+    def _lay_out(self, half: nn.Module, masks: dict[str, Tensor]) -> None:
+        pass
+
+    def begin(self) -> None:
+        pass
+
+    def finish(self, also: Sequence[Tensor]) -> None:
+        flat = torch.cat([part.detach().flatten() for part in also])
+        with lost():
+            dist.all_reduce(flat)
+        flat.div_(self.count)
+        for tensor, mean in zip(also, flat.split([part.numel() for part in also]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            # Of a block that is skipped whole; nothing changes what it returns in place.
+            warnings.filterwarnings("ignore", message=".*returned a view tensor")
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+                    with lost():
+                        raise
+                raise
