@@ -90,7 +90,7 @@ inline bool asked(const char* variable, const char* value) {
 class Machine {
  public:
   unsigned char* shared = nullptr;
-  // What tests ask for: copies land when they are started; float32 is multiplied by the shuffles that a GPU runs.
+  // What tests ask for: copies land when they are started, and blocks run from the last to the first; float32 is multiplied by the shuffles that a GPU runs.
   const bool early = asked("UVC_HOST_COPIES", "early"), shuffles = asked("UVC_HOST_PRODUCTS", "shuffles");
 
   template <class F>

@@ -69,7 +69,6 @@ void gather(std::vector<Tensor> sources, std::vector<Tensor> indices, std::vecto
             std::vector<Tensor> outs) {
   const size_t n = sources.size();
   check(indices.size() == n && dims.size() == n && outs.size() == n, "cuda_gather: lists must be equally long");
-  if (n == 0) return;
   const Device device(sources[0]);
   for (size_t i = 0; i < n; ++i) {
     const Tensor &source = sources[i], &index = indices[i], &out = outs[i];

@@ -108,14 +108,16 @@ class Device {
   // As on a GPU of compute capability 9.0.
   int64_t shared_memory() const { return 227 * 1024; }
   template <class... P, class... A>
-  void launch(const char*, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
+  void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
+    check(threads <= 1024 && shared <= shared_memory(), std::string(op) + ": a block is too large for any GPU");
     host::last_launch[0] = blocks, host::last_launch[1] = threads, host::last_launch[2] = shared;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       Machine machine;
       Machine* const before = std::exchange(running, &machine);
-      for (int64_t block = begin; block < end; ++block)
-        machine.run(static_cast<unsigned>(block), static_cast<unsigned>(blocks), threads, shared,
-                    [&] { kernel(arguments...); });
+      // a GPU keeps no order among blocks
+      for (int64_t i = begin; i < end; ++i)
+        machine.run(static_cast<unsigned>(machine.early ? begin + end - 1 - i : i), static_cast<unsigned>(blocks),
+                    threads, shared, [&] { kernel(arguments...); });
       running = before;
     });
   }

@@ -31,15 +31,29 @@ LIMIT_S = 300  # of computing; the tests take a tenth of it
 PLACES = 1024
 NOT_REACHED = "no test reaches it"
 # Deletions that change no result, by their file and line, with the reason; these are not run.
+ALIKE = "all that write there write the same"
 HARMLESS = {
     "activate.cu: if (first < n) work(first, n - first < kEach ? static_cast<int>(n - first) : kEach);": "a "
     "thread behind the end has a negative count and touches nothing",
     "attention.cu: if (left < 16) {": "the loop inside passes over every key that exists",
     "attention.cu: if (__any_sync(ALL_LANES, grown)) {": "scaling down when nothing has grown is exact",
     "attention.cu: if (n >= v_steps) break;": "sums of dims that a head does not have are not written",
+    "attention.cu: if (part < parts) {": "a part behind the last has no token to bring",
+    "attention.cu: if (first >= N) continue;": "what a warp without queries computes is not written",
     "attention.h: if (qk_steps == W / 16 && v_steps == W / 16) return work(Constant<W / 16>{}, "
     "Constant<W / 16>{});": "the loops whose steps are known when they run do the same",
-    "attention.cu: if (part < parts) {": "a part behind the last has no token to bring",
+    "attention.h: if (piece >= used) continue;": "it brings zeros to where nothing reads",
+    "attention.h: if (lane % 4 != 0) return;": ALIKE,
+    "attention.h: if (images * count > 0) work.template operator()<T, W>(call, images * count);": "a launch "
+    "of no block is none",
+    "attention_backward.cu: if (n >= steps) break;": "sums of dims that a head does not have are not written",
+    "attention_backward.cu: if (first + 16 > N) {": "the loop inside passes over every key that exists",
+    "attention_backward.cu: if (part < parts) {": "a part behind the last has no token to bring",
+    "group_scores.cu: if (lane == 0) out[row] = sum;": ALIKE,
+    "mma.h: if (running->shuffles) return multiply_by_shuffles(sums, a, b);": "shuffles multiply alike",
+    "pieces.h: if (blocks == 0) return;": "a matrix without blocks is found by no block",
+    "pieces.h: if (pieces_.count > 0) launch_(pieces_, blocks_);": "a launch of no block is none",
+    "pieces.h: if (pieces_.count == kPieces) flush();": "a launch for each matrix does the same",
 }
 WHYS = set(HARMLESS.values())
 

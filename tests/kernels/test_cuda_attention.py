@@ -4,7 +4,17 @@ import accuracy
 import pytest
 import torch
 import uvc_kernels
-from on_cuda import CASES, PROVIDERS, fenced, on_every_build, on_every_type, ops, poisoned, statistics  # noqa: F401
+from on_cuda import (  # noqa: F401
+    CASES,
+    PROVIDERS,
+    at_the_end,
+    fenced,
+    on_every_build,
+    on_every_type,
+    ops,
+    poisoned,
+    statistics,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from uvc_kernels import cuda
 from uvc_kernels.indices import counts_of
@@ -142,6 +152,35 @@ def test_scores_that_grow_along_the_keys_are_followed():
     heads, _, _, grad_qkv = core(qkv, grad, kept, 200, 1.0, "cpu")
     torch.testing.assert_close(heads, exact[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(grad_qkv, exact[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [68, 300], ids=["whole head", "streaming"])
+def test_nothing_is_touched_behind_a_tensor(tokens, dtype):
+    # Each ends where memory ends: what touches a byte more ends the process.
+    kept = dense(1, 24)
+    qkv, grad = map(at_the_end, packed(kept, tokens, 1, dtype))
+    heads, grad_qkv = at_the_end(torch.empty_like(grad)), at_the_end(torch.empty_like(qkv))
+    top, inverse = (at_the_end(torch.empty(1, tokens)) for _ in range(2))
+    table, counts = at_the_end(kept.table), counts_of(kept)
+    ops.cuda_attention_core(qkv, table, counts, tokens, 0.2, heads, top, inverse)
+    ops.cuda_attention_core_backward(qkv, heads, grad, top, inverse, table, counts, tokens, 0.2, grad_qkv)
+    assert all(map(torch.equal, (heads, top, inverse, grad_qkv), core(qkv, grad, kept, tokens, 0.2, "cpu")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [70, 300], ids=["whole head", "streaming"])
+def test_scores_far_below_zero_leave_no_weight_behind_the_last_key(tokens, dtype):
+    # All scores near -400: a key behind the last, whose score is 0, would have a weight of e^400.
+    kept = dense(1, 16)
+    qkv, grad = packed(kept, tokens, 1, dtype)
+    qkv[:, :16], qkv[:, 16:32] = 10 + qkv[:, :16] / 100, -10 + qkv[:, 16:32] / 100
+    exact = plain(qkv, grad, kept, tokens, 0.25, torch.float64)
+    heads, _, _, grad_qkv = core(qkv, grad, kept, tokens, 0.25, "cpu")
+    usual = plain(qkv, grad, kept, tokens, 0.25, dtype)
+    for a, b, c in zip((heads, grad_qkv), usual, exact, strict=True):
+        allowed = 2 * (b.double() - c).abs().max() + accuracy.FLOOR[dtype] * c.abs().max()
+        assert (a.double() - c).abs().max().nan_to_num(float("inf")) <= allowed
 
 
 @on_every_build

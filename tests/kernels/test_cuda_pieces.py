@@ -4,7 +4,17 @@ import accuracy
 import pytest
 import torch
 import uvc_kernels
-from on_cuda import CASES, PROVIDERS, fenced, on_every_build, on_every_type, ops, poisoned, statistics  # noqa: F401
+from on_cuda import (  # noqa: F401
+    CASES,
+    PROVIDERS,
+    at_the_end,
+    fenced,
+    on_every_build,
+    on_every_type,
+    ops,
+    poisoned,
+    statistics,
+)
 from uvc_kernels import cuda
 from uvc_kernels.mlp import ACTIVATIONS
 
@@ -54,6 +64,33 @@ def test_more_matrices_than_one_launch_takes_are_packed(device):
     ops.cuda_gather(sources, [index] * 450, [0] * 450, outs)
     for i, out in enumerate(outs):
         assert (out[0] == i).all() and (out[1] == 0).all()
+
+
+def test_nothing_is_read_or_written_behind_a_tensor():
+    # Each ends where memory ends: what touches a byte more ends the process.
+    u, gate, grad, a, grad_u, grad_gate = (at_the_end(torch.randn(4004)) for _ in range(6))
+    cuda._activate(u, gate, "gelu", a)
+    cuda._activate_backward(u, gate, grad, "silu", a, grad_u, grad_gate)
+    for shape in ((9, 13), (40, 64), (5, 1035)):
+        source, other = at_the_end(torch.randn(shape)), at_the_end(torch.randn(shape))
+        for dim in (0, 1):
+            index = at_the_end(torch.arange(shape[dim], dtype=torch.int32).flip(0))
+            out = at_the_end(torch.zeros(shape))
+            ops.cuda_gather([source], [index], [dim], [out])
+            assert torch.equal(out, source.flip(dim))
+            expected = (source * other).sum(1 - dim)
+            torch.testing.assert_close(ops.cuda_group_scores([source], [other], [dim]), expected)
+            ops.cuda_prox_shrink([out], at_the_end(torch.full((shape[dim],), 0.5)), [dim])
+            assert torch.equal(out, source.flip(dim) / 2)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scores_do_not_depend_on_the_order_of_blocks(dim, monkeypatch):
+    # What a block writes behind its own matrix, the block of the next would hide, were it always later.
+    a, b = ([torch.randn(s) for s in ((7, 5), (9, 33), (300, 40))] for _ in range(2))
+    found = ops.cuda_group_scores(a, b, [dim] * 3)
+    monkeypatch.setenv("UVC_HOST_COPIES", "early")
+    assert torch.equal(found, ops.cuda_group_scores(a, b, [dim] * 3))
 
 
 def test_special_numbers_survive_every_cast():
