@@ -37,8 +37,11 @@ def eights(n):
     return n // 8 * 8
 
 
-# What captured graphs copy from.
+# Pinned memory, which a capture may not ask for: made in the calls before one, by its size, and kept by those
+# that take it.
+_spare: dict[int, list[Tensor]] = {}
 _captured: list[Tensor] = []
+SPARE = 64  # of each size
 
 
 class Tile(NamedTuple):
@@ -85,10 +88,26 @@ def _addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Ten
 
 
 def addresses(fields: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64 [matrices * fields]: pointers and sizes; copied again only when one of them changes."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    """int64 [matrices * fields]: pointers and sizes; copied again only when one of them changes.
+
+    In a capture, RuntimeError where no call before it had as many of them.
+    """
+    if device.type != "cuda":
         return _addresses(fields, device)
+    numbers = [n for row in fields for n in row]
+    spare = _spare.setdefault(len(numbers), [])
+    if not torch.cuda.is_current_stream_capturing():
+        if len(spare) < SPARE:
+            spare.append(_pinned(len(numbers)))
+        return _addresses(fields, device)
+    if not spare:
+        raise RuntimeError("a CUDA graph is captured of ops that have not run before; run the step first")
     # A graph copies again at every replay, so what it copies from is kept, and nobody else may use the copy.
-    host = torch.tensor([n for row in fields for n in row], dtype=torch.int64, device="cpu", pin_memory=True)
+    host = spare.pop()
+    host.copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
     _captured.append(host)
     return host.to(device, non_blocking=True)
+
+
+def _pinned(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)

@@ -40,8 +40,6 @@ HARMLESS = {
     "attention.cu: if (n >= v_steps) break;": "sums of dims that a head does not have are not written",
     "attention.cu: if (part < parts) {": "a part behind the last has no token to bring",
     "attention.cu: if (first >= N) continue;": "what a warp without queries computes is not written",
-    "attention.h: if (qk_steps == W / 16 && v_steps == W / 16) return work(Constant<W / 16>{}, "
-    "Constant<W / 16>{});": "the loops whose steps are known when they run do the same",
     "attention.h: if (piece >= used) continue;": "it brings zeros to where nothing reads",
     "attention.h: if (lane % 4 != 0) return;": ALIKE,
     "attention.h: if (images * count > 0) work.template operator()<T, W>(call, images * count);": "a launch "
@@ -118,7 +116,7 @@ def switched(line: str, place: str) -> str | None:
         if end < 0:
             return None
         condition, rest = line[found.end() : end], line[end + 1 :]
-        leaves = re.match(r" (return|continue|break)\b", rest)
+        leaves = re.match(r" (return|continue|break);", rest)
         test = f"!{place} && ({condition})" if leaves else f"{place} || ({condition})"
         return f"{line[: found.end()]}{test}){rest}"
     if found := re.search(r"(\bconst bool \w*there = )(.*);$", line):

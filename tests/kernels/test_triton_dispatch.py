@@ -9,6 +9,7 @@ import torch
 import uvc_kernels
 from on_triton import DEVICE
 from uvc_kernels import _dispatch, self_check
+from uvc_kernels.triton import launch
 
 CPU = torch.device("cpu")
 
@@ -100,3 +101,31 @@ def test_without_triton_asking_for_it_is_one_clear_line():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     wanted = "backend 'triton' was asked for mlp but cannot run it: triton is not installed (No module named"
     assert done.stdout.startswith(wanted) and done.stdout.count("\n") == 1, done.stderr
+
+
+def test_a_capture_asks_for_no_pinned_memory_and_each_of_its_tables_is_its_own(monkeypatch):
+    class Gpu:
+        type = "cuda"
+
+    class Pinned(torch.Tensor):
+        def to(self, device, non_blocking=False):
+            return self.as_subclass(torch.Tensor)
+
+    state = {"capturing": False}
+
+    def pinned(count):
+        assert not state["capturing"]
+        return torch.empty(count, dtype=torch.int64).as_subclass(Pinned)
+
+    monkeypatch.setattr(launch, "_pinned", pinned)
+    monkeypatch.setattr(launch, "_spare", {})
+    monkeypatch.setattr(launch, "_captured", [])
+    monkeypatch.setattr(launch, "_addresses", lambda fields, device: torch.tensor(fields).flatten())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    for _ in range(2):
+        launch.addresses(((1, 2), (3, 4)), Gpu())
+    state["capturing"] = True
+    one, other = launch.addresses(((5, 6), (7, 8)), Gpu()), launch.addresses(((9, 9), (9, 9)), Gpu())
+    assert one.tolist() == [5, 6, 7, 8] and other.tolist() == [9] * 4 and len(launch._captured) == 2
+    with pytest.raises(RuntimeError, match="run the step first"):
+        launch.addresses(((1, 2), (3, 4)), Gpu())

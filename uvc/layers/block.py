@@ -73,6 +73,11 @@ class UVCBlock(nn.Module):
         """How many patch tokens go on from the attention half; None: all."""
         return None if self._slimming is None else self._slimming.tokens
 
+    @property
+    def has_gates(self) -> bool:
+        """Whether a half has a gate."""
+        return any(gate is not None for gate in self._gates)
+
     def set_gates(self, attn: Tensor | None, mlp: Tensor | None) -> None:
         """Multiply the branch of each half by a scalar tensor; None leaves it as it is."""
         self._gates = (attn, mlp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, 
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.freezing import train_mode
+from uvc.training.graphs import Captured
 from uvc.training.logger import Rate, RunLog
 from uvc.training.loss_scale import LossScale
-from uvc.training.losses import Classification, Mixing
+from uvc.training.losses import Classification, Distillation, Mixing
 from uvc.training.processes import ALONE, Alone
 from uvc.training.signals import Stopped, asked
 from uvc.training.user_loss import Score, UserLoss, moved, rows_of, scalars_of, score_of
 
 LOG_EVERY = 5  # steps
 Part = tuple[float, tuple[Any, ...]]  # share of its batch, and what a task takes of it beside the model
+REPEATABLE = (Classification, Distillation)  # losses of the model and the batch alone
 AVERAGED = ("teacher", "post-train")  # phases whose structure stays
 
 
@@ -73,6 +76,7 @@ class Trainer:
         if config.grad_checkpointing:
             set_checkpointing(model, True)
         self.reduction = processes.reduction(model)
+        self.captured = Captured.on(model, alone=processes.count == 1)
         self.feed = Feed(self.train_loader, self.device)
         self.history: list[dict[str, Any]] = []
         self.steps, self.saved = 0, time.monotonic()
@@ -235,6 +239,11 @@ class Trainer:
         """The gradients of the global batch, from a mean over parts and over processes; returns its loss, and
         what else a user's loss says in numbers.
         """
+        if type(task) in REPEATABLE and len(parts) == pruner.passes == 1:
+            pruner.turn(0)
+            loss = self.captured.gradients(parts[0][1], (task, self.scale.value), self._plain(task))
+            if loss is not None:
+                return loss, {}
         whole, also = 0.0, {}
         for number, (share, part) in enumerate(parts, 1):
             for turn in range(pruner.passes):
@@ -254,6 +263,16 @@ class Trainer:
                 self.scale.backward(loss)
         self.reduction.finish([whole, *pruner.evidence()])
         return whole, also
+
+    def _plain(self, task: Classification) -> Callable[[Tensor, Tensor], Tensor]:
+        """Gradients of one whole batch in one pass, and its loss, in one process."""
+
+        def run(images: Tensor, labels: Tensor) -> Tensor:
+            loss = task(self.model, images, labels)["loss"]
+            self.scale.backward(loss)
+            return loss.detach()
+
+        return run
 
     def _facts(self, pruner: Pruner) -> dict[str, Any]:
         """What is equal in all processes at the beginning of a step."""
