@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import uvc
-from uvc.layers import image_of
+from uvc.layers import image_of, named_blocks
 from uvc.models import T2TVisionTransformer
 from uvc.structure import BlockStructure, Structure
 
@@ -102,7 +102,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
 
     def run(x: Tensor, **arguments) -> Tensor:
         parameters, handles = dict(model.named_parameters()), []
-        for i, (block, kept) in enumerate(zip(model.blocks, structure.blocks, strict=True)):
+        for (name, block), kept in zip(named_blocks(model).items(), structure.blocks, strict=True):
             A = block.attn.proj.in_features
             K = A // block.attn.num_heads
             q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(second(block.mlp).in_features)
@@ -115,14 +115,14 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
             neurons[list(kept.neurons)] = 1
             masks = {"attn.qkv.weight": q[:, None], "attn.qkv.bias": q, "attn.proj.weight": v}
             masks |= {"attn.q_bias": q[:A], "attn.q_proj.weight": q[:A, None], "attn.q_proj.bias": q[:A]}
-            for name, mask in {**masks, "mlp.fc2.weight": neurons, "mlp.w2.weight": neurons}.items():
-                path = f"blocks.{i}.{name}"
+            for part, mask in {**masks, "mlp.fc2.weight": neurons, "mlp.w2.weight": neurons}.items():
+                path = f"{name}.{part}"
                 if path in parameters:
                     parameters[path] = parameters[path] * mask.to(parameters[path])
             for runs, half in ((kept.attn, "1"), (kept.mlp, "2")):
                 path = getattr(block, f"drop_path{half}", None)
                 if not runs and path is None:  # CaiT's halves share one
-                    scale = f"blocks.{i}.gamma_{half}"
+                    scale = f"{name}.gamma_{half}"
                     parameters[scale] = parameters[scale] * 0.0
                 elif not runs:
                     handles.append(path.register_forward_hook(lambda module, inputs, branch: branch * 0.0))

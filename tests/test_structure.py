@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import small_vit, structures
-from timm.models.vision_transformer import VisionTransformer
 
 import uvc
 from uvc.structure import BlockStructure, Structure
@@ -192,10 +191,3 @@ def test_a_compacted_model_takes_no_new_structure():
     small = uvc.compact(small_vit())
     with pytest.raises(ValueError, match="the model is compacted"):
         uvc.apply_structure(small, Structure.dense(small))
-
-
-def test_a_model_of_uneven_blocks_is_refused():
-    model = small_vit()
-    model.blocks[1] = VisionTransformer(embed_dim=24, depth=1, num_heads=4, mlp_ratio=3).blocks[0]
-    with pytest.raises(ValueError, match=r"blocks\.1 differs in size from blocks\.0"):
-        Structure.dense(model)

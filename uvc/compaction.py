@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from uvc.elastic import STRUCTURES
-from uvc.layers import FORMS, CompactBlock, check, check_children, like
+from uvc.layers import FORMS, blocks_of, check, check_children, compact_kind, replaced
 from uvc.structure import Structure, fit_structure, structure_of
 
 
@@ -33,20 +33,22 @@ def compacted(model: nn.Module, structure: Structure, form: str | Sequence[str] 
     """A compacted copy of a timm or converted `model`, on any device, also meta, with the structure given."""
     check(model)
     check_children(model)
-    forms = check_forms(form, len(model.blocks))
-    kept = zip(model.blocks, structure.blocks, fit_structure(model, structure), forms, strict=True)
-    return _with_blocks(model, [CompactBlock(*block) for block in kept])
+    blocks = blocks_of(model)
+    forms = check_forms(form, len(blocks))
+    kept = zip(blocks, structure.blocks, fit_structure(model, structure), forms, strict=True)
+    return _with_blocks(model, [compact_kind(block)(block, *how) for block, *how in kept])
 
 
 def forms_of(model: nn.Module) -> tuple[str, ...]:
     """How the heads of each block of a compacted model run."""
-    return tuple(block.form for block in model.blocks)
+    return tuple(block.form for block in blocks_of(model))
 
 
 def in_form(model: nn.Module, form: str | Sequence[str]) -> nn.Module:
     """A copy of a compacted model whose heads run in the form given, one for all blocks or one for each."""
-    forms = check_forms(form, len(model.blocks))
-    return _with_blocks(model, [b.in_form(f) for b, f in zip(model.blocks, forms, strict=True)])
+    blocks = blocks_of(model)
+    forms = check_forms(form, len(blocks))
+    return _with_blocks(model, [b.in_form(f) for b, f in zip(blocks, forms, strict=True)])
 
 
 def check_forms(form: object, blocks: int) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ def check_forms(form: object, blocks: int) -> tuple[str, ...]:
 
 def _with_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
     # The memo says that the copy of the blocks is there already, so that the full blocks are not copied.
-    small = copy.deepcopy(model, {id(model.blocks): like(model.blocks, blocks)})
+    small = copy.deepcopy(model, replaced(model, blocks))
     vars(small).pop(STRUCTURES, None)
     return small
 

@@ -87,10 +87,10 @@ def reachable(
     dense_structure, found = Structure.dense(model), []
     whole = counts(dense_structure)
     s, (dims, neurons), rows = sizes_of(model), round_to, []
-    for offered in s.families:
-        heads = 1 if offered.heads else s.heads
-        qk, v = (heads * (dims if unit else s.head_dim) for unit in (offered.qk, offered.v))
-        rows.append((1, 1, qk, v, neurons if offered.neurons else s.neurons, heads))
+    for offered, size in zip(s.families, s.each, strict=True):
+        heads = 1 if offered.heads else size.heads
+        qk, v = (heads * (dims if unit else size.head_dim) for unit in (offered.qk, offered.v))
+        rows.append((1, 1, qk, v, neurons if offered.neurons else size.neurons, heads))
     least = Counts(*zip(*rows, strict=True))
     for metric in METRICS if latency is not None else LINEAR:
         costs = latency if metric == "latency" else prices(model, metric, dense_structure)
@@ -102,10 +102,10 @@ def reachable(
 def check_multiples(model: nn.Module, round_to: tuple[int, int]) -> None:
     """ValueError unless the dims of a head and the neurons of a timm or converted ``model`` are multiples."""
     sizes = sizes_of(model)
-    for name, whole, part in zip(
-        ("head dim", "neurons"), (sizes.head_dim, sizes.neurons), round_to, strict=True
-    ):
-        if not isinstance(part, int) or part < 1 or whole % part:
+    for name, of, part in (("head dim", "head_dim", round_to[0]), ("neurons", "neurons", round_to[1])):
+        wholes = sorted({getattr(size, of) for size in sizes.each})
+        whole = next((n for n in wholes if not isinstance(part, int) or part < 1 or n % part), None)
+        if whole is not None:
             raise ValueError(
                 f"round_to: {part} does not divide the {name} of this model, {whole}; 1 always does"
             )

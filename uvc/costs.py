@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvc.layers import Prunable, UnitCost, check_children, image_of, meta_copy, stem_of
+from uvc.layers import Prunable, UnitCost, check_children, image_of, lists_of, meta_copy, stem_of
 from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
@@ -117,7 +117,8 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
     s = sizes_of(model)
     check_children(model, hooks=False, weight=False)
     if metric == "params":
-        fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
+        blocks = tuple(f"{name}." for name in lists_of(model))
+        fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(blocks))
         rows = []
         for (attn, mlp), around in zip(s.layers, s.around, strict=True):
             halves = (layer.fixed_params() + n for layer, n in zip((attn, mlp), around, strict=True))
@@ -128,21 +129,22 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
             "the model has no input size of its own, so its cost is undefined; give it an img_size"
         )
     tokens = patch_tokens(structure_of(model) if structure is None else structure, s.patches)
-    return macs_at(s, tokens, fixed_macs(model, s.prefix + tokens[-1][1]))
+    last = tokens[-1][1]
+    return macs_at(s, tokens, fixed_macs(model, None if last == s.patches else s.prefix + last))
 
 
 def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Prices:
     """The prices in MACs where so many patch tokens reach each block and go on from its attention half."""
     rows = []
-    for pair, (arriving, leaving) in zip(s.layers, tokens, strict=True):
-        # N tokens in the attention half, M in the MLP.
-        N, M = s.prefix + arriving, s.prefix + leaving
-        qk, v, neuron = (unit.macs for unit in unit_costs(*pair))
-        # A v dim: rows, N^2 products, a column. A q/k dim: rows, a term of N^2 dot products, and where tokens
-        # are dropped one more row of them, which ranks the tokens.
-        rank = N if M < N else 0
+    for i, (pair, (arriving, leaving)) in enumerate(zip(s.layers, tokens, strict=True)):
+        N, pairs, queries, M = s.reads(i, arriving, leaving)
+        qk, v, neuron = unit_costs(*pair)
+        # A v dim: rows, a product for each pair, a column. A q/k dim: rows, a term of the dot product of each
+        # pair, and where tokens are dropped one more row of them, which ranks the tokens.
+        rank = N if leaving < arriving else 0
         halves = pair[0].half_macs(N), pair[1].half_macs(M)
-        rows.append((*halves, N * qk + N * N + rank, N * v + N * N, M * neuron))
+        v_macs = N * v.rows + queries * v.columns + pairs
+        rows.append((*halves, N * qk.macs + pairs + rank, v_macs, M * neuron.macs))
     return Prices(fixed, *zip(*rows, strict=True))
 
 
@@ -202,8 +204,8 @@ def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
 
     By torch's flop counter, on a copy that holds no weights.
     """
-    blocks = nn.Sequential(_FirstTokens(tokens))
-    stem_and_head = meta_copy(model, {id(model.blocks): blocks}).eval().requires_grad_(False)
+    rest = {id(blocks): nn.Sequential(_FirstTokens(tokens)) for blocks in lists_of(model).values()}
+    stem_and_head = meta_copy(model, rest).eval().requires_grad_(False)
     dtype = next(stem_of(stem_and_head).parameters()).dtype
     image = torch.empty(1, *image_of(model), dtype=dtype, device="meta")
     return count_macs(stem_and_head, image)

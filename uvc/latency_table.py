@@ -24,8 +24,8 @@ from uvc_kernels.timing import Clock, milliseconds, take_turns
 from uvc.compaction import compacted
 from uvc.costs import BlockCounts, Counts, Prices, counts, total
 from uvc.environment import device_name, versions_line
-from uvc.layers import image_of
-from uvc.structure import BlockStructure, Sizes, Structure, sizes_of, structure_of
+from uvc.layers import image_of, lists_of
+from uvc.structure import BlockStructure, Size, Structure, sizes_of, structure_of
 
 Row = tuple[float, ...]
 
@@ -106,10 +106,10 @@ class LatencyTable:
 
     def check(self, model: nn.Module) -> None:
         """ValueError unless this table was measured on a model of the same shapes."""
-        s = sizes_of(model)
+        size, depth = _one_size(model)
         own = (self.blocks, self.dim, self.heads[-1], self.dims[-1], self.neurons[-1], tuple(self.image))
         image = image_of(model)
-        mine = (s.blocks, s.dim, s.heads, s.head_dim, s.neurons, image)
+        mine = (depth, model.embed_dim, *size, image)
         if own != mine:
             raise ValueError(
                 f"latency table: it is of {self.model}; blocks, width, heads, head dim, neurons, image are "
@@ -236,14 +236,14 @@ def measure(
         round_to: (dims, neurons) of ``SolverConfig.round_to``: sizes are multiples of these.
         rounds: turns of each form; the median counts.
     """
-    s = sizes_of(model)
+    s, depth = _one_size(model)
     size, parameter = image_of(model), next(model.parameters())
     images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
     dense = compacted(model, Structure.dense(model)).eval()
 
     def share(block: BlockStructure) -> float:
         """Time of the form whose blocks all are `block`, over that of the dense model."""
-        form = compacted(model, Structure((block,) * s.blocks)).eval()
+        form = compacted(model, Structure((block,) * depth)).eval()
         whole_ms, form_ms = _passes([dense, form], images, clock, rounds)
         dense_ms.extend(whole_ms)
         return median(_shares(form_ms, whole_ms))
@@ -265,7 +265,7 @@ def measure(
     ragged, full = _monotone([row[:-1] for row in attn]), _monotone([[row[-1] for row in attn]])[0]
     attn = [[*row, last] for row, last in zip(ragged, full, strict=True)]
     # The halves of the dense model, one by one, take a little more or less than in one go.
-    scale = (1.0 - fixed) / (attn[-1][-1] + mlp[-1]) / s.blocks * median(dense_ms)
+    scale = (1.0 - fixed) / (attn[-1][-1] + mlp[-1]) / depth * median(dense_ms)
     return LatencyTable(
         model=getattr(model, "default_cfg", {}).get("architecture") or type(model).__name__,
         device=device_name(parameter.device),
@@ -273,8 +273,8 @@ def measure(
         versions=versions_line(),
         batch=batch,
         image=size,
-        blocks=s.blocks,
-        dim=s.dim,
+        blocks=depth,
+        dim=model.embed_dim,
         fixed=fixed * median(dense_ms),
         heads=(0, *heads),
         dims=dims,
@@ -282,6 +282,16 @@ def measure(
         neurons=(0, *neurons),
         mlp=tuple(t * scale for t in mlp),
     )
+
+
+def _one_size(model: nn.Module) -> tuple[Size, int]:
+    """The size of all blocks of a model, and how many these are; ValueError where they differ."""
+    sizes = sizes_of(model)
+    if len(lists_of(model)) > 1:
+        raise ValueError(
+            "latency table: the model has several stages, of which each needs its own; budget macs"
+        )
+    return sizes.of_all("latency table"), len(sizes.blocks)
 
 
 def _grid(whole: int, multiple: int, parts: int) -> tuple[int, ...]:
@@ -295,7 +305,7 @@ def _grid(whole: int, multiple: int, parts: int) -> tuple[int, ...]:
     return tuple(sorted(sizes | {whole}))
 
 
-def _attn_form(s: Sizes, heads: int, dims: int, multiple: int) -> BlockStructure:
+def _attn_form(s: Size, heads: int, dims: int, multiple: int) -> BlockStructure:
     """Only attention, of some heads whose q/k and v dims have the mean ``dims``, apart where they can be."""
     reach = min(dims - 1, s.head_dim - dims, max(dims // 4, multiple)) // multiple
     offsets = [round(reach * (2 * i + 1 - heads) / heads) or reach for i in range(heads)]

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from uvc.layers import (
     Families,
+    Reads,
     Slimming,
+    blocks_of,
     check,
     convert,
     families_of,
     is_compacted,
+    kind_of_block,
     layers_of,
     patches_of,
     prefix_of,
@@ -27,24 +30,41 @@ from uvc.layers import (
 )
 
 
-class Sizes(NamedTuple):
-    """How large the blocks of a dense model are, and what may be pruned of them.
+class Size(NamedTuple):
+    """How large a block is."""
 
-    `layers`: attention and MLP of each block, as layers that can leave parts out; `families`: their offers.
-    `around`: the parameters of each block's halves outside these layers (norm, layer scale). `patches`: patch
-    tokens of an image, None without an input size; `prefix`: tokens before them.
-    """
-
-    blocks: int
-    dim: int
     heads: int
     head_dim: int
     neurons: int
+
+
+class Sizes(NamedTuple):
+    """How large the blocks of a dense model are, and what may be pruned of them.
+
+    `each`: the size of each block, of which `blocks` are the modules. `layers`: attention and MLP of each, as
+    layers that can leave parts out; `families`: their offers. `around`: the parameters of each block's halves
+    outside these layers (norm, layer scale). `patches`: patch tokens of an image that reach the first block,
+    None without an input size; `prefix`: tokens before them.
+    """
+
+    each: tuple[Size, ...]
+    blocks: tuple[nn.Module, ...]
     layers: tuple[tuple[nn.Module, nn.Module], ...]
     families: tuple[Families, ...]
     around: tuple[tuple[int, int], ...]
     patches: int | None
     prefix: int
+
+    def reads(self, index: int, arriving: float, leaving: float) -> Reads:
+        """What a block reads where so many patch tokens reach it, and go on from its attention half."""
+        block, first = self.blocks[index], self.prefix
+        return kind_of_block(block).reads(block, first + arriving, first + leaving)
+
+    def of_all(self, what: str) -> Size:
+        """The size of all blocks; ValueError, saying `what` needs that, where they differ."""
+        if len(set(self.each)) > 1:
+            raise ValueError(f"{what}: blocks of this model differ in size, of which it knows one alone")
+        return self.each[0]
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -52,15 +72,11 @@ def sizes_of(model: nn.Module) -> Sizes:
     compacted = is_compacted(model)
     if not compacted:
         check(model)
-    blocks = [block.origin if compacted else block for block in model.blocks]
+    blocks = tuple(block.origin if compacted else block for block in blocks_of(model))
     layers = tuple(map(layers_of, blocks))
-    attn, mlp = layers[0]
     return Sizes(
-        blocks=len(blocks),
-        dim=model.embed_dim,
-        heads=attn.num_heads,
-        head_dim=attn.head_dim,
-        neurons=mlp.neurons,
+        each=tuple(Size(attn.num_heads, attn.head_dim, mlp.neurons) for attn, mlp in layers),
+        blocks=blocks,
         layers=layers,
         families=tuple(families_of(*pair) for pair in layers),
         around=tuple(map(params_around, blocks)),
@@ -176,16 +192,19 @@ class Structure:
         blocks. What a layer does not offer stays.
         """
         s = sizes_of(model)
-        n_heads, dims = portion("heads", heads, s.heads), portion("head_dims", head_dims, s.head_dim)
-        n_neurons, n_blocks = portion("neurons", neurons, s.neurons), portion("blocks", blocks, s.blocks)
-        kept = []
-        for i, offered in enumerate(s.families):
-            n = n_heads if offered.heads else s.heads
-            v = tuple(range(dims if offered.v else s.head_dim))
+        n_blocks, kept = portion("blocks", blocks, len(s.blocks)), []
+        for i, (offered, size) in enumerate(zip(s.families, s.each, strict=True)):
+            n_heads, n_neurons = (
+                portion("heads", heads, size.heads),
+                portion("neurons", neurons, size.neurons),
+            )
+            dims = portion("head_dims", head_dims, size.head_dim)
+            n = n_heads if offered.heads else size.heads
+            v = tuple(range(dims if offered.v else size.head_dim))
             units = units_of(s.layers[i][0])
             units = units[: dims // len(units[0])] if offered.qk else units
             qk = tuple(sorted(dim for unit in units for dim in unit))
-            neuron = tuple(range(n_neurons if offered.neurons else s.neurons))
+            neuron = tuple(range(n_neurons if offered.neurons else size.neurons))
             runs = i < n_blocks
             kept.append(BlockStructure(runs, runs, tuple(range(n)), (qk,) * n, (v,) * n, neuron))
         return cls(tuple(kept))
@@ -199,9 +218,8 @@ class Structure:
         gives the same structure.
         """
         s = sizes_of(model)
-        units, n_neurons = portion("keep", keep, s.heads * s.head_dim), portion("keep", keep, s.neurons)
         generator = torch.Generator("cpu").manual_seed(seed)
-        return cls(tuple(random_block(s, i, keep, units, n_neurons, generator) for i in range(s.blocks)))
+        return cls(tuple(random_block(s, i, keep, generator) for i in range(len(s.blocks))))
 
     def with_tokens(
         self, model: nn.Module, keep: float | Sequence[float], at: Sequence[int] | None = None
@@ -213,12 +231,13 @@ class Structure:
         ValueError for other fractions, blocks that are not there, or a model without an input size.
         """
         s = sizes_of(model)
-        at = sorted({s.blocks * i // 4 for i in (1, 2, 3)}) if at is None else indices("at", at)
+        depth = len(s.blocks)
+        at = sorted({depth * i // 4 for i in (1, 2, 3)}) if at is None else indices("at", at)
         keep = [keep] * len(at) if isinstance(keep, int | float) else keep
         if len(keep) != len(at) or not all(0 < fraction <= 1 for fraction in keep):
             raise ValueError(f"keep must be a fraction in (0, 1], or {len(at)} of them, got {keep}")
-        if at and at[-1] >= s.blocks:
-            raise ValueError(f"at names block {at[-1]}, the model has only {s.blocks}")
+        if at and at[-1] >= depth:
+            raise ValueError(f"at names block {at[-1]}, the model has only {depth}")
         if s.patches is None:
             raise ValueError(
                 "the model has no input size of its own, so no number of tokens; give it an img_size"
@@ -284,30 +303,29 @@ def portion(name: str, fraction: float, whole: int) -> int:
     return round(fraction * whole)
 
 
-def random_block(
-    s: Sizes, i: int, keep: float, units: int, n_neurons: int, generator: torch.Generator
-) -> BlockStructure:
-    """Block `i` with exactly `units` v dims and q/k dims over a random number of heads, where it offers them;
+def random_block(s: Sizes, i: int, keep: float, generator: torch.Generator) -> BlockStructure:
+    """Block `i` with `keep` of its v dims and q/k dims over a random number of heads, where it offers them;
     of q/k dims that go in pairs, as many pairs as fit.
     """
-    offered = s.families[i]
+    offered, size = s.families[i], s.each[i]
+    units, n_neurons = portion("keep", keep, size.heads * size.head_dim), portion("keep", keep, size.neurons)
 
     def draw(n: int, of: int) -> list[int]:
         return sorted(torch.randperm(of, generator=generator, device="cpu")[:n].tolist())
 
-    whole = list(range(s.head_dim))
+    whole = list(range(size.head_dim))
     if offered.v:
         # Every kept head needs at least one v dim and holds at most K of them.
-        fewest, most = -(-units // s.head_dim), min(s.heads, units)
+        fewest, most = -(-units // size.head_dim), min(size.heads, units)
         n_heads = int(torch.randint(fewest, most + 1, (), generator=generator, device="cpu"))
-        n_heads = n_heads if offered.heads else s.heads
-        heads = draw(n_heads, s.heads)
-        v = [draw(1, s.head_dim) for _ in heads]
-        rest = [(i, d) for i in range(n_heads) for d in range(s.head_dim) if d != v[i][0]]
+        n_heads = n_heads if offered.heads else size.heads
+        heads = draw(n_heads, size.heads)
+        v = [draw(1, size.head_dim) for _ in heads]
+        rest = [(i, d) for i in range(n_heads) for d in range(size.head_dim) if d != v[i][0]]
         for j in draw(max(units - n_heads, 0), len(rest)):
             v[rest[j][0]].append(rest[j][1])
     else:
-        heads = draw(round(keep * s.heads) if offered.heads else s.heads, s.heads)
+        heads = draw(round(keep * size.heads) if offered.heads else size.heads, size.heads)
         v = [whole for _ in heads]
     qk = [[] if offered.qk else whole for _ in heads]
     if offered.qk:
@@ -315,7 +333,7 @@ def random_block(
         groups = len(heads) * len(together)
         for j in draw(min(units // len(together[0]), groups), groups):
             qk[j // len(together)] += together[j % len(together)]
-    neurons = tuple(draw(n_neurons if offered.neurons else s.neurons, s.neurons))
+    neurons = tuple(draw(n_neurons if offered.neurons else size.neurons, size.neurons))
     return BlockStructure(
         True,
         True,
@@ -334,9 +352,9 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
     slimmings = fit_structure(model, structure)
     convert(model)
     s = sizes_of(model)
-    for block, kept, slims in zip(model.blocks, structure.blocks, slimmings, strict=True):
-        block.attn.set_kept(*head_masks(kept, s))
-        block.mlp.set_kept(neuron_mask(kept, s))
+    for block, size, kept, slims in zip(s.blocks, s.each, structure.blocks, slimmings, strict=True):
+        block.attn.set_kept(*head_masks(kept, size))
+        block.mlp.set_kept(neuron_mask(kept, size))
         block.set_skip(not kept.attn, not kept.mlp)
         block.set_slimming(slims)
     return model
@@ -344,15 +362,15 @@ def apply_structure(model: nn.Module, structure: Structure) -> nn.Module:
 
 def fit(structure: Structure, s: Sizes) -> None:
     """ValueError unless `structure` fits a model of these sizes, and keeps what its layers do not offer."""
-    if len(structure.blocks) != s.blocks:
-        raise ValueError(f"the structure has {len(structure.blocks)} blocks, the model {s.blocks}")
-    for i, block in enumerate(structure.blocks):
-        families = [("heads", block.heads, s.heads), ("neurons", block.neurons, s.neurons)]
+    if len(structure.blocks) != len(s.blocks):
+        raise ValueError(f"the structure has {len(structure.blocks)} blocks, the model {len(s.blocks)}")
+    for i, (block, (heads, head_dim, neurons)) in enumerate(zip(structure.blocks, s.each, strict=True)):
+        families = [("heads", block.heads, heads), ("neurons", block.neurons, neurons)]
         families += [
-            (f"qk_dims of head {h}", d, s.head_dim) for h, d in zip(block.heads, block.qk_dims, strict=True)
+            (f"qk_dims of head {h}", d, head_dim) for h, d in zip(block.heads, block.qk_dims, strict=True)
         ]
         families += [
-            (f"v_dims of head {h}", d, s.head_dim) for h, d in zip(block.heads, block.v_dims, strict=True)
+            (f"v_dims of head {h}", d, head_dim) for h, d in zip(block.heads, block.v_dims, strict=True)
         ]
         for name, kept, size in families:
             if kept and kept[-1] >= size:
@@ -363,24 +381,24 @@ def fit(structure: Structure, s: Sizes) -> None:
 
 def check_offered(i: int, block: BlockStructure, s: Sizes) -> None:
     """ValueError, naming the layer and what ties it, where block `i` leaves out what it does not offer."""
-    attn, mlp = s.layers[i]
-    for half, layer, masks in (("attn", attn, head_masks(block, s)), ("mlp", mlp, (neuron_mask(block, s),))):
-        if fault := layer.torn(masks):
+    masks = head_masks(block, s.each[i]), (neuron_mask(block, s.each[i]),)
+    for half, layer, mask in zip(("attn", "mlp"), s.layers[i], masks, strict=True):
+        if fault := layer.torn(mask):
             raise ValueError(f"blocks.{i}.{half}: {fault}")
 
 
-def head_masks(block: BlockStructure, s: Sizes) -> tuple[Tensor, Tensor]:
+def head_masks(block: BlockStructure, size: Size) -> tuple[Tensor, Tensor]:
     """Bool masks [H, K] of the kept q/k dims and v dims."""
-    qk, v = torch.zeros(2, s.heads, s.head_dim, dtype=torch.bool, device="cpu").unbind()
+    qk, v = torch.zeros(2, size.heads, size.head_dim, dtype=torch.bool, device="cpu").unbind()
     for head, qk_dims, v_dims in zip(block.heads, block.qk_dims, block.v_dims, strict=True):
         qk[head, list(qk_dims)] = True
         v[head, list(v_dims)] = True
     return qk, v
 
 
-def neuron_mask(block: BlockStructure, s: Sizes) -> Tensor:
+def neuron_mask(block: BlockStructure, size: Size) -> Tensor:
     """Bool mask [F] of the kept neurons."""
-    mask = torch.zeros(s.neurons, dtype=torch.bool, device="cpu")
+    mask = torch.zeros(size.neurons, dtype=torch.bool, device="cpu")
     mask[list(block.neurons)] = True
     return mask
 
@@ -410,12 +428,12 @@ def fit_structure(model: nn.Module, structure: Structure) -> list[Slimming | Non
 def structure_of(model: nn.Module) -> Structure:
     """What is kept of a timm model (everything), a converted one, or a compacted one (as compacted)."""
     if is_compacted(model):
-        return Structure(tuple(block.record for block in model.blocks))
-    if not all(hasattr(block, "skip_attn") for block in getattr(model, "blocks", ())):
+        return Structure(tuple(block.record for block in blocks_of(model)))
+    if not all(hasattr(block, "skip_attn") for block in blocks_of(model)):
         return Structure.dense(model)
     check(model)
     blocks = []
-    for block in model.blocks:
+    for block in blocks_of(model):
         qk, v = block.attn.kept_qk, block.attn.kept_v
         heads = v.any(1).nonzero().flatten().tolist()
         blocks.append(

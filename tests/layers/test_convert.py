@@ -28,7 +28,6 @@ UNSUPPORTED = {
     r"blocks\.0\.mlp is a GlobalResponseNormMlp": lambda: with_child(
         "blocks.0.mlp", timm.layers.GlobalResponseNormMlp(24, 40)
     ),
-    r"blocks\.2 differs in size": lambda: with_child("blocks.2.mlp", timm.layers.GluMlp(24, 40)),
     r"blocks\.1\.attn is a OwnAttention": lambda: with_child("blocks.1.attn", OwnAttention(24, 4)),
     r"blocks\.0\.mlp\.fc1 is a Conv2d": lambda: with_child(
         "blocks.0.mlp", timm.layers.Mlp(24, 40, use_conv=True)
@@ -37,12 +36,10 @@ UNSUPPORTED = {
         "blocks.0.attn.qkv", nn.modules.linear.NonDynamicallyQuantizableLinear(24, 72)
     ),
     r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
-    r"the model is a ResNet without one list of transformer blocks": lambda: timm.create_model("resnet18"),
+    r"the model is a ResNet without lists of transformer blocks": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a Block of convit": lambda: timm.create_model("convit_tiny"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
-    r"the model is a Sequential without one list of transformer blocks": lambda: nn.Sequential(
-        nn.Linear(2, 2)
-    ),
+    r"the model is a Sequential without lists of transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
 }
 
 

@@ -12,6 +12,8 @@ from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
@@ -21,11 +23,23 @@ import uvc
 from uvc.config import Config
 from uvc.constraints import check_multiples
 from uvc.costs import count_macs
+from uvc.layers import blocks_of
 from uvc.layers.kinds import prunable
 from uvc.solver.state import Geometry
 from uvc.structure import Structure
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5, mlp_ratio=1.25)
+# Windows at the edge are padded, and the second stage is one window, which is not shifted.
+STAGES = dict(
+    img_size=(20, 16),
+    patch_size=2,
+    window_size=4,
+    embed_dim=16,
+    depths=(2, 2),
+    num_heads=(2, 4),
+    num_classes=5,
+    mlp_ratio=1.25,
+)
 ROPE = dict(use_rot_pos_emb=True)
 FLEX = dict(img_size=None, pos_embed_grid_size=(4, 4))
 FREE = {"heads": 1, "qk": 1, "v": 1, "neurons": 1}
@@ -79,6 +93,18 @@ KINDS = {
         dict(FLEX, rope_type="axial", global_pool="avg", reg_tokens=2, swiglu_mlp=True),
         TURNED,
     ),
+    "swin": (SwinTransformer, STAGES, FREE),
+    "swin, window sizes of its own in each stage": (
+        SwinTransformer,
+        dict(STAGES, window_size=((5, 4), (3, 2)), head_dim=(6, 4), qkv_bias=False, strict_img_size=False),
+        FREE,
+    ),
+    "swin v2": (SwinTransformerV2, STAGES, {**FREE, "qk": 0}),
+    "swin v2, positions of larger windows": (
+        SwinTransformerV2,
+        dict(STAGES, pretrained_window_sizes=(6, 6), always_partition=True, qkv_bias=False),
+        {**FREE, "qk": 0},
+    ),
     "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), {**FREE, "qk": 0}),
 }
 
@@ -89,7 +115,7 @@ def made(name: str) -> torch.nn.Module:
     if own.keys() - inspect.signature(cls).parameters.keys():
         pytest.skip(f"the {cls.__name__} of this timm takes no {', '.join(own)}")
     torch.manual_seed(5)
-    model = cls(**{**SIZES, **own}).eval()
+    model = cls(**(own if "depths" in own else {**SIZES, **own})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -103,7 +129,8 @@ def test_a_converted_model_is_the_timm_one_bit_for_bit(name):
     expected = model(x)
     assert torch.equal(uvc.convert(model)(x), expected)
     assert list(model.state_dict()) == keys
-    assert uvc.families(model) == [{**KINDS[name][2], "halves": ("attn", "mlp")}] * 2
+    offered = {**KINDS[name][2], "halves": ("attn", "mlp")}
+    assert uvc.families(model) == [offered] * len(blocks_of(model))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -136,12 +163,12 @@ def test_outputs_gradients_costs_and_files_are_those_of_dense_with_contributions
                 assert error(loaded(x), truth) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["eva02", "dinov3", "beit", "relative positions"])
+@pytest.mark.parametrize("name", ["eva02", "dinov3", "beit", "relative positions", "swin"])
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_children_that_are_more_than_linear_layers_are_called_on_all_heads(name):
     model = made(name).double()
     structure, x = Structure.random(model, 0.5, seed=2), images(model, dtype=torch.float64)
-    for block in model.blocks:
+    for block in blocks_of(model):
         linears = [block.attn.proj, *(m for n in ("qkv", "q_proj") if (m := getattr(block.attn, n, None)))]
         for linear in linears:
             linear.register_forward_hook(lambda module, inputs, out: out * 1.5)
@@ -157,7 +184,7 @@ def test_tokens_stay_where_positions_are_part_of_the_attention():
         uvc.apply_structure(uvc.convert(model), Structure.dense(model).with_tokens(model, 0.5))
 
 
-@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads"])
+@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads", "swin"])
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
     model = made(name)
@@ -166,7 +193,7 @@ def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
     config = replace(Config(), warmup_epochs=1, search_epochs=4, post_epochs=1)
     result = uvc.compress(model, loader, loader, budget=0.6, config=config)
     assert 0.56 < result.cost.macs / result.dense_cost.macs <= 0.6
-    pairs, ragged = result.model.blocks[0].attn.pairs(), False
+    pairs, ragged = blocks_of(result.model)[0].attn.pairs(), False
     for block in result.structure.blocks:
         for dims in block.qk_dims if block.attn and pairs is not None else ():
             assert {tuple(pair) for pair in pairs.tolist() if set(pair) & set(dims)} == {

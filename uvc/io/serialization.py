@@ -30,12 +30,14 @@ from uvc.layers import (
     UVCGluMlp,
     UVCMlp,
     UVCSwiGLU,
+    blocks_of,
     cfg_of,
     check_children,
     convert,
     is_compacted,
-    like,
     meta_copy,
+    named_blocks,
+    replaced,
 )
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
@@ -168,19 +170,18 @@ def describe(model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"cannot save a {type(model).__name__}; {', '.join(MAKERS)} can be saved")
     check_children(model, hooks=False)
     if is_compacted(model):
-        blocks = like(model.blocks, [block.origin for block in model.blocks])
-        dense = meta_copy(model, {id(model.blocks): blocks})
+        dense = meta_copy(model, replaced(model, [block.origin for block in blocks_of(model)]))
     else:
         dense = convert(meta_copy(model))
-    block = dense.blocks[0]
+    (name, block), *rest = named_blocks(dense).items()
     config = {
         "format": FORMAT,
         "class": type(model).__name__,
         "architecture": None,
         "block": "ResPostBlock" if block.norm_last else "Block",
-        "norm": {"name": name_of(block.norm1, "blocks.0.norm1", NORMS), "eps": block.norm1.eps},
-        "mlp": name_of(block.mlp, "blocks.0.mlp", MLPS),
-        "activation": name_of(block.mlp.act, "blocks.0.mlp.act", ACTIVATIONS),
+        "norm": {"name": name_of(block.norm1, f"{name}.norm1", NORMS), "eps": block.norm1.eps},
+        "mlp": name_of(block.mlp, f"{name}.mlp", MLPS),
+        "activation": name_of(block.mlp.act, f"{name}.mlp.act", ACTIVATIONS),
         "arguments": maker.read(dense),
         "compacted": is_compacted(model),
         "form": list(forms_of(model)) if is_compacted(model) else None,
@@ -191,15 +192,16 @@ def describe(model: nn.Module) -> dict[str, Any]:
         # The largest, whatever the model stands at.
         config["structure"] = next(iter(structures.values())).to_data()
         config["structures"] = structures_to_data(structures)
+    depth = 1 + len(rest)
     try:
-        compare(dense, rebuild_dense(config, len(dense.blocks)))
+        compare(dense, rebuild_dense(config, depth))
     except ValueError:
         # What the class alone does not make (the ResNet stem of a hybrid), timm's function for the model may.
         name = cfg_of(model).get("architecture") or ""
         if not is_model(name):
             raise
         config["architecture"] = name
-        compare(dense, rebuild_dense(config, len(dense.blocks)))
+        compare(dense, rebuild_dense(config, depth))
     if config["compacted"]:
         # What its blocks were made from is known; here, that they are still what was made.
         compare(model, rebuild(config)[1])
@@ -261,8 +263,9 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
             "mlp_layer": MLPS[config["mlp"]],
             "act_layer": ACTIVATIONS[config["activation"]],
             "block_fn": maker.blocks[BLOCKS.index(config["block"])],
+            "depth": depth,
         }
-        model = make(**arguments, depth=depth, **{part: parts[part] for part in maker.parts})
+        model = make(**arguments, **{part: parts[part] for part in maker.parts})
     return convert(model)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from uvc.io.checkpoint_files import Found, named, read_weights
 from uvc.io.finite import first_not_finite
 from uvc.io.weight_names import bare, to_timm, without_wrappers
-from uvc.layers import cfg_of, is_compacted
+from uvc.layers import blocks_of, cfg_of, is_compacted
 from uvc.structure import Structure, structure_of
 
 # First parts of names that belong to no vision transformer without its classifier: other heads, decoders.
@@ -219,7 +219,7 @@ def check_beside(config: Mapping[str, Any], model: nn.Module) -> None:
     """ValueError where config.json beside the weights says what their shapes do not, and the model differs:
     the number of heads, and what is kept.
     """
-    blocks = getattr(model, "blocks", None) or [None]
+    blocks = blocks_of(model) or [None]
     mine = getattr(getattr(blocks[0], "attn", None), "num_heads", None)
     its = config["arguments"].get("num_heads") if is_ours(config) else config.get("num_attention_heads")
     if isinstance(its, int) and mine is not None and its != mine and not is_compacted(model):

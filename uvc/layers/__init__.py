@@ -3,9 +3,10 @@
 # torch's flop counter knows our ops from here on.
 import uvc_kernels.flops  # noqa: F401
 
-from uvc.layers._surgery import like, meta_copy
+from uvc.layers._surgery import meta_copy
 from uvc.layers.attention import UVCAttention
-from uvc.layers.block import UVCBlock
+from uvc.layers.block import Reads, UVCBlock
+from uvc.layers.block_kinds import compact_kind, kind_of_block
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.compact_layers import FORMS
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
@@ -15,6 +16,7 @@ from uvc.layers.inputs import cfg_of, image_of, patches_of, set_image, set_token
 from uvc.layers.kinds import prefix_of
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
+from uvc.layers.stages import blocks_of, lists_of, named_blocks, replaced
 from uvc.layers.token_pruning import Slimming, slimming
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "CompactBlock",
     "Families",
     "Prunable",
+    "Reads",
     "Slimming",
     "UVCAttention",
     "UVCBlock",
@@ -31,19 +34,24 @@ __all__ = [
     "UVCMlp",
     "UVCSwiGLU",
     "UnitCost",
+    "blocks_of",
     "cfg_of",
     "check",
     "check_children",
+    "compact_kind",
     "convert",
     "families",
     "families_of",
     "image_of",
     "is_compacted",
+    "kind_of_block",
     "layers_of",
-    "like",
+    "lists_of",
     "meta_copy",
+    "named_blocks",
     "patches_of",
     "prefix_of",
+    "replaced",
     "set_image",
     "set_recompute",
     "set_tokens",

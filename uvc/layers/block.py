@@ -3,7 +3,7 @@
 B batch, N tokens, D width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -12,7 +12,36 @@ from uvc.layers.kinds import ATTENTIONS, MLPS, NORM_LAST, prunable
 from uvc.layers.token_pruning import Slimming, due, slim
 
 
-class UVCBlock(nn.Module):
+class Reads(NamedTuple):
+    """What the halves of a block read of an image.
+
+    tokens: those that the attention makes q, k and v of; pairs: of a query and a key, in one head; queries:
+    tokens that the attention gives; hidden: tokens in the MLP.
+    """
+
+    tokens: float
+    pairs: float
+    queries: float
+    hidden: float
+
+
+class InARow(nn.Module):
+    """How the halves of a block, on the fly or compact, read tokens [B, N, D]: all attend to all."""
+
+    def reads(self, arriving: float, leaving: float) -> Reads:
+        """What is read where so many tokens arrive, and so many go on from the attention half."""
+        return Reads(arriving, arriving * arriving, arriving, leaving)
+
+    def attended(self, y: Tensor, **arguments) -> Tensor:
+        """What the attention makes of the input of its half."""
+        return self.attn(y, **arguments)
+
+    def fed(self, y: Tensor) -> Tensor:
+        """What the MLP makes of the input of its half."""
+        return self.mlp(y)
+
+
+class UVCBlock(InARow):
     """The children of one of timm's blocks of two halves, norm first or norm last, under the same names.
 
     A skipped half is its residual alone: its branch, bias included, does not run. Gates are scalar tensors
@@ -22,7 +51,7 @@ class UVCBlock(nn.Module):
     """
 
     @classmethod
-    def take_over(cls, block: nn.Module) -> "UVCBlock":
+    def take_over(cls, block: nn.Module) -> Self:
         """A UVCBlock on the children and hooks of `block`, with attention and MLP taken over, all running."""
         new = take_over(cls, block)
         if type(new.attn) in ATTENTIONS:
@@ -91,13 +120,13 @@ class UVCBlock(nn.Module):
             y = x if self.norm_last else self.norm1(x)
             if slimming is not None:
                 scores = self.attn.token_scores(y, slimming)
-            branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
+            branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             branch = self.norm1(branch) if self.norm_last else scaled(self, "1", branch)
             x = x + dropped(self, "1", gated(branch, self._gates[0]))
         if slimming is not None:
             x = slim(x, scores, slimming)
         if not self._skip[1]:
-            branch = self.norm2(self.mlp(x)) if self.norm_last else scaled(self, "2", self.mlp(self.norm2(x)))
+            branch = self.norm2(self.fed(x)) if self.norm_last else scaled(self, "2", self.fed(self.norm2(x)))
             x = x + dropped(self, "2", gated(branch, self._gates[1]))
         return x
 

@@ -9,23 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
-from uvc.layers.block import UVCBlock, dropped, norm_last, scaled
+from uvc.layers.block import InARow, UVCBlock, dropped, norm_last, scaled
 from uvc.layers.children import carry_hooks, drop_hooks
 from uvc.layers.kinds import prunable
 from uvc.layers.token_pruning import Slimming, due, slim
 
 
-class CompactBlock(nn.Module):
+class CompactBlock(InARow):
     """The running halves of a block, with `record`, the structure's entry for the block they came from.
 
     `form` is how its heads run, one of `FORMS`.
     """
 
+    # What it is made from.
+    FULL: type[UVCBlock] = UVCBlock
+
     def __init__(self, dense: UVCBlock, record, slimming: Slimming | None = None, form: str = "grouped"):
         super().__init__()
         self.record, self.slimming, self.norm_last, self.form = record, slimming, norm_last(dense), form
         # In a tuple, so that it is no child: without weights, only sizes and settings are read from it.
-        self._origin = (UVCBlock.take_over(meta_copy(dense)),)
+        self._origin = (self.FULL.take_over(meta_copy(dense)),)
         drop_hooks(self.origin.modules())
         if record.attn:
             self._keep_half(dense, "1", "attn", prunable(dense.attn).compacted(record, form))
@@ -87,14 +90,14 @@ class CompactBlock(nn.Module):
         if self.record.attn:
             y = x if self.norm_last else self.norm1(x)
             if slimming is None:
-                branch = self.attn(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
+                branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             else:
                 branch, scores = self.attn.scored(y, slimming)
             x = x + dropped(self, "1", self.norm1(branch) if self.norm_last else scaled(self, "1", branch))
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
-            branch = self.mlp(x if self.norm_last else self.norm2(x))
+            branch = self.fed(x if self.norm_last else self.norm2(x))
             x = x + dropped(self, "2", self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
         return x
 

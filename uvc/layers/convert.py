@@ -3,16 +3,18 @@
 from torch import nn
 
 from uvc.layers.block import UVCBlock
-from uvc.layers.children import LINEARS, first_change
+from uvc.layers.block_kinds import BLOCKS, kind_of_block
+from uvc.layers.children import first_change
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.families import families_of, layers_of
-from uvc.layers.kinds import ATTENTIONS, MLPS, MODELS, NORM_FIRST, NORM_LAST, kind_of_layer
+from uvc.layers.kinds import ATTENTIONS, MLPS, MODELS, kind_of_layer
 from uvc.layers.prepack import pack_ahead
 from uvc.layers.prunable import Prunable
+from uvc.layers.stages import blocks_of, lists_of, named_blocks
 
 SUPPORTED = (
-    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait and NaFlexVit with "
-    "blocks of two halves, their attention and Mlp, GluMlp or SwiGLU"
+    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit and "
+    "SwinTransformer (V2) with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
@@ -40,11 +42,12 @@ def convert(model: nn.Module) -> nn.Module:
     be served is left as it is, and a ValueError names the layer.
     """
     check(model)
-    for index, block in enumerate(model.blocks):
-        if not isinstance(block, UVCBlock):
-            model.blocks[index] = UVCBlock.take_over(block)
-    if isinstance(model.blocks, nn.Sequential):  # a list is never called as one
-        pack_ahead(model.blocks)
+    for blocks in lists_of(model).values():
+        for index, block in enumerate(blocks):
+            if not isinstance(block, UVCBlock):
+                blocks[index] = kind_of_block(block).take_over(block)
+        if isinstance(blocks, nn.Sequential):  # a list is never called as one
+            pack_ahead(blocks)
     return model
 
 
@@ -56,30 +59,29 @@ def families(model: nn.Module) -> list[dict[str, int | tuple[str, ...]]]:
     """
     if not is_compacted(model):
         check(model)
-    return [families_of(*layers_of(block))._asdict() for block in model.blocks]
+    return [families_of(*layers_of(block))._asdict() for block in blocks_of(model)]
 
 
 def is_compacted(model: nn.Module) -> bool:
     """Whether `model` came out of `uvc.compaction`."""
-    return any(isinstance(block, CompactBlock) for block in getattr(model, "blocks", ()))
+    return any(isinstance(block, CompactBlock) for block in blocks_of(model))
 
 
 def check(model: nn.Module) -> None:
     """ValueError, naming the layer, unless `convert` can serve `model`."""
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or len(blocks) == 0:
+    blocks = named_blocks(model)
+    if not blocks:
         raise ValueError(
-            f"the model is a {type(model).__name__} without one list of transformer blocks; {SUPPORTED}"
+            f"the model is a {type(model).__name__} without lists of transformer blocks; {SUPPORTED}"
         )
     if is_compacted(model):
         raise ValueError(
-            "blocks.0 is a CompactBlock: the model is compacted, so its structure can no longer change"
+            f"{next(iter(blocks))} is a CompactBlock: the model is compacted, so its structure can no longer "
+            "change"
         )
-    shapes = {}
-    for index, block in enumerate(blocks):
-        name = f"blocks.{index}"
+    for name, block in blocks.items():
         ours = isinstance(block, UVCBlock)  # of a class of its own, where FSDP2 spreads it
-        if not ours and type(block) not in (*NORM_FIRST, *NORM_LAST):
+        if not ours and type(block) not in BLOCKS:
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
         for path, module in ((name, block), (f"{name}.attn", block.attn), (f"{name}.mlp", block.mlp)):
             if not ours and ("forward" in vars(module) or module._compiled_call_impl):
@@ -95,24 +97,8 @@ def check(model: nn.Module) -> None:
             raise ValueError(f"{name}.attn.{fault}")
         if fault := kind_of_layer(block.mlp).fault(block.mlp):
             raise ValueError(f"{name}.mlp.{fault}")
-        shape = (block.attn.num_heads, *sizes(block))
-        if shapes.setdefault("first", shape) != shape:
-            raise ValueError(f"{name} differs in size from blocks.0; all blocks must have one size")
     if not isinstance(model, MODELS):
         raise ValueError(f"the model is {described(model)}; {SUPPORTED}")
-
-
-def sizes(block: nn.Module) -> list[tuple]:
-    """What must agree between blocks: features of linear children, whatever they are, and other shapes."""
-    found, linears = [], []
-    for half in ("attn", "mlp"):
-        for name, child in getattr(block, half).named_children():
-            if name in LINEARS:
-                bias = getattr(child, "bias", None) is not None
-                found.append((f"{half}.{name}", child.in_features, child.out_features, bias))
-                linears.append(f"{half}.{name}.")
-    rest = ((n, tuple(p.shape)) for n, p in block.named_parameters() if not n.startswith(tuple(linears)))
-    return [*found, *rest]
 
 
 def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) -> None:
@@ -120,14 +106,14 @@ def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) ->
 
     For what reads those weights, as a cost or a smaller copy does; hooks, weight: see `children.change`.
     """
-    for index, block in enumerate(model.blocks):
+    for name, block in named_blocks(model).items():
         for half in ("attn", "mlp"):
             layer = getattr(block, half, None)
             if isinstance(layer, Prunable) and (fault := layer.torn()):
-                raise ValueError(f"blocks.{index}.{half}: {fault}")
+                raise ValueError(f"{name}.{half}: {fault}")
             if layer is not None and (fault := first_change(layer, hooks, weight)):
                 raise ValueError(
-                    f"blocks.{index}.{half}.{fault}, so its weights are not all that it does; merge it into "
+                    f"{name}.{half}.{fault}, so its weights are not all that it does; merge it into "
                     "its layer, or remove it, first"
                 )
 
@@ -144,7 +130,7 @@ def set_recompute(model: nn.Module, on: bool = True) -> nn.Module:
 
     Whole blocks are recomputed by timm's own `model.set_grad_checkpointing()`.
     """
-    for block in convert(model).blocks:
+    for block in blocks_of(convert(model)):
         block.attn.set_recompute(on)
         block.mlp.set_recompute(on)
     return model

@@ -5,6 +5,10 @@ from timm.models import beit
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import WindowAttention as SwinAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
@@ -22,11 +26,21 @@ from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
 from uvc.layers.talking import UVCTalkingHeads
+from uvc.layers.windows import UVCCosineAttention, UVCWindowAttention
 
-MODELS = (VisionTransformer, Eva, beit.Beit, VisionTransformerRelPos, Cait, NaFlexVit)
+MODELS = (
+    VisionTransformer,
+    Eva,
+    beit.Beit,
+    VisionTransformerRelPos,
+    Cait,
+    NaFlexVit,
+    SwinTransformer,
+    SwinTransformerV2,
+)
 # Blocks of two halves, each a residual branch, by where its norm stands.
-NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock)
-NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock)
+NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock, SwinTransformerBlock)
+NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock, SwinTransformerV2Block)
 ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     Attention: UVCAttention,
     AttentionRope: UVCAttentionRope,
@@ -34,6 +48,8 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     beit.Attention: UVCBeitAttention,
     RelPosAttention: UVCRelPosAttention,
     TalkingHeadAttn: UVCTalkingHeads,
+    SwinAttention: UVCWindowAttention,
+    SwinV2Attention: UVCCosineAttention,
 }
 MLPS: dict[type[nn.Module], type[Prunable]] = {
     Mlp: UVCMlp,
@@ -45,7 +61,7 @@ MLPS: dict[type[nn.Module], type[Prunable]] = {
 
 def prefix_of(model: nn.Module) -> int:
     """Tokens before the patches in the blocks; CaiT's class token is in later blocks alone."""
-    return 0 if isinstance(model, Cait) else model.num_prefix_tokens
+    return 0 if isinstance(model, Cait) else getattr(model, "num_prefix_tokens", 0)
 
 
 def kind_of_layer(layer: nn.Module) -> type[Prunable]:

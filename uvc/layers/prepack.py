@@ -23,7 +23,7 @@ def pack_ahead(blocks: nn.Sequential) -> None:
 def _halves(blocks: nn.Sequential) -> list[nn.Module]:
     halves = []
     for block in blocks:
-        if type(block) is UVCBlock:
+        if isinstance(block, UVCBlock):
             running = ((block.attn, block.skip_attn), (block.mlp, block.skip_mlp))
             halves += [half for half, off in running if not (off or half.is_dense) and half.reads_weights]
     return halves

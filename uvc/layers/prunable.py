@@ -36,10 +36,19 @@ def rows(family: str, linear: nn.Module, start: int, size: int, gates: bool = Fa
 
 
 class UnitCost(NamedTuple):
-    """What one unit of a family costs: parameters, and multiply-accumulates per token in linear layers."""
+    """What one unit of a family costs: parameters, and multiply-accumulates per token in linear layers.
+
+    These are of rows, which read what reaches the layer, and of columns, which give what leaves it.
+    """
 
     params: int
-    macs: int
+    rows: int
+    columns: int
+
+    @property
+    def macs(self) -> int:
+        """Those of both."""
+        return self.rows + self.columns
 
 
 class Prunable(nn.Module):
@@ -134,12 +143,13 @@ class Prunable(nn.Module):
 
     def unit_cost(self, family: str) -> UnitCost:
         """What one more unit of a family of `parts` costs in parameters and linear layers."""
-        sides = [
-            (p.parameter.dim(), p.parameter.numel() // p.parameter.shape[p.dim])
+        found = [
+            (p.parameter.dim(), p.dim, p.parameter.numel() // p.parameter.shape[p.dim])
             for p in self.parts()
             if p.family == family
         ]
-        return UnitCost(sum(n for _, n in sides), sum(n for dims, n in sides if dims == 2))
+        rows, columns = (sum(n for dims, dim, n in found if (dims, dim) == (2, side)) for side in (0, 1))
+        return UnitCost(sum(n for _, _, n in found), rows, columns)
 
     def half_macs(self, tokens: int) -> int:
         """Multiply-accumulates of an image of so many tokens that stay whatever is removed."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uvc.layers.stages import blocks_of
+
 
 class Slimming(NamedTuple):
     """How many patch tokens go on from a block's attention half, and whose attention ranks them.
@@ -36,7 +38,8 @@ def slimming(model: nn.Module, tokens: int | None) -> Slimming | None:
             f"tokens: the {type(model).__name__} has global_pool '' and returns every token, so none can be "
             "left out; give it a pooled head"
         )
-    if (own := next((b.attn for b in model.blocks if not getattr(b.attn, "slims", True)), None)) is not None:
+    layers = (block.attn for block in blocks_of(model))
+    if (own := next((attn for attn in layers if not getattr(attn, "slims", True)), None)) is not None:
         raise ValueError(
             f"tokens: positions are part of {type(own).__name__}, so none can be left out; keep all tokens"
         )

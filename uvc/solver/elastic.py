@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
 from uvc.elastic import structures_from_data, structures_to_data
+from uvc.layers import blocks_of
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner
 from uvc.solver.search import Search
@@ -118,11 +119,11 @@ class NestedSearch(Pruner):
 
     def _running(self) -> Factors:
         """The groups that the model computes."""
-        blocks = self.model.blocks
-        v = torch.stack([b.attn.kept_v & (not b.skip_attn) for b in blocks])
-        qk = torch.stack([b.attn.kept_qk for b in blocks]) & v.any(-1, keepdim=True)
+        blocks, stacked = blocks_of(self.model), self.inner.groups.geometry.stacked
+        v = stacked("v", [b.attn.kept_v & (not b.skip_attn) for b in blocks])
+        qk = stacked("qk", [b.attn.kept_qk for b in blocks]) & v.any(-1, keepdim=True)
         device = next(self.model.parameters()).device
-        neuron = torch.stack([b.mlp.kept_neurons & (not b.skip_mlp) for b in blocks])
+        neuron = stacked("neuron", [b.mlp.kept_neurons & (not b.skip_mlp) for b in blocks])
         return Factors(qk.to(device), v.to(device), neuron.to(device))
 
     def metrics(self) -> dict[str, float]:
@@ -174,11 +175,11 @@ class Joint(Pruner):
     def _selections(self, structure: Structure) -> list[Any]:
         """What each block keeps; the model has this structure from here on."""
         apply_structure(self.model, structure)
-        return [block.selection() for block in self.model.blocks]
+        return [block.selection() for block in blocks_of(self.model)]
 
     def turn(self, number: int) -> None:
         selections = self.trios[self.count % len(self.trios)][number]
-        for block, selection in zip(self.model.blocks, selections, strict=True):
+        for block, selection in zip(blocks_of(self.model), selections, strict=True):
             block.select(selection)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from uvc.layers import blocks_of
+
 FLOOR = 1e-6  # of the mean eigenvalue of a Gram matrix, added to each, so that a dim of no weight is no fault
 
 
@@ -22,7 +24,7 @@ def balance_heads(model: nn.Module) -> None:
     Attention that is frozen, or from which something is removed already, is left as it is, and so are dims
     that stand for themselves elsewhere (in a norm of q and k, in a gate). Computed in float64.
     """
-    for block in model.blocks:
+    for block in blocks_of(model):
         if block.attn.is_dense and all(p.requires_grad for p in block.attn.parameters()):
             _balance(block.attn)
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from uvc.costs import Prices
 from uvc.solver.state import FAMILIES, State
 
+ABSENT = -2.0  # in the place of a ratio: before all others, with no cost
+
 
 def group_prices(state: State, prices: Prices) -> dict[str, Tensor]:
     """[S, 1] per family: what a group of q/k dims, a v dim and a neuron of each segment costs."""
@@ -26,13 +28,14 @@ def quantiles(state: State, prices: Prices) -> dict[str, Tensor]:
     ratios = {
         name: (state.families[name].importance / price)
         .masked_fill(state.families[name].dead, -1.0)
+        .masked_fill(state.families[name].absent, ABSENT)
         .masked_fill(state.families[name].held(), torch.inf)
         for name, price in units.items()
     }
     ratios["token"], units["token"] = state.tokens.ratio(), state.tokens.price[:, None]
     ratio = torch.cat([part.flatten() for part in ratios.values()])
     weight = torch.cat([price.expand_as(ratios[name]).flatten() for name, price in units.items()])
-    weight = weight.masked_fill(ratio.isinf(), 0.0)
+    weight = weight.masked_fill(ratio.isinf() | (ratio == ABSENT), 0.0)
     order = ratio.argsort(stable=True)
     below = weight[order].cumsum(0)
     score = torch.empty_like(ratio).scatter_(0, order, (below - weight[order]) / below[-1])

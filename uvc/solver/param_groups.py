@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from uvc_kernels import group_scores, prox_shrink
 
-from uvc.layers import families_of
+from uvc.layers import blocks_of, families_of
 from uvc.solver.rows import add_up, held, is_spread, local
 from uvc.solver.state import FAMILIES, Factors, Geometry, Masks
 
@@ -53,24 +53,27 @@ class _Part(NamedTuple):
         return rows.narrow(self.dim, start, units.stop - units.start)
 
 
+def kind_of_pairs(pairs: Tensor | None) -> str:
+    """Which q/k dims of a head go together, [K / 2, 2], as `Geometry` has it."""
+    return "" if pairs is None else "neighbours" if pairs[0, 1] == 1 else "halves"
+
+
 class Groups:
     """All groups of a converted model.
 
     Args:
-        model: result of ``uvc.convert``; all blocks of equal heads, head dim and hidden size (ValueError
-        otherwise).
+        model: result of ``uvc.convert``. ValueError where q/k dims of blocks go together in several ways.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks = list(model.blocks)
-        sizes = {(b.attn.num_heads, b.attn.head_dim, b.mlp.neurons) for b in self.blocks}
-        if len(sizes) != 1:
+        self.blocks = blocks_of(model)
+        sizes = [(b.attn.num_heads, b.attn.head_dim, b.mlp.neurons) for b in self.blocks]
+        pairs = {kind_of_pairs(block.attn.pairs()) for block in self.blocks}
+        if len(pairs) > 1 or (pairs == {"halves"} and len({K for _, K, _ in sizes}) > 1):
             raise ValueError(
-                f"model: blocks differ in (heads, head dim, neurons): {sorted(sizes)}; they must be equal"
+                "model: blocks differ in which of their q/k dims go together; a search knows one way alone"
             )
-        pairs = self.blocks[0].attn.pairs()
-        kind = "" if pairs is None else "neighbours" if pairs[0, 1] == 1 else "halves"
-        self.geometry = Geometry(len(self.blocks), *sizes.pop(), kind)
+        self.geometry = Geometry.of(sizes, pairs.pop())
         layers = [(i, half) for i, block in enumerate(self.blocks) for half in (block.attn, block.mlp)]
         self.parts = [_Part(*part, layer) for layer, half in layers for part in half.parts()]
         self.gated = [part for part in self.parts if part.gates]
@@ -143,7 +146,9 @@ class Groups:
 
     def apply(self, masks: Masks) -> None:
         """Skips on the fly what ``masks`` leave out, groups and halves."""
-        for block, qk, v, neuron, _ in zip(self.blocks, *masks, strict=True):
+        own = self.geometry.own
+        for layer, (block, *rows, _) in enumerate(zip(self.blocks, *masks, strict=True)):
+            qk, v, neuron = (own(name, layer, row) for name, row in zip(FAMILIES, rows, strict=True))
             dense = bool(qk.all() and v.all())
             block.attn.set_kept(None if dense else qk, None if dense else v)
             block.mlp.set_kept(None if neuron.all() else neuron)
@@ -166,19 +171,20 @@ class Groups:
 
     def _families(self, parts: list[_Part], a: list[Tensor], b: list[Tensor]) -> dict[str, Tensor]:
         scores = group_scores(a, b, [part.dim for part in parts]).cpu()
-        sums = {name: scores.new_zeros(self.geometry.shape(name)) for name in FAMILIES}
-        rows = {name: values.view(self.geometry.layers, -1) for name, values in sums.items()}
-        held_here = [part.units for part in parts]
+        geo, held_here = self.geometry, [part.units for part in parts]
+        rows = {n: [scores.new_zeros(geo.size(n, i)) for i in range(geo.layers)] for n in FAMILIES}
         sizes = [units.stop - units.start for units in held_here]
         for part, units, values in zip(parts, held_here, scores.split(sizes), strict=True):
             rows[part.family][part.layer][units] += values
+        sums = {name: geo.stacked(name, each) for name, each in rows.items()}
         if parts:
             for values in sums.values():
                 add_up(parts[0].parameter, values)
         return {name: self.geometry.gathered(name, values) for name, values in sums.items()}
 
     def _scale(self, parts: Sequence[_Part], tensors: Sequence[Tensor], factors: Factors) -> None:
-        rows = {name: factor.flatten(1) for name, factor in factors._asdict().items()}
+        geo = self.geometry
+        rows = {n: [geo.own(n, i, row).flatten() for i, row in enumerate(t)] for n, t in factors._asdict().items()}
         flat = torch.cat([rows[part.family][part.layer][part.units] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
         prox_shrink(slices, flat.to(self.device), [part.dim for part in parts])

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
 from uvc.costs import Counts, total
-from uvc.layers import NAMES, convert, families
+from uvc.layers import NAMES, convert, families, named_blocks
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner, method
 from uvc.solver.rounding import round_to_budget
 from uvc.solver.state import Factors, Family, State, smallest
+from uvc.structure import sizes_of
 
 TEMPERATURE, COUNT_RATE, DUAL_RATE, BUDGET_RATE = 0.5, 0.02, 1e-4, 1.0
 GATE_RATE, GATE_MOMENTUM, GATE_COST, GATE_EVERY = 0.1, 0.9, 5e-4, 50
@@ -70,16 +71,18 @@ class PublishedSearch(Pruner):
             raise ValueError(
                 f"budget: it is in {' and '.join(metrics)}; the published method takes one, in macs or params"
             )
+        sizes_of(model).of_all("method published")
         for i, offered in enumerate(families(model)):
             if tied := [name for name in ("heads", "qk", "v", "neurons") if offered[name] != 1]:
                 raise ValueError(
                     f"blocks.{i}: its {NAMES[tied[0]]} do not go one by one, and the published method prunes "
                     'every family; use method "uvc"'
                 )
-        frozen = [name for name, p in model.blocks.named_parameters() if not p.requires_grad]
-        if frozen:
+        blocks = named_blocks(model).items()
+        named = [(f"{name}.{n}", p) for name, block in blocks for n, p in block.named_parameters()]
+        if frozen := [name for name, parameter in named if not parameter.requires_grad]:
             raise ValueError(
-                f"blocks.{frozen[0]}: it is frozen (requires_grad False); the published method prunes every "
+                f"{frozen[0]}: it is frozen (requires_grad False); the published method prunes every "
                 'block alike; use method "uvc"'
             )
 

@@ -18,12 +18,14 @@ Rows = list[list[float]]
 
 @dataclass
 class SlowState:
-    """Lists instead of tensors; fields as in ``State`` and ``Family``, keyed by family."""
+    """Lists instead of tensors; fields as in ``State`` and ``Family``, keyed by family.
+
+    Only what is there: a list has the length of its layer's head dim or neurons. places: the layer of each
+    segment.
+    """
 
     layers: int
-    heads: int
-    head_dim: int
-    hidden: int
+    places: dict[str, list[int]]
     importance: dict[str, Rows]
     s: dict[str, list[float]]
     y: dict[str, list[float]]
@@ -43,13 +45,23 @@ class SlowState:
     @classmethod
     def of(cls, state: State) -> SlowState:
         geo, families, tokens = state.geometry, state.families, state.tokens
-        lists = ("importance", "s", "y", "dead", "open")
+        there = {n: (~families[n].absent.all(1)).nonzero().flatten().tolist() for n in FAMILIES}
+
+        def rows(field: str) -> dict[str, list]:
+            found = {n: getattr(families[n], field) for n in FAMILIES}
+            whole = found["qk"].dim() == 1
+            return {
+                n: [(t[i] if whole else t[i][~families[n].absent[i]]).tolist() for i in there[n]]
+                for n, t in found.items()
+            }
+
+        of_own = {n: families[n].own().tolist() for n in FAMILIES}
         return cls(
             geo.layers,
-            geo.heads,
-            geo.head_dim,
-            geo.hidden,
-            *({n: getattr(families[n], field).tolist() for n in FAMILIES} for field in lists),
+            {n: [i if n == "neuron" else i // geo.heads for i in there[n]] for n in FAMILIES},
+            rows("importance"),
+            {n: [1.0 - (1.0 - float(families[n].s[i])) / of_own[n][i] for i in there[n]] for n in FAMILIES},
+            *map(rows, ("y", "dead", "open")),
             {n: families[n].scale for n in FAMILIES},
             {n: families[n].multiple for n in FAMILIES},
             state.gates().tolist(),
@@ -72,7 +84,7 @@ class SlowState:
         return set(order[: round(self.s[family][segment] * len(order) - 1e-4) // multiple * multiple])
 
     def layer(self, family: str, segment: int) -> int:
-        return segment if family == "neuron" else segment // self.heads
+        return self.places[family][segment]
 
     def headless(self, segment: int) -> bool:
         """Whether no v dim of a head is left."""
@@ -159,12 +171,13 @@ def soft_counts(state: SlowState) -> Counts:
     rows = []
     for layer in range(state.layers):
         n_qk = n_v = heads = 0.0
-        for segment in range(layer * state.heads, (layer + 1) * state.heads):
-            if not state.headless(segment):
+        for segment, dead in enumerate(state.dead["v"]):
+            if state.layer("v", segment) == layer and not state.headless(segment):
                 heads += 1.0
-                n_qk += (1.0 - state.s["qk"][segment]) * state.head_dim
-                n_v += (1.0 - state.s["v"][segment]) * state.head_dim
-        rows.append((*state.gate[layer], n_qk, n_v, (1.0 - state.s["neuron"][layer]) * state.hidden, heads))
+                n_qk += (1.0 - state.s["qk"][segment]) * len(state.dead["qk"][segment])
+                n_v += (1.0 - state.s["v"][segment]) * len(dead)
+        neurons = (1.0 - state.s["neuron"][layer]) * len(state.dead["neuron"][layer])
+        rows.append((*state.gate[layer], n_qk, n_v, neurons, heads))
     return Counts(*zip(*rows, strict=True))
 
 
@@ -235,9 +248,9 @@ def snap(state: SlowState, norms: dict[str, Rows], limits: Sequence[Limit], conf
         for _, segment, g in sorted(ready):
             before = [list(row) for row in state.dead["qk"]]
             state.dead[family][segment][g] = True
-            for head in range(state.layers * state.heads):
+            for head, row in enumerate(before):
                 if state.headless(head):
-                    state.dead["qk"][head] = [True] * state.head_dim
+                    state.dead["qk"][head] = [True] * len(row)
             if not reached(state, limits):
                 state.dead["qk"] = before
                 state.dead[family][segment][g] = False

@@ -55,7 +55,8 @@ class Search(Pruner):
         self.state.tokens = self.tokens.state
         self.generator = torch.Generator().manual_seed(seed)
         for name, norms in self.groups.norms().items():
-            self.state.families[name].scale = max(float(norms.mean()), 1e-30)
+            family = self.state.families[name]
+            family.scale = max(family.mean(norms), 1e-30)
         # A search that follows another one goes on from what that has left.
         left = [hard_cost(self.state, limit.costs) / limit.dense for limit in self.limits]
         self._start = [
@@ -82,9 +83,10 @@ class Search(Pruner):
         before its first gradient.
         """
         state, blocks = self.state, self.groups.blocks
-        v = torch.stack([block.attn.kept_v for block in blocks])
-        qk = torch.stack([block.attn.kept_qk for block in blocks]) & v.any(-1, keepdim=True)
-        neuron = torch.stack([block.mlp.kept_neurons for block in blocks])
+        stacked = self.groups.geometry.stacked
+        v = stacked("v", [block.attn.kept_v for block in blocks])
+        qk = stacked("qk", [block.attn.kept_qk for block in blocks]) & v.any(-1, keepdim=True)
+        neuron = stacked("neuron", [block.mlp.kept_neurons for block in blocks])
         skipped = torch.tensor([(b.skip_attn, b.skip_mlp) for b in blocks], device="cpu")
         state.keep(Masks(qk, v, neuron, ~skipped))
         skip_gates.remove_halves(state, skipped)
@@ -237,8 +239,8 @@ class Search(Pruner):
         out["gates"] = float(state.gates().mean())
         out |= self.tokens.metrics()
         for name, family in state.families.items():
-            out[f"removed_{name}"] = float(family.s.mean())
-            out[f"dead_{name}"] = float(family.dead.float().mean())
+            out[f"removed_{name}"] = family.removed_share()
+            out[f"dead_{name}"] = family.mean(family.dead.float())
             out[f"y_{name}"] = float(family.y.mean())
         return out
 

@@ -16,8 +16,9 @@ from torch import Tensor
 class Geometry:
     """Sizes of the dense model: L layers, H heads, K head dim, F neurons.
 
-    pairs: "" where each q/k dim is a group of its own; where two are one group, "neighbours" (2 i, 2 i + 1)
-    or "halves" (i, i + K/2).
+    sizes: (heads, head dim, neurons) of each layer where they differ. H, K and F are then the largest, and
+    what a smaller layer has not is gone from the beginning. pairs: "" where each q/k dim is a group of its
+    own; where two are one group, "neighbours" (2 i, 2 i + 1) or "halves" (i, i + K/2).
     """
 
     layers: int
@@ -25,6 +26,40 @@ class Geometry:
     head_dim: int
     hidden: int
     pairs: str = ""
+    sizes: tuple[tuple[int, int, int], ...] = ()
+
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, int, int]], pairs: str = "") -> Geometry:
+        """That of layers of these sizes."""
+        largest = map(max, *sizes) if len(sizes) > 1 else sizes[0]
+        return cls(len(sizes), *largest, pairs, tuple(sizes) if len(set(sizes)) > 1 else ())
+
+    def own(self, family: str, layer: int, row: Tensor) -> Tensor:
+        """Of a row of one entry per dim or neuron, [H, K] or [F], what the layer has: a view."""
+        if not self.sizes:
+            return row
+        heads, head_dim, hidden = self.sizes[layer]
+        return row[:hidden] if family == "neuron" else row[:heads, :head_dim]
+
+    def size(self, family: str, layer: int) -> int:
+        """How many dims, or neurons, a layer has."""
+        heads, head_dim, hidden = self.sizes[layer] if self.sizes else (self.heads, self.head_dim, self.hidden)
+        return hidden if family == "neuron" else heads * head_dim
+
+    def stacked(self, family: str, rows: Sequence[Tensor]) -> Tensor:
+        """Rows of what each layer has, in one dimension or two -> `shape`, zero elsewhere."""
+        if not self.sizes:
+            return torch.stack(list(rows)).view(self.shape(family))
+        whole = rows[0].new_zeros(self.shape(family))
+        for layer, row in enumerate(rows):
+            own = self.own(family, layer, whole[layer])
+            own.copy_(row.view(own.shape))
+        return whole
+
+    def there(self, family: str) -> Tensor:
+        """bool [S, G]: groups that a layer has."""
+        rows = [self.own(family, layer, torch.ones(self.shape(family)[1:], device="cpu")) for layer in range(self.layers)]
+        return self.gathered(family, self.stacked(family, rows)) > 0
 
     def unit(self, family: str) -> int:
         """How many dims, or neurons, a group is."""
@@ -67,10 +102,11 @@ class Family:
 
     importance [S, G]: moving average of the squared first-order change of the loss when the group is removed.
     s [S]: removed fraction (the paper's s, or r for dims). y [S]: multiplier (the paper's y, or p). dead [S,
-    G]: at exact zero, for good. gone [S, G]: left out before the search, which never puts it back. open [S]:
-    whether groups may be removed: none of their parameters is frozen, and gradients have reached them. fixed
-    [S]: whether the layer does not offer to remove them. some [S]: whether a multiple of them must stay.
-    scale: mean squared norm of a group at the start, over all layers. multiple: of which groups are kept.
+    G]: at exact zero, for good. gone [S, G]: left out before the search, which never puts it back. absent [S,
+    G]: there is no such group; it is dead and gone, and counts nowhere. open [S]: whether groups may be
+    removed: none of their parameters is frozen, and gradients have reached them. fixed [S]: whether the layer
+    does not offer to remove them. some [S]: whether a multiple of them must stay. scale: mean squared norm of
+    a group at the start, over all layers. multiple: of which groups are kept.
     """
 
     importance: Tensor
@@ -81,6 +117,7 @@ class Family:
     fixed: Tensor
     some: Tensor
     gone: Tensor
+    absent: Tensor
     scale: float = 1.0
     multiple: int = 1
 
@@ -96,8 +133,28 @@ class Family:
             fixed=torch.zeros(segments, dtype=torch.bool, device=device),
             some=torch.zeros(segments, dtype=torch.bool, device=device),
             gone=torch.zeros(segments, groups, dtype=torch.bool, device=device),
+            absent=torch.zeros(segments, groups, dtype=torch.bool, device=device),
             multiple=multiple,
         )
+
+    def lack(self, absent: Tensor) -> None:
+        """There are no such groups, bool [S, G]."""
+        for mask in (self.absent, self.dead, self.gone):
+            mask |= absent
+        self.s.copy_(absent.to(self.s.dtype).mean(1))
+
+    def own(self) -> Tensor:
+        """[S]: the share of groups that are there; 1 / G where none is."""
+        return (1.0 - self.absent.to(self.s.dtype).mean(1)).clamp_min(1.0 / self.absent.shape[1])
+
+    def mean(self, each: Tensor) -> float:
+        """The mean of [S, G] over the groups that are there."""
+        return float(each[~self.absent].mean() if self.absent.any() else each.mean())
+
+    def removed_share(self) -> float:
+        """The mean of s, over segments that are there, as a share of their groups."""
+        s, there = 1.0 - (1.0 - self.s) / self.own(), ~self.absent.all(1)
+        return float(s[there].mean() if self.absent.any() else self.s.mean())
 
     def removed(self) -> Tensor:
         """bool [S, G]: the round(s * G) least important groups of every segment, dead ones among them; of
@@ -109,7 +166,8 @@ class Family:
         most = self.dead.shape[1] // self.multiple - self.some.to(count.dtype)
         # A skipped half has nothing left, whatever must stay of it otherwise.
         count = torch.where(self.dead.all(1), count, torch.minimum(count, most))
-        return smallest(self.importance.masked_fill(self.dead, -1.0), count * self.multiple)
+        importance = self.importance.masked_fill(self.dead, -1.0).masked_fill(self.absent, -2.0)
+        return smallest(importance, count * self.multiple)
 
     def free(self) -> Tensor:
         """bool [S]: segments that may lose groups."""
@@ -220,6 +278,8 @@ class State:
             name: Family.new(*geometry.segments(name), device, -(-multiple // geometry.unit(name)))
             for name, multiple in zip(FAMILIES, (dims, dims, neurons), strict=True)
         }
+        for name, family in families.items() if geometry.sizes else ():
+            family.lack(~geometry.there(name).to(device))
         z, tokens = torch.zeros(limits, device=device), TokenState.new(0, 1, device, limits)
         return cls(geometry, families, theta, torch.zeros_like(theta), z, tokens)
 

@@ -65,7 +65,7 @@ def dual(
     the segment's size. The share that tokens cost counts as prunable, too.
     """
     for name, family in state.families.items():
-        left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1])
+        left = (norms[name] * family.removed()).sum(1) / (family.scale * family.dead.shape[1]) / family.own()
         family.y.copy_(1.0 + (family.y - 1.0) * (1.0 - config.dual_leak) + config.dual_rate * left)
         family.y.clamp_(1.0, config.dual_max)
     shares, least = weights(state.z.tolist()), masks_counts(state.least())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from uvc.constraints import Limit
 from uvc.costs import fixed_macs, macs_at, total
-from uvc.layers import slimming
+from uvc.layers import blocks_of, slimming
 from uvc.solver.importance import group_prices
 from uvc.solver.objective import marginal, soft_counts, used, weights
 from uvc.solver.rounding import round_to_budget
@@ -32,7 +32,7 @@ def check_tokens(model: nn.Module, sites: int, metrics: Sequence[str]) -> None:
     """ValueError unless `sites` blocks (0: none) can drop tokens under budgets in these metrics."""
     if sites not in range(MOST_SITES + 1):
         raise ValueError(f"solver tokens: {sites} blocks are to drop tokens; use 0 to {MOST_SITES}")
-    drops = any(getattr(block, "tokens", None) is not None for block in model.blocks)
+    drops = any(getattr(block, "tokens", None) is not None for block in blocks_of(model))
     if "latency" in metrics and (sites or drops):
         raise ValueError(
             "solver tokens: a latency is measured with all tokens; budget macs, or keep all tokens"
@@ -107,7 +107,7 @@ class Tokens(AllTokens):
 
     def __init__(self, model: nn.Module, sites: int, limits: int = 1) -> None:
         self.model, self.sizes = model, sizes_of(model)
-        depth, patches = self.sizes.blocks, self.sizes.patches
+        depth, patches = len(self.sizes.blocks), self.sizes.patches
         # The last block is always one: behind its attention a class token needs no other token.
         self.sites = sorted({depth - 1 - depth * i // (sites + 1) for i in range(sites)})
         self._slimming = slimming(model, patches)
@@ -126,11 +126,11 @@ class Tokens(AllTokens):
         """Gives the model the tokens of the state; until the search has ended every site orders them."""
         for site, dropped in zip(self.sites, self.state.dropped, strict=True):
             slims = self._slimming._replace(tokens=self.left[dropped], always=not ended)
-            self.model.blocks[site].set_slimming(None if ended and dropped == 0 else slims)
+            blocks_of(self.model)[site].set_slimming(None if ended and dropped == 0 else slims)
 
     def watch(self) -> None:
         self.forget()  # from a pass that is repeated
-        for index, block in enumerate(self.model.blocks):
+        for index, block in enumerate(blocks_of(self.model)):
             for half, reached in ((block.attn, index), (block.mlp, index + 1)):
                 interval = sum(site < reached for site in self.sites) - 1
                 if interval >= 0:
@@ -181,7 +181,7 @@ class Tokens(AllTokens):
     def _spans(self, left: Sequence[float]) -> list[tuple[float, float]]:
         """Patch tokens that reach each block, and that go on from its attention half."""
         after, spans, arriving = dict(zip(self.sites, left, strict=True)), [], self.sizes.patches
-        for block in range(self.sizes.blocks):
+        for block in range(len(self.sizes.blocks)):
             leaving = after.get(block, arriving)
             spans.append((arriving, leaving))
             arriving = leaving

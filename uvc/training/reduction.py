@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from uvc.layers import blocks_of
 from uvc.training.exchange import lost
 
 BUCKET = 25 << 20  # bytes that are sent together, as in torch's DDP
@@ -56,7 +57,7 @@ class Reduction(NoReduction):
 
     def __init__(self, model: nn.Module, count: int, bucket: int = BUCKET) -> None:
         self.count, self.bucket = count, bucket
-        self.blocks = [b for b in getattr(model, "blocks", ()) if hasattr(b, "skip_attn")]
+        self.blocks = [b for b in blocks_of(model) if hasattr(b, "skip_attn")]
         self._names = {p: name for name, p in model.named_parameters()}
         self._kept: dict[nn.Parameter, _Kept] = {}
         self._seen: dict[nn.Module, int] = {}  # a digest of each half's masks

@@ -1,0 +1,27 @@
+"""Which block takes the place of which of timm's, on the fly and compact."""
+
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import nn
+
+from uvc.layers.block import UVCBlock
+from uvc.layers.compact_block import CompactBlock
+from uvc.layers.kinds import NORM_FIRST, NORM_LAST
+from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinV2Block
+
+# The compact forms of blocks that read their tokens in ways of their own; of all others it is CompactBlock.
+COMPACT: dict[type[nn.Module], type[CompactBlock]] = {
+    SwinTransformerBlock: CompactSwinBlock,
+    SwinTransformerV2Block: CompactSwinV2Block,
+}
+BLOCKS = (*NORM_FIRST, *NORM_LAST)
+
+
+def compact_kind(block: nn.Module) -> type[CompactBlock]:
+    """The compact form of one of timm's blocks, or of what takes its place."""
+    return next((small for kind, small in COMPACT.items() if isinstance(block, kind)), CompactBlock)
+
+
+def kind_of_block(block: nn.Module) -> type[UVCBlock]:
+    """The class that takes the place of a block's; its own if it did."""
+    return type(block) if isinstance(block, UVCBlock) else compact_kind(block).FULL
