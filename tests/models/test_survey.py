@@ -15,9 +15,11 @@ import uvc.models
 from uvc.compaction import in_form
 from uvc.config import Config
 from uvc.costs import count_macs
+from uvc.layers import blocks_of
 from uvc.structure import Structure
 
 NARROW = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
+STAGES = dict(depths=(2, 2), embed_dim=24, num_heads=(3, 6), num_classes=5)
 # One name for each kind of stem, tokens, pooling, normalisation and MLP.
 SERVED = {
     "deit_tiny_patch16_224": dict(img_size=32),
@@ -55,6 +57,9 @@ SERVED = {
     "cait_xxs24_224": dict(img_size=32),
     "naflexvit_base_patch16_siglip": dict(pos_embed_grid_size=(4, 4)),
     "naflexvit_base_patch16_radio_v3": dict(pos_embed_grid_size=(8, 8)),
+    "swin_tiny_patch4_window7_224": dict(img_size=64, window_size=4, **STAGES),
+    "swinv2_tiny_window8_256": dict(img_size=64, window_size=4, **STAGES),
+    "swin_s3_tiny_224": dict(img_size=64, window_size=(4, 2), **STAGES),
     "test_vit": dict(img_size=32),
     "t2t_vit_14": dict(img_size=32),
     "t2t_vit_t_24": dict(img_size=48),
@@ -67,8 +72,7 @@ REFUSED = {
     "mixer_s16_224": r"blocks\.0 is a MixerBlock of mlp_mixer, and it mixes tokens without attention",
     "pit_ti_224": r"the model is a PoolingVisionTransformer without lists of transformer blocks",
     "samvit_base_patch16": r"blocks\.0 is a Block of vision_transformer_sam, and its attention adds",
-    "swin_tiny_patch4_window7_224": r"the model is a SwinTransformer without lists of transformer blocks",
-    "swinv2_tiny_window8_256": r"the model is a SwinTransformerV2 without lists of transformer blocks",
+    "swinv2_cr_tiny_224": r"the model is a SwinTransformerV2Cr without lists of transformer blocks",
     "tnt_s_patch16_224": r"blocks\.0 is a Block of tnt, and it holds a transformer for each patch",
     "vit_base_patch16_18x2_224": r"blocks\.0 is a ParallelThingsBlock of vision_transformer, and it adds",
     "vit_base_patch16_xp_224": r"blocks\.0 is a ParallelScalingBlock of .*, and its attention and MLP are",
@@ -80,14 +84,16 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", SERVED)
 def test_a_served_model_works_from_end_to_end(name, tmp_path):
-    model = timm.create_model(name, **{**NARROW, **SERVED[name]}).eval().requires_grad_(False)
+    own = SERVED[name]
+    model = timm.create_model(name, **(own if "depths" in own else {**NARROW, **own}))
+    model.eval().requires_grad_(False)
     x, keys = images(model), list(model.state_dict())
     with torch.no_grad():
         # Some start with layer scales or heads of zero, behind which nothing shows.
-        for block in (*model.blocks, *getattr(model, "blocks_token_only", ())):
+        for block in (*blocks_of(model), *getattr(model, "blocks_token_only", ())):
             for parameter in block.parameters():
                 parameter.normal_(std=0.3)
-        model.head.weight.normal_()
+        model.get_classifier().weight.normal_()
         before = model(x)
         assert torch.equal(uvc.convert(model)(x), before)
         assert list(model.state_dict()) == keys
@@ -126,12 +132,13 @@ TABLE = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", (ROOT / "docs" / "models
 def narrow(name: str) -> torch.nn.Module:
     """A model of two narrow blocks, or what its function makes instead, in evaluation with random blocks."""
     heads = [{"attn_pool_num_heads": 3}, {}, {"num_kv_heads": 3}]
-    for arguments in (*({**NARROW, **own} for own in heads), dict(depth=2, num_classes=5), {}):
+    stages = dict(depths=(1, 1, 2, 1), embed_dim=24, num_heads=(3, 3, 6, 6), num_classes=5)
+    for arguments in (*({**NARROW, **own} for own in heads), stages, dict(depth=2, num_classes=5), {}):
         try:
             model = timm.create_model(name, **arguments).eval().requires_grad_(False)
         except (TypeError, AssertionError, RuntimeError, ValueError):
             continue
-        for block in getattr(model, "blocks", ()):
+        for block in blocks_of(model):
             for parameter in block.parameters():
                 parameter.normal_(std=0.3)
         return model
@@ -143,7 +150,10 @@ def works(name: str, folder) -> bool:
     with torch.device("meta"):
         try:
             model = timm.create_model(name, depth=2)
-        except AssertionError:  # heads that share keys are said block by block
+        except (
+            AssertionError,
+            TypeError,
+        ):  # heads that share keys are said block by block, or there are stages
             model = timm.create_model(name)
     try:
         uvc.convert(model)

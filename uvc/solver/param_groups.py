@@ -184,7 +184,9 @@ class Groups:
 
     def _scale(self, parts: Sequence[_Part], tensors: Sequence[Tensor], factors: Factors) -> None:
         geo = self.geometry
-        rows = {n: [geo.own(n, i, row).flatten() for i, row in enumerate(t)] for n, t in factors._asdict().items()}
+        rows = {
+            n: [geo.own(n, i, row).flatten() for i, row in enumerate(t)] for n, t in factors._asdict().items()
+        }
         flat = torch.cat([rows[part.family][part.layer][part.units] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
         prox_shrink(slices, flat.to(self.device), [part.dim for part in parts])

@@ -43,7 +43,9 @@ class Geometry:
 
     def size(self, family: str, layer: int) -> int:
         """How many dims, or neurons, a layer has."""
-        heads, head_dim, hidden = self.sizes[layer] if self.sizes else (self.heads, self.head_dim, self.hidden)
+        heads, head_dim, hidden = (
+            self.sizes[layer] if self.sizes else (self.heads, self.head_dim, self.hidden)
+        )
         return hidden if family == "neuron" else heads * head_dim
 
     def stacked(self, family: str, rows: Sequence[Tensor]) -> Tensor:
@@ -58,7 +60,10 @@ class Geometry:
 
     def there(self, family: str) -> Tensor:
         """bool [S, G]: groups that a layer has."""
-        rows = [self.own(family, layer, torch.ones(self.shape(family)[1:], device="cpu")) for layer in range(self.layers)]
+        rows = [
+            self.own(family, layer, torch.ones(self.shape(family)[1:], device="cpu"))
+            for layer in range(self.layers)
+        ]
         return self.gathered(family, self.stacked(family, rows)) > 0
 
     def unit(self, family: str) -> int:
