@@ -18,7 +18,7 @@ from uvc.compaction import forms_of, in_form
 from uvc.costs import count_macs, flop_counter
 from uvc.io.dtypes import input_dtype
 from uvc.latency_table import quiet_clock
-from uvc.layers import FORMS, image_of, is_compacted
+from uvc.layers import FORMS, blocks_of, image_of, is_compacted
 
 
 class Timed(NamedTuple):
@@ -64,7 +64,7 @@ def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 
     old = in_form(small, was).eval()
     forms = [in_form(old, form) for form in FORMS]
     timed = tuple(
-        _timed([model.blocks[i] for model in forms], call, rounds, seconds)
+        _timed([blocks_of(model)[i] for model in forms], call, rounds, seconds)
         for i, call in enumerate(_calls(old, images))
     )
     new = in_form(old, [t.chosen or form for t, form in zip(timed, was, strict=True)])
@@ -79,7 +79,7 @@ def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 
 def _calls(model: nn.Module, images: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
     """The arguments with which each block is called on these images."""
     found, handles = [], []
-    for block in model.blocks:
+    for block in blocks_of(model):
         handles.append(
             block.register_forward_pre_hook(
                 lambda module, args, kwargs: found.append((args, kwargs)), with_kwargs=True

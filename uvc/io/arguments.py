@@ -12,8 +12,6 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.cait import Cait, LayerScaleBlock
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
@@ -246,57 +244,6 @@ def of_cait(dense: Cait) -> Arguments:
     }
 
 
-def of_stages(dense: SwinTransformer | SwinTransformerV2) -> Arguments:
-    """Arguments of both classes of Swin Transformers."""
-    firsts, stem = [stage.blocks[0] for stage in dense.layers], dense.patch_embed
-    return {
-        "img_size": stem.img_size,
-        "patch_size": stem.patch_size,
-        "in_chans": dense.in_chans,
-        "num_classes": dense.num_classes,
-        "global_pool": dense.global_pool,
-        "embed_dim": dense.embed_dim,
-        "depths": [len(stage.blocks) for stage in dense.layers],
-        "num_heads": [block.attn.num_heads for block in firsts],
-        "window_size": [list(size) for size in dense._ref_window_sizes],
-        "always_partition": firsts[0].always_partition,
-        "strict_img_size": stem.strict_img_size,
-        "drop_rate": dense.head.drop.p,
-        "proj_drop_rate": firsts[0].attn.proj_drop.p,
-        "attn_drop_rate": firsts[0].attn.attn_drop.p,
-        "drop_path_rate": getattr(dense.layers[-1].blocks[-1].drop_path1, "drop_prob", 0.0),
-    }
-
-
-def of_swin(dense: SwinTransformer) -> Arguments:
-    """Arguments of timm's SwinTransformer."""
-    firsts = [stage.blocks[0] for stage in dense.layers]
-    return {
-        **of_stages(dense),
-        "head_dim": [block.attn.head_dim for block in firsts],
-        "mlp_ratio": [ratio_of(block.dim, block.mlp.neurons) for block in firsts],
-        "qkv_bias": firsts[0].attn.qkv.bias is not None,
-    }
-
-
-def of_swin_v2(dense: SwinTransformerV2) -> Arguments:
-    """Arguments of timm's SwinTransformerV2."""
-    firsts = [stage.blocks[0] for stage in dense.layers]
-    return {
-        **of_stages(dense),
-        "mlp_ratio": ratio_of(firsts[0].dim, firsts[0].mlp.neurons),
-        "qkv_bias": firsts[0].attn.q_bias is not None,
-        "pretrained_window_sizes": [block.attn.pretrained_window_size for block in firsts],
-    }
-
-
-STAGES = frozenset(
-    "img_size patch_size in_chans num_classes global_pool embed_dim depths num_heads window_size "
-    "always_partition strict_img_size drop_rate proj_drop_rate attn_drop_rate drop_path_rate mlp_ratio "
-    "qkv_bias".split()
-)
-SWIN, SWIN_V2 = STAGES | {"head_dim"}, STAGES | {"pretrained_window_sizes"}
-
 ALL = frozenset(
     "img_size patch_size in_chans num_classes global_pool embed_dim num_heads drop_rate proj_drop_rate "
     "attn_drop_rate drop_path_rate mlp_ratio qkv_bias init_values".split()
@@ -335,8 +282,6 @@ MAKERS = {
         Maker(Eva, of_eva, EVA, EVA_SOME, ("norm_layer", "depth"), (EvaBlock, EvaBlockPostNorm)),
         Maker(Beit, of_beit, BEIT, frozenset({"use_fc_norm"}), ("norm_layer", "depth"), (BeitBlock, None)),
         Maker(Cait, of_cait, CAIT, frozenset(), CAIT_PARTS, (LayerScaleBlock, None)),
-        Maker(SwinTransformer, of_swin, SWIN, frozenset(), ("norm_layer", "weight_init"), (None, None)),
-        Maker(SwinTransformerV2, of_swin_v2, SWIN_V2, frozenset(), ("norm_layer", "act_layer"), (None, None)),
         Maker(
             VisionTransformerRelPos,
             of_relpos,

@@ -2,5 +2,6 @@
 
 from uvc.io.arguments import MAKERS as PLAIN
 from uvc.io.naflex import NAFLEX
+from uvc.io.swin import SWIN
 
-MAKERS = {**PLAIN, **{maker.make.__name__: maker for maker in (NAFLEX,)}}
+MAKERS = {**PLAIN, **{maker.make.__name__: maker for maker in (NAFLEX, *SWIN)}}

@@ -112,6 +112,5 @@ SOME = frozenset(
     "rope_shift_coords rope_jitter_coords rope_rescale_coords rope_ref_feat_shape rope_mrope_section "
     "attn_only_layer_scale".split()
 )
-NAFLEX = Maker(
-    NaFlexVit, of_naflex, NAMES, SOME, ("norm_layer", "mlp_layer", "act_layer", "block_fn"), VIT_BLOCKS
-)
+PARTS = ("norm_layer", "mlp_layer", "act_layer", "block_fn", "depth")
+NAFLEX = Maker(NaFlexVit, of_naflex, NAMES, SOME, PARTS, VIT_BLOCKS)
