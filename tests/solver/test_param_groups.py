@@ -170,8 +170,22 @@ def test_shrink_multiplies_norms_by_the_square_of_the_factor():
     )
 
 
-def test_blocks_of_different_sizes_are_refused_by_name():
+def test_groups_of_blocks_of_several_sizes_are_those_of_each_block_alone():
     model = small_vit()
-    model.blocks[1].mlp.fc2 = torch.nn.Linear(7, 12)
-    with pytest.raises(ValueError, match="blocks differ"):
-        Groups(model)
+    narrow = small_vit(num_heads=2, mlp_ratio=0.5).blocks[1]
+    model.blocks[1] = narrow
+    groups = Groups(model)
+    assert groups.geometry.sizes == ((3, 4, 18), (2, 6, 6))
+    norms, alone = groups.norms(), small_vit(num_heads=2, mlp_ratio=0.5)
+    alone.blocks[0] = narrow
+    for name, one in Groups(alone).norms().items():
+        there = groups.geometry.there(name)
+        found = norms[name][len(there) // 2 :][there[len(there) // 2 :]]
+        assert torch.equal(found, one[: len(one) // 2].flatten())
+        assert not norms[name][~there].any()
+    before = narrow.mlp.fc1.weight.clone()
+    factors = [torch.ones(2, 3, 6), torch.ones(2, 3, 6), torch.ones(2, 18)]
+    factors[2][1, 5] = 0.5
+    groups.shrink(Factors(*factors))
+    assert torch.equal(narrow.mlp.fc1.weight[5], before[5] * 0.5)
+    assert torch.equal(narrow.mlp.fc1.weight[:5], before[:5])
