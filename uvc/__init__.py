@@ -8,6 +8,7 @@ from importlib.util import spec_from_loader
 from uvc.compaction import compact
 from uvc.costs import cost
 from uvc.elastic import set_budget
+from uvc.io.hub import push_to_hub
 from uvc.io.serialization import load, save
 from uvc.io.weights import load_weights
 from uvc.layers import UVCAttention, UVCMlp, convert, families
@@ -25,6 +26,7 @@ __all__ = [
     "families",
     "load",
     "load_weights",
+    "push_to_hub",
     "save",
     "set_budget",
     "structure_of",

@@ -15,6 +15,7 @@ from timm.layers import PatchEmbed
 import uvc
 import uvc.models
 from uvc.compaction import forms_of
+from uvc.io.card import CARD, PICTURE
 from uvc.io.serialization import CONFIG, WEIGHTS, describe, rebuild
 from uvc.structure import Structure
 
@@ -117,10 +118,10 @@ def test_a_new_head_is_saved_with_its_classes(tmp_path):
     assert uvc.load(tmp_path).num_classes == 7
 
 
-def test_the_folder_holds_two_plain_files_without_pickle(tmp_path):
+def test_the_folder_holds_plain_files_without_pickle(tmp_path):
     uvc.save(uvc.compact(pruned(small_vit())), tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
-    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(folder)) == [CARD, CONFIG, WEIGHTS, PICTURE]
     assert json.loads((folder / CONFIG).read_text())["class"] == "VisionTransformer"
     assert load_file(folder / WEIGHTS).keys() == uvc.load(folder).state_dict().keys()
 

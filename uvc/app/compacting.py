@@ -12,6 +12,7 @@ from uvc.app.run_dir import COMPACT
 from uvc.compaction import compact, equivalent, forms_of
 from uvc.costs import cost
 from uvc.environment import choose_device, device_name, versions
+from uvc.io.card import CARD, PICTURE
 from uvc.io.dtypes import check_runs, sample_images
 from uvc.io.export import TOLERANCE
 from uvc.io.files import make_folder, one_line, write_json
@@ -46,7 +47,8 @@ def compact_run(
         if not error <= TOLERANCE[images.dtype]:
             raise RuntimeError(f"DIR: outputs in the new form differ by {error:.1e}; nothing was changed")
         try:
-            for name in (WEIGHTS, CONFIG):
+            # A card that is there tells of the run; the structure is the same.
+            for name in (WEIGHTS, CONFIG, PICTURE, *(() if (target / CARD).exists() else (CARD,))):
                 os.replace(Path(draft, name), target / name)
         except OSError as failure:
             raise ValueError(f"{str(target)!r} cannot be written: {one_line(failure)}") from None

@@ -14,12 +14,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 from torch import nn
 
-from uvc.app.charts import Line, Point, Share, curves, scatter, shares, structure_picture
+from uvc.app.charts import Line, Point, Share, curves, scatter, shares
 from uvc.app.page_template import PAGE
 from uvc.app.pipeline import read_summary
 from uvc.app.run_dir import COMPACT, OPTIONS, read_json
 from uvc.app.summary import count_text
 from uvc.costs import block_costs, counts, prices
+from uvc.io.drawing import structure_picture
 from uvc.io.files import write_text
 from uvc.io.serialization import load
 from uvc.structure import Structure
@@ -179,7 +180,7 @@ def _pictures(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> l
         kept = Structure.from_json(json.dumps(summary.get("structure")))
         model = load(folder)
         dense = Structure.dense(model)
-        picture = structure_picture(kept, dense)
+        picture = Markup(structure_picture(kept, dense))
     except ValueError as error:
         missing.append(f"the picture of the structure ({error})")
         return []

@@ -21,10 +21,11 @@ from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
 from uvc.elastic import set_budget
 from uvc.environment import choose_device, device_name, versions
+from uvc.io.card import write_card
 from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
 from uvc.io.finite import refuse_not_finite
-from uvc.io.preprocessing import check_classes, check_names, note_data
+from uvc.io.preprocessing import check_classes, check_names, note_data, preprocessing_of
 from uvc.io.serialization import CONFIG as MODEL
 from uvc.io.serialization import load, save
 from uvc.io.weights import take_weights, warn
@@ -108,6 +109,8 @@ def compress_run(
     summary = _summary(run, plan, data, result, small, top1) | ({"budgets": rows} if rows else {})
     summary["seconds"] = time.monotonic() - started
     draw_run(out, summary)
+    model = load(out)
+    write_card(model, out, preprocessing_of(model), summary)
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
     delete_run(out / CHECKPOINT)

@@ -109,4 +109,5 @@ CHECKS = {
     "mean": (_numbers, "a list of numbers, one per channel"),
     "std": (lambda v: _numbers(v, 0), "a list of numbers above 0, one per channel"),
     "label_names": (_names, "a list of strings"),
+    "license": (lambda v: isinstance(v, str) and 0 < len(v) <= 100, "a short text"),
 }

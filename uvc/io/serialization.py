@@ -21,6 +21,7 @@ from torch import nn
 
 from uvc.compaction import compact, compacted, forms_of
 from uvc.elastic import make_elastic, set_budget, structures_from_data, structures_of, structures_to_data
+from uvc.io.card import write_card
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.makers import MAKERS
@@ -94,12 +95,15 @@ UNSAVED = {
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write a compacted, converted or timm model to `folder`, which is made if need be.
 
+    Beside it go a card, README.md, and a picture of the structure; a README.md of somebody else stays.
+
     ValueError, naming the part and before anything is written, when the model cannot be rebuilt from timm's
     constructor arguments, or a weight is NaN or infinite. ValueError when the folder cannot be written; what
     was there before stays whole.
     """
     refuse_not_finite(model.state_dict(), f"cannot save to {folder}")
-    text = json.dumps(describe(model))
+    config = describe(model)
+    text = json.dumps(config)
     if changed := [name or "the model" for name, module in model.named_modules() if has_own_calls(module)]:
         said = (
             f"hooks and forwards of their own are not saved: {', '.join(changed[:3])}, {len(changed)} in all"
@@ -111,6 +115,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     try:
         write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
         write_text(folder / CONFIG, text)
+        write_card(model, folder, config["preprocessing"])
     except OSError as error:
         raise ValueError(f"cannot write a model: {one_line(error)}") from None
 
