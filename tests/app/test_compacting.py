@@ -39,7 +39,8 @@ def test_the_folder_holds_the_model_in_its_new_form(folder, capsys):
     found = json.loads((folder / "compact.json").read_text())
     assert found["batch"] == 2 and found["forms"] == ["padded"] * 3 and found["ratio"] == 0.8
     assert found["kept_macs"] == uvc.cost(before).macs and found["blocks"][0]["ms"]["padded"] == 1.5
-    assert sorted(p.name for p in folder.iterdir()) == ["compact.json", "config.json", "model.safetensors"]
+    written = ["README.md", "compact.json", "config.json", "model.safetensors", "structure.svg"]
+    assert sorted(p.name for p in folder.iterdir()) == written
 
 
 def test_out_leaves_the_folder_alone(folder, tmp_path):
@@ -54,7 +55,7 @@ def test_a_model_that_differs_is_not_put_in_place(folder, monkeypatch, capsys):
     monkeypatch.setattr(compacting, "equivalent", lambda *models: float("nan"))
     assert run(["compact", str(folder)]) == 2
     assert "nothing was changed" in capsys.readouterr().err
-    assert stored(uvc.load(folder)) == before and len(list(folder.iterdir())) == 2
+    assert stored(uvc.load(folder)) == before and len(list(folder.iterdir())) == 4
 
 
 @pytest.mark.parametrize("target", ["cpu,batch=0", "cpu,speed=2", "cpu,batch", "tpu", "cpu,batch=1,batch=2"])

@@ -10,7 +10,7 @@ from hidden import hide
 from oracle import small_vit, structures
 
 import uvc
-from uvc.io.card import CARD, MADE, PICTURE, write_card
+from uvc.io.card import CARD, MADE, PICTURE, Subject, write_card
 
 SUMMARY = {
     "model": "a_vit", "data": "some|data", "device": "cpu", "teacher_top1": 97.25, "final_top1": 96.5,
@@ -52,7 +52,8 @@ def test_the_picture_is_a_file_of_its_own(tmp_path):
 
 
 def test_the_card_of_a_run_shows_its_figures(tmp_path):
-    write_card(small(), tmp_path, None, SUMMARY)
+    model = small()
+    write_card(tmp_path, Subject("a_vit", model, uvc.structure_of(model), {}, SUMMARY))
     text = (tmp_path / CARD).read_text()
     assert "| top-1 on some\\|data (%) | 97.25 | 96.50 | -0.75 |" in text
     assert "| latency on cpu, batch 1 (ms) | 4.00 | 2.98 | 0.74 |" in text

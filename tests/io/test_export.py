@@ -66,7 +66,8 @@ def test_padded_heads_are_exported_as_one_product(folder, images, tmp_path):
 
 def test_safetensors_go_to_a_folder_that_uvc_loads(folder, images, tmp_path):
     target, error = export(folder, "safetensors", tmp_path / "model")
-    assert error == 0 and sorted(p.name for p in target.iterdir()) == ["config.json", "model.safetensors"]
+    written = ["README.md", "config.json", "model.safetensors", "structure.svg"]
+    assert error == 0 and sorted(p.name for p in target.iterdir()) == written
     first, second = load(folder).eval(), uvc.load(target).eval()
     assert stored(first) == stored(second)
     assert error_of(second(images), first(images)) < TOLERANCE[images.dtype]

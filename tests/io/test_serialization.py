@@ -225,7 +225,7 @@ def test_a_failed_save_leaves_the_old_model_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(ValueError, match="No space left on device"):
         uvc.save(uvc.compact(pruned(small_vit(), "no heads")), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(tmp_path)) == [CARD, CONFIG, WEIGHTS, PICTURE]
     assert uvc.structure_of(uvc.load(tmp_path)) == uvc.structure_of(old)
 
 

@@ -21,7 +21,7 @@ from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
 from uvc.elastic import set_budget
 from uvc.environment import choose_device, device_name, versions
-from uvc.io.card import write_card
+from uvc.io.card import Subject, write_card
 from uvc.io.dtypes import check_runs
 from uvc.io.files import one_line, write_json, write_text
 from uvc.io.finite import refuse_not_finite
@@ -32,7 +32,7 @@ from uvc.io.weights import take_weights, warn
 from uvc.latency_table import LatencyTable, measure, measure_latency, verify
 from uvc.layers import cfg_of, convert, image_of, set_image, set_tokens, takes_any_size
 from uvc.recipes import AIMS, RECIPES
-from uvc.structure import Structure
+from uvc.structure import Structure, structure_of
 from uvc.training.checkpoint import delete_run
 from uvc.training.compress import Plan, Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
@@ -110,7 +110,8 @@ def compress_run(
     summary["seconds"] = time.monotonic() - started
     draw_run(out, summary)
     model = load(out)
-    write_card(model, out, preprocessing_of(model), summary)
+    images = preprocessing_of(model) or {}
+    write_card(out, Subject(run.model, model, structure_of(model), images, summary))
     # Last: a folder with a summary is a finished run.
     write_json(out / SUMMARY, summary)
     delete_run(out / CHECKPOINT)

@@ -3,15 +3,14 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from uvc.costs import counts, prices, total
 from uvc.io.drawing import as_file, structure_picture
 from uvc.io.files import write_text
-from uvc.io.preprocessing import cfg_of
-from uvc.structure import Structure, structure_of
+from uvc.structure import Structure
 
 CARD, PICTURE = "README.md", "structure.svg"
 MADE = "<!-- made by uvc.save; a README.md without this line is left as it is -->"
@@ -19,36 +18,37 @@ UNITS = {"macs": "MACs per image", "params": "parameters"}
 SHOWN = 20  # names of classes
 
 
-def write_card(
-    model: nn.Module,
-    folder: Path,
-    found: Mapping[str, Any] | None,
-    summary: Mapping[str, Any] | None = None,
-) -> None:
+class Subject(NamedTuple):
+    """What a card is of. model: on any device, without hooks, as its structure need not be set.
+
+    images: what `preprocessing_of` says. summary: `summary.json` of the run that made it, for accuracy and
+    latency.
+    """
+
+    name: str
+    model: nn.Module
+    kept: Structure
+    images: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+
+def write_card(folder: Path, subject: Subject) -> None:
     """Write the card of a timm, converted or compacted model, and its picture, into its folder.
 
-    found: what `preprocessing_of` says of images and classes. summary: `summary.json` of the run that made
-    it, for accuracy and latency. A README.md that somebody else wrote stays. OSError where the folder cannot
-    be written.
+    A README.md that somebody else wrote stays. OSError where the folder cannot be written.
     """
-    kept, dense = structure_of(model), Structure.dense(model)
-    write_text(folder / PICTURE, as_file(structure_picture(kept, dense)))
+    picture = structure_picture(subject.kept, Structure.dense(subject.model))
+    write_text(folder / PICTURE, as_file(picture))
     path = folder / CARD
     if path.exists() and MADE not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    write_text(path, card(model, kept, dense, found or {}, summary or {}))
+    write_text(path, card(subject))
 
 
-def card(
-    model: nn.Module,
-    kept: Structure,
-    dense: Structure,
-    found: Mapping[str, Any],
-    summary: Mapping[str, Any],
-) -> str:
+def card(subject: Subject) -> str:
     """The text of the card."""
+    name, model, _, found, summary = subject
     licence = found.get("license")
-    name = summary.get("model") or cfg_of(model).get("architecture") or type(model).__name__
     lines = ["---", "library_name: uvc", f"license: {json.dumps(licence or 'other')}"]
     if model.num_classes:
         lines.append("pipeline_tag: image-classification")
@@ -56,7 +56,7 @@ def card(
     lines += [f"![what each block keeps]({PICTURE})", ""]
     lines += ["Blue: q/k dims, orange: v dims, green: neurons; grey: removed.", ""]
     lines += ["| | dense | this model | |", "|---|---:|---:|---:|"]
-    lines += [f"| {' | '.join(map(_cell, row))} |" for row in _rows(model, kept, dense, summary)]
+    lines += [f"| {' | '.join(map(_cell, row))} |" for row in _rows(subject)]
     lines += ["", "## How to load it", "", "```python", "import uvc", ""]
     lines += ['model = uvc.load("path/to/this/folder")  # eval mode; model(images) gives logits', "```", ""]
     lines += ["Images:", ""] if found.keys() - {"label_names", "license"} else []
@@ -79,10 +79,9 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def _rows(
-    model: nn.Module, kept: Structure, dense: Structure, summary: Mapping[str, Any]
-) -> list[tuple[str, str, str, str]]:
+def _rows(subject: Subject) -> list[tuple[str, str, str, str]]:
     """What was measured, then what is counted: name, before, now, difference or ratio."""
+    _, model, kept, _, summary = subject
     rows = []
     before, after = summary.get("teacher_top1"), summary.get("final_top1")
     if before is not None and after is not None:
@@ -90,9 +89,10 @@ def _rows(
             (f"top-1 on {summary.get('data')} (%)", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
         )
     for metric, name in UNITS.items():
-        if metric == "macs" and model.patch_embed.img_size is None:
-            continue  # which depend on the size of the images
-        was, now = (total(prices(model, metric, s), counts(s)) for s in (dense, kept))
+        try:
+            was, now = (total(prices(model, metric, s), counts(s)) for s in (Structure.dense(model), kept))
+        except ValueError:
+            continue  # MACs of a model that has no input size of its own
         rows.append((name, f"{was:,}", f"{now:,}", f"{now / was:.3f}"))
     for entry in summary.get("latency") or ():
         was, now = entry["teacher_ms"], entry["compressed_ms"]

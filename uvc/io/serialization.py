@@ -21,7 +21,7 @@ from torch import nn
 
 from uvc.compaction import compact, compacted, forms_of
 from uvc.elastic import make_elastic, set_budget, structures_from_data, structures_of, structures_to_data
-from uvc.io.card import write_card
+from uvc.io.card import Subject, write_card
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.makers import MAKERS
@@ -103,6 +103,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     refuse_not_finite(model.state_dict(), f"cannot save to {folder}")
     config = describe(model)
+    name = cfg_of(model).get("architecture") or config["class"]
     text = json.dumps(config)
     if changed := [name or "the model" for name, module in model.named_modules() if has_own_calls(module)]:
         said = (
@@ -115,7 +116,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     try:
         write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
         write_text(folder / CONFIG, text)
-        write_card(model, folder, config["preprocessing"])
+        structure, plain = rebuild(config)  # without hooks and forwards of its own
+        write_card(folder, Subject(name, plain, structure, config["preprocessing"] or {}, {}))
     except OSError as error:
         raise ValueError(f"cannot write a model: {one_line(error)}") from None
 
