@@ -2,9 +2,12 @@
 
 import dataclasses
 import os
+import signal
+import threading
 
 from test_compress import CONFIG, digits_model
 
+from uvc.training.checkpoint import Checkpoints
 from uvc.training.compress import compress
 from uvc.training.data import load_data
 from uvc.training.signals import Stopped, stop_on_signals
@@ -37,3 +40,25 @@ def run(out, changes, number=None, at=None, rank=1):
     finally:
         Trainer._train_step = train_step
     return {name: t.numpy() for name, t in result.model.state_dict().items()}, result.structure
+
+
+def killed(out, changes, rank, writing, after):
+    """As `run`; the process of a rank is killed so many seconds after its first step begins, or, `writing`,
+    after it begins to write its first checkpoint.
+    """
+    kind, name = (Checkpoints, "_write") if writing else (Trainer, "_train_step")
+    if writing and changes.get("fsdp"):
+        from uvc.training.fsdp.checkpoint import SpreadCheckpoints
+
+        kind, name = SpreadCheckpoints, "_write_parts"
+    work, begun = getattr(kind, name), []
+
+    def watched(self, *rest):
+        if os.environ["RANK"] == str(rank) and not begun:
+            begun.append(threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)))
+            begun[0].daemon = True
+            begun[0].start()
+        return work(self, *rest)
+
+    setattr(kind, name, watched)
+    return run(out, changes)

@@ -14,6 +14,7 @@ import torch
 from cli_runs import SHORT, summary
 from gang import gang
 from safetensors.torch import load_file
+from short_runs import killed, run
 from test_compress import CONFIG, digits_data, digits_model
 
 from uvc import cli
@@ -150,38 +151,42 @@ def same_result(a, b):
     )
 
 
-def kill_and_resume(tmp_path, count, kills):
-    """So many times a process of a run is killed at a random moment, and the same command started again; what
-    ends is compared with an undisturbed run.
-    """
-    chance, whole, out = random.Random(kills), tmp_path / "whole", tmp_path / "out"
-    gang(1, int)  # the server that they fork from has started
-    start = time.monotonic()
-    assert gang(count, command, tmp_path, options(whole)) == [0] * count
-    lasts = time.monotonic() - start
-    landed = ended = 0
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("count", "kills", "changes"),
+    [
+        (1, 1, {}),
+        pytest.param(1, 25, {}, marks=pytest.mark.slow),
+        pytest.param(2, 25, {}, marks=pytest.mark.slow),
+        pytest.param(2, 6, {"fsdp": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, count, kills, changes):
+    chance, out = random.Random(kills), tmp_path / "out"
+    changes = {"checkpoint_every": 1, **changes}
+    whole = gang(count, run, tmp_path / "whole", changes)
+    landed = ended = writing = 0
     while landed < kills or not ended:
-        rank, moment = chance.randrange(count), chance.uniform(0, lasts)
-        number = signal.SIGKILL if landed < kills else None
-        found = gang(count, command, tmp_path, options(out), number, moment, rank)
-        landed += found[rank] is None
-        if found == [0] * count:
-            assert same_result(whole, out)
-            ended += 1
-            shutil.rmtree(out)
-    print(f"{landed} kills of {count} processes, {ended} runs ended")
-
-
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [1, pytest.param(25, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, kills):
-    kill_and_resume(tmp_path, 1, kills)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_two_processes_of_which_one_is_killed_again_and_again_end_as_undisturbed_ones(tmp_path):
-    kill_and_resume(tmp_path, 2, 12)
+        if landed < kills:
+            # Every third while a checkpoint is written, which takes some milliseconds.
+            writes = landed % 3 == 2
+            after = chance.uniform(0, 0.02 if writes else 0.5)
+            found = gang(count, killed, out, changes, chance.randrange(count), writes, after)
+        else:
+            found = gang(count, run, out, changes)
+        if None in found:
+            landed, writing = landed + 1, writing + writes
+            # What is left says so in one line, unless it had come to its end.
+            assert all(
+                "lost another one" in said and "\n" not in said for said in found if isinstance(said, str)
+            )
+            continue
+        for weights, structure in found:
+            assert structure == whole[0][1]
+            assert all((weights[name] == whole[0][0][name]).all() for name in weights)
+        ended += 1
+        shutil.rmtree(out)
+    print(f"{landed} kills of {count} processes, {writing} in writing, {ended} runs ended")
 
 
 def lose(folder, arguments, number, phase, step):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_compress import CONFIG, digits_data, digits_model
 
 import uvc
-from uvc.training.user_loss import moved
+from uvc.training.batches import moved
 
 SHORT = dataclasses.replace(CONFIG, search_epochs=2, post_epochs=1)
 DISTILL = dataclasses.replace(CONFIG.distill, kind="none")

@@ -152,7 +152,7 @@ class Plan:
                 "val_loader: none given; give one for top-1, or evaluate= for a score of your own"
             )
         if self.loss is not None:
-            check_user_loss(config, self.teacher, self.teacher_cache, self.processes.count)
+            check_user_loss(config, self.teacher, self.teacher_cache)
             config = plain(config)
             object.__setattr__(self, "config", config)
         self.processes.check(self.train_loader, bool(config.mixup or config.cutmix), model)

@@ -6,6 +6,7 @@ B images of a batch, W processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,23 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from uvc.training.evaluation import unpack
+from uvc.training.batches import mapped, rows_of, taken
 from uvc.training.exchange import lost
 
-# What labels and images may be when they are sent.
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
-MOST_DIMS = 6
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a batch was, while its content is sent apart."""
+
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class Share(NamedTuple):
@@ -98,36 +92,41 @@ class HandedOut:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader) if self.share.rank == 0 else None
         while True:
-            batch = next(batches, None) if batches else None
-            batch = (None, None) if batch is None else unpack(batch, "a loader")
-            images, labels = (self._send(part) for part in batch)
-            if images is None:
+            batch = self._sent(None if batches is None else next(batches, None))
+            if batch is None:
                 return
-            if self.training and len(labels) % self.share.count:
+            count = rows_of(batch)
+            if self.training and count % self.share.count:
                 raise ValueError(
-                    f"train_loader: a batch has {len(labels)} images, which {self.share.count} processes "
+                    f"train_loader: a batch has {count} images, which {self.share.count} processes "
                     "cannot share evenly; give drop_last=True"
                 )
-            rows = self.share.rows(len(labels), self.training)
-            yield images[rows], labels[rows]
+            yield taken(batch, self.share.rows(count, self.training))
 
-    def _send(self, tensor: Tensor | None) -> Tensor | None:
-        """The tensor of rank 0, in every process."""
-        about = torch.full((MOST_DIMS + 1,), -1)
-        if tensor is not None:
-            about[0] = DTYPES.index(tensor.dtype)
-            about[1 : 1 + tensor.dim()] = torch.tensor(tensor.shape)
-        about = about.to(self.device)
+    def _sent(self, batch: Any) -> Any:
+        """The batch of rank 0, in every process; None after the last."""
+        tensors: list[Tensor] = []
+
+        def put_aside(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                return part
+            tensors.append(part.contiguous().to(self.device))
+            return _Place(part.shape, part.dtype)
+
+        frame, mine = [mapped(batch, put_aside)], iter(tensors)
         with lost():
-            dist.broadcast(about, 0)
-            kind, *shape = about.tolist()
-            if kind < 0:
-                return None
-            if tensor is None:
-                tensor = torch.empty([n for n in shape if n >= 0], dtype=DTYPES[kind])
-            tensor = tensor.contiguous().to(self.device)
-            dist.broadcast(tensor, 0)
-        return tensor
+            dist.broadcast_object_list(frame, 0, device=self.device)
+
+            def fill(part: Any) -> Any:
+                if not isinstance(part, _Place):
+                    return part
+                tensor = next(mine, None)
+                if tensor is None:
+                    tensor = torch.empty(part.shape, dtype=part.dtype, device=self.device)
+                dist.broadcast(tensor, 0)
+                return tensor
+
+            return mapped(frame[0], fill)

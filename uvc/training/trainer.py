@@ -21,6 +21,7 @@ from uvc.settings import from_dict, hints
 from uvc.solver import Pruner
 from uvc.solver.rows import is_spread, local, whole
 from uvc.structure import structure_of
+from uvc.training.batches import moved, rows_of
 from uvc.training.checkpoint import has_run, load_optimizer_tensors, optimizer_tensors, parts_of
 from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, unpack
 from uvc.training.feed import Feed
@@ -32,7 +33,7 @@ from uvc.training.loss_scale import LossScale
 from uvc.training.losses import Classification, Distillation, Mixing
 from uvc.training.processes import ALONE, Alone
 from uvc.training.signals import Stopped, asked
-from uvc.training.user_loss import Score, UserLoss, moved, rows_of, scalars_of, score_of
+from uvc.training.user_loss import Score, UserLoss, scalars_of, score_of
 
 LOG_EVERY = 5  # steps
 Part = tuple[float, tuple[Any, ...]]  # share of its batch, and what a task takes of it beside the model

@@ -55,7 +55,7 @@ class UserLoss:
         """Called at the end of each epoch, and where a run is stopped."""
 
 
-def check_user_loss(config: Config, teacher: Any, teacher_cache: Any, processes: int) -> None:
+def check_user_loss(config: Config, teacher: Any, teacher_cache: Any) -> None:
     """ValueError for what says how labels are learnt, where a loss of the user's own is given."""
     if teacher is not None or teacher_cache is not None:
         name = "teacher" if teacher is not None else "teacher_cache"
@@ -68,34 +68,11 @@ def check_user_loss(config: Config, teacher: Any, teacher_cache: Any, processes:
         )
     if config.precision == "auto":
         raise ValueError("precision: 'auto' measures steps with labels; with loss= name one")
-    if processes > 1:
-        raise ValueError(f"loss: {processes} processes share batches of (images, labels) alone; train in one")
 
 
 def plain(config: Config) -> Config:
     """`config` without the teacher that a loss of the user's own does not have."""
     return replace(config, distill=replace(config.distill, kind="none", features=0.0))
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors, in tuples, lists and dicts too, on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: moved(part, device) for name, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(part, device) for part in batch))
-    return type(batch)(moved(part, device) for part in batch) if type(batch) in (tuple, list) else batch
-
-
-def rows_of(batch: Any) -> int:
-    """How many images a batch has: the length of its first tensor with dims; 0 without one."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 0
-    parts = (
-        batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    )
-    return next(filter(None, map(rows_of, parts)), 0)
 
 
 def scalars_of(found: Mapping[str, Any]) -> dict[str, Tensor | float]:
