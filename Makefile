@@ -11,7 +11,9 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -n
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test matrix lint gate mutate sanitize bench bench-gpu install clean
+VENV_DOCS := $(VENV)/.docs
+
+.PHONY: demo test docs matrix lint gate mutate sanitize bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
@@ -26,6 +28,14 @@ test: install
 matrix:
 	test -x $(NOX)/bin/nox || { $(PYTHON) -m venv $(NOX) && $(NOX)/bin/python -m pip install --quiet "nox>=2024.4"; }
 	$(NOX)/bin/nox --envdir $(NOX)/sessions $(ARGS)
+
+# The site of documentation, in build/docs; a warning is an error.
+docs: $(VENV_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean --site-dir build/docs
+
+$(VENV_DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[docs]"
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

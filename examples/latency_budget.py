@@ -1,0 +1,20 @@
+"""A budget in milliseconds: measure the parts of the model where it will run, then search by that."""
+
+import torch
+from digits_task import loaders, trained_vit
+
+import uvc
+from uvc.config import Config
+from uvc.latency_table import measure, verify
+
+torch.set_num_threads(1)
+train, val = loaders()
+model = uvc.convert(trained_vit(train))
+table = measure(model, batch=8)  # table.to_json() carries it to another machine
+config = Config(
+    warmup_epochs=1, search_epochs=4, post_epochs=1, learning_rate=1e-3, search_learning_rate=1e-3
+)
+result = uvc.compress(model, train, val, budget=0.7, metric="latency", latency=table, config=config)
+
+check = verify(table, result.teacher, uvc.compact(result.model))
+print(f"{check.predicted:.3f} of the time predicted, {check.measured:.3f} measured")
