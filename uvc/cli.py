@@ -135,6 +135,27 @@ def _join_numbers(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
+def _json_option(command: Callable) -> Callable:
+    said = "Print the figures as JSON on stdout, and nothing else there."
+    return click.option("--json", "as_json", is_flag=True, help=said)(command)
+
+
+def _print(table: Any) -> None:
+    """A table in the terminal's width; where there is none, as wide as it needs to be."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    console.print(table)
+
+
+def _print_json(figures: Any) -> None:
+    from uvc.io.files import to_json
+
+    click.echo(to_json(figures))
+
+
 def _image_options(command: Callable) -> Callable:
     for option in (
         click.option("--color-jitter", type=float, help="Of training images; 0.4."),
@@ -271,7 +292,8 @@ def _data_options(command: Callable) -> Callable:
     help="Continue the run in --out, with the options it began with; auto: or begin it.",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def compress(config: Path | None, show_config: bool, quiet: bool, **options: Any) -> None:
+@_json_option
+def compress(config: Path | None, show_config: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.app.pipeline import compress_run
     from uvc.app.resolve import resolve
@@ -297,7 +319,9 @@ def compress(config: Path | None, show_config: bool, quiet: bool, **options: Any
         raise Interrupted(f"interrupted{_how_to_continue(run.out)}") from None
     except OSError as error:
         raise click.UsageError(f"{error}{_how_to_continue(run.out)}") from None
-    if main:
+    if main and as_json:
+        _print_json({"folder": run.out, **summary})
+    elif main:
         _print_report(Path(run.out), summary)
 
 
@@ -310,11 +334,14 @@ def _how_to_continue(out: str | None) -> str:
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @_data_options
 @click.option("--budget", type=float, help="Of a model for several budgets, one; the largest.")
-def evaluate(folder: Path, **options: Any) -> None:
+@_json_option
+def evaluate(folder: Path, as_json: bool, **options: Any) -> None:
     """Load the model in DIR and measure its top-1 accuracy; the data default to those of its run."""
     from uvc.app.pipeline import evaluate_run
 
     figures = evaluate_run(folder, **options)
+    if as_json:
+        return _print_json({"folder": str(folder), **figures})
     click.echo(f"top-1 {figures['top1']:.2f} %  of {figures['images']} images of {figures['data']}")
     click.echo(f"MACs {figures['macs']:,}  parameters {figures['params']:,}")
 
@@ -324,13 +351,11 @@ def evaluate(folder: Path, **options: Any) -> None:
 @click.option("--workers", type=click.IntRange(1), help="Files read at a time; as many as processors.")
 def data(folder: Path, workers: int | None) -> int:
     """Read every file of an image folder and say what is wrong with it; exit with 1 when something is."""
-    from rich.console import Console
-
     from uvc.app.data_check import check_folder, data_table
 
     checked = check_folder(folder, workers)
     if checked.splits:
-        Console(highlight=False).print(data_table(checked))
+        _print(data_table(checked))
     for line in checked.notes:
         click.echo(f"note: {line}")
     for line in checked.problems:
@@ -347,18 +372,25 @@ def data(folder: Path, workers: int | None) -> int:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
 )
 @click.option("--html", type=FOLDER, metavar="FILE", help="One page of all runs, which needs no network.")
-def report(folders: tuple[Path, ...], html: Path | None) -> None:
+@_json_option
+def report(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Show the results of the runs in DIR... and draw their structures again."""
     from uvc.app.pipeline import draw_run, read_summary
 
+    runs = []
     for folder in folders:
         summary = read_summary(folder)
         draw_run(folder, summary)
-        _print_report(folder, summary)
+        runs.append({"folder": str(folder), **summary})
+        if not as_json:
+            _print_report(folder, summary)
     if html is not None:
         from uvc.app.page import write_page
 
         write_page(folders, html)
+    if as_json:
+        _print_json({"runs": runs, "html": None if html is None else str(html)})
+    elif html is not None:
         click.echo(f"the page:      {html}")
 
 
@@ -386,14 +418,16 @@ def export(folder: Path, format_: str, to: Path | None) -> None:
     help="Where the model will run: device, images per forward pass, CPU threads.",
 )
 @click.option("--out", type=FOLDER, help="Folder of the model; default: DIR itself.")
-def compact(folder: Path, target: dict[str, Any], out: Path | None) -> None:
+@_json_option
+def compact(folder: Path, target: dict[str, Any], out: Path | None, as_json: bool) -> None:
     """Measure here which form of each layer's heads is faster, and write the model in these forms."""
-    from rich.console import Console
-
     from uvc.app.compacting import choice_table, compact_run
+    from uvc.app.run_dir import COMPACT, read_json
 
     choice = compact_run(folder, out, **target)
-    Console(highlight=False).print(choice_table(choice))
+    if as_json:
+        return _print_json({"folder": str(out or folder), **read_json((out or folder) / COMPACT)})
+    _print(choice_table(choice))
     click.echo(f"the model: {(out or folder) / 'model.safetensors'}")
 
 
@@ -421,13 +455,15 @@ def latency(to: Path, **options: Any) -> None:
 
 
 @cli.command()
-def doctor() -> None:
+@_json_option
+def doctor(as_json: bool) -> None:
     """Say what was built, what this machine can run, and what passed its self-check."""
-    from rich.console import Console
+    from uvc.app.doctor import diagnosis, examine
 
-    from uvc.app.doctor import diagnosis
-
-    Console().print(diagnosis())
+    if as_json:
+        _print_json(examine())
+    else:
+        _print(diagnosis())
 
 
 @cli.command()
@@ -449,12 +485,9 @@ def bench(**options: Any) -> int:
 
 
 def _print_report(out: Path, summary: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from uvc.app.summary import result_table
 
-    console = Console(highlight=False)
-    console.print(result_table(summary))
+    _print(result_table(summary))
     # Plain prints: a path that rich wraps can no longer be copied.
     click.echo(f"what was kept: {out / 'structure.png'}")
     click.echo(f"the model:     {out / 'model.safetensors'}, by uvc.load({str(out)!r})")

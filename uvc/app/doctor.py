@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 import time
+from typing import Any
 
 import torch
 from rich.console import Group
@@ -23,20 +24,52 @@ def diagnosis() -> Group:
     return Group(_machine(), _products(), _checks())
 
 
+def examine() -> dict[str, Any]:
+    """The same as plain data."""
+    return {"machine": machine(), "gflops": products(), "self_checks": checks()}
+
+
+def machine() -> dict[str, str]:
+    """Versions, processor, devices and build."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    built = "built" if _dispatch.extension_error is None else f"not built: {_dispatch.extension_error}"
+    chosen, asked = _dispatch.instruction_set(), os.environ.get("UVC_CPU_ISA")
+    return {
+        **versions(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "CUDA devices": ", ".join(devices) or "none",
+        "uvc_kernels._C": built,
+        "CPU kernels": (chosen or "not built") + (f", UVC_CPU_ISA={asked}" if asked else ""),
+        "forced backend": os.environ.get("UVC_BACKEND") or "none",
+    }
+
+
+def products() -> list[dict[str, float]]:
+    """GFLOP/s of torch's matrix products by dtype, on one thread and on all."""
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in sorted({1, len(os.sched_getaffinity(0))}):
+            torch.set_num_threads(count)
+            found.append({"threads": count, **{_name(dtype): rate(dtype) for dtype in DTYPES}})
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def checks() -> list[dict[str, Any]]:
+    """Verdict, worst error and remark of every op, dtype and provider."""
+    found = []
+    for op, dtype, provider in itertools.product(self_check.EXAMPLES, DTYPES, _dispatch.PROVIDERS):
+        verdict, error, note = _check(op, provider, dtype)
+        row = {"op": op, "dtype": _name(dtype), "provider": provider, "verdict": verdict}
+        found.append({**row, "error": error, "note": note})
+    return found
+
+
 def _machine() -> Table:
     table = Table(title="this machine", show_header=False)
-    for name, value in versions().items():
-        table.add_row(name, value)
-    table.add_row(
-        "processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
-    )
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    table.add_row("CUDA devices", ", ".join(devices) or "none")
-    built = "built" if _dispatch.extension_error is None else f"not built: {_dispatch.extension_error}"
-    table.add_row("uvc_kernels._C", built)
-    chosen, asked = _dispatch.instruction_set(), os.environ.get("UVC_CPU_ISA")
-    table.add_row("CPU kernels", (chosen or "not built") + (f", UVC_CPU_ISA={asked}" if asked else ""))
-    table.add_row("forced backend", os.environ.get("UVC_BACKEND") or "none")
+    for row in machine().items():
+        table.add_row(*row)
     return table
 
 
@@ -44,13 +77,8 @@ def _products() -> Table:
     table = Table(title="matrix products of torch, GFLOP/s")
     for column in ("threads", *map(_name, DTYPES)):
         table.add_column(column)
-    threads = torch.get_num_threads()
-    try:
-        for count in sorted({1, len(os.sched_getaffinity(0))}):
-            torch.set_num_threads(count)
-            table.add_row(str(count), *(f"{rate(dtype):.0f}" for dtype in DTYPES))
-    finally:
-        torch.set_num_threads(threads)
+    for row in products():
+        table.add_row(*(f"{value:.0f}" for value in row.values()))
     return table
 
 
@@ -69,16 +97,16 @@ def _checks() -> Group:
     table = Table(title="self-check against the float64 reference, outputs and gradients")
     for column in ("op", "dtype", *_dispatch.PROVIDERS):
         table.add_column(column)
-    notes = {}
-    for op, dtype in itertools.product(self_check.EXAMPLES, DTYPES):
-        results = {provider: _check(op, provider, dtype) for provider in _dispatch.PROVIDERS}
-        table.add_row(op, _name(dtype), *(verdict for verdict, _ in results.values()))
-        notes |= {provider: note for provider, (_, note) in results.items() if note}
+    found = checks()
+    for (op, dtype), rows in itertools.groupby(found, lambda row: (row["op"], row["dtype"])):
+        cells = (row["verdict"] + ("" if row["error"] is None else f" {row['error']:.0e}") for row in rows)
+        table.add_row(op, dtype, *cells)
+    notes = {row["provider"]: row["note"] for row in found if row["note"]}
     return Group(table, *(f"{provider}: {note}" for provider, note in notes.items()))
 
 
-def _check(op: str, provider: str, dtype: torch.dtype) -> tuple[str, str]:
-    """'ok' or 'WRONG' with the worst error, or '-' and why this provider cannot serve here."""
+def _check(op: str, provider: str, dtype: torch.dtype) -> tuple[str, float | None, str]:
+    """'ok' or 'WRONG' and the worst error, or '-' and why this provider cannot serve here."""
     on_gpu = provider in ("triton", "cuda") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
@@ -86,8 +114,8 @@ def _check(op: str, provider: str, dtype: torch.dtype) -> tuple[str, str]:
     except (RuntimeError, ImportError) as failure:
         # A forced provider that cannot serve says why after the colon; anything else is a fault.
         _, expected_refusal, reason = str(failure).partition("cannot run it: ")
-        return ("-", reason) if expected_refusal else ("FAILED", str(failure))
-    return f"{'ok' if share <= 1 else 'WRONG'} {error:.0e}", ""
+        return ("-", None, reason) if expected_refusal else ("FAILED", None, str(failure))
+    return "ok" if share <= 1 else "WRONG", error, ""
 
 
 def _name(dtype: torch.dtype) -> str:

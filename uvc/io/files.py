@@ -85,9 +85,14 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def to_json(value: Any) -> str:
+    """The value as strict JSON: tensors and numpy scalars as numbers, nan and infinity as null."""
+    return json.dumps(_plain(value), indent=2)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(_plain(value), indent=2) + "\n")
+    write_text(path, to_json(value) + "\n")
 
 
 def make_folder(path: Path, option: str) -> Path:
