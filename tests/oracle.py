@@ -104,7 +104,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         parameters, handles = dict(model.named_parameters()), []
         for (name, block), kept in zip(named_blocks(model).items(), structure.blocks, strict=True):
             A = block.attn.proj.in_features
-            K = A // block.attn.num_heads
+            K = A // getattr(block.attn, "heads", getattr(block.attn, "num_heads", 1))
             q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(second(block.mlp).in_features)
             q[A:] = 1  # the dot product loses a term when its q is zero; k and v rows stay as they are
             for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvc.layers import Prunable, UnitCost, check_children, image_of, lists_of, meta_copy, stem_of
+from uvc.layers import (
+    Prunable,
+    UnitCost,
+    check_children,
+    image_of,
+    kind_of_block,
+    lists_of,
+    meta_copy,
+    stem_of,
+)
 from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
 
 LINEAR = ("macs", "params")
@@ -119,6 +128,7 @@ def prices(model: nn.Module, metric: str, structure: Structure | None = None) ->
     if metric == "params":
         blocks = tuple(f"{name}." for name in lists_of(model))
         fixed = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(blocks))
+        fixed += sum(s.rest)
         rows = []
         for (attn, mlp), around in zip(s.layers, s.around, strict=True):
             halves = (layer.fixed_params() + n for layer, n in zip((attn, mlp), around, strict=True))
@@ -164,6 +174,17 @@ class _FirstTokens(nn.Module):
         return x[:, : self.tokens]
 
 
+def _rest(blocks: nn.Sequential | nn.ModuleList, tokens: int | None) -> nn.Module:
+    """What is left of these blocks, on the meta device, where all halves are skipped."""
+    dense = [getattr(block, "origin", block) for block in blocks]
+    if not any(kind_of_block(block).stays(block) or kind_of_block(block).pools(block) > 1 for block in dense):
+        return nn.Sequential(_FirstTokens(tokens))
+    left = [kind_of_block(block).take_over(meta_copy(block)) for block in dense]
+    for block in left:
+        block.set_skip(True, True)
+    return nn.ModuleList(left)
+
+
 def _sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **_) -> int:
     # Scores and weighted values.
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
@@ -204,7 +225,7 @@ def fixed_macs(model: nn.Module, tokens: int | None = None) -> int:
 
     By torch's flop counter, on a copy that holds no weights.
     """
-    rest = {id(blocks): nn.Sequential(_FirstTokens(tokens)) for blocks in lists_of(model).values()}
+    rest = {id(blocks): _rest(blocks, tokens) for blocks in lists_of(model).values()}
     stem_and_head = meta_copy(model, rest).eval().requires_grad_(False)
     dtype = next(stem_of(stem_and_head).parameters()).dtype
     image = torch.empty(1, *image_of(model), dtype=dtype, device="meta")

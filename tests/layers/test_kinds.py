@@ -11,6 +11,7 @@ from oracle import absent, error, gradient_error, gradients, images, stored, str
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -37,6 +38,21 @@ STAGES = dict(
     embed_dim=16,
     depths=(2, 2),
     num_heads=(2, 4),
+    num_classes=5,
+    mlp_ratio=1.25,
+)
+# The second stage pools in mask units, the third over all tokens, and each grows.
+UNITS = dict(
+    img_size=(32, 16),
+    patch_kernel=(3, 3),
+    patch_stride=(2, 2),
+    patch_padding=(1, 1),
+    embed_dim=8,
+    num_heads=2,
+    stages=(1, 2, 2),
+    q_pool=2,
+    mask_unit_size=(4, 4),
+    mask_unit_attn=(True, False, False),
     num_classes=5,
     mlp_ratio=1.25,
 )
@@ -105,6 +121,12 @@ KINDS = {
         dict(STAGES, pretrained_window_sizes=(6, 6), always_partition=True, qkv_bias=False),
         {**FREE, "qk": 0},
     ),
+    "hiera": (Hiera, UNITS, FREE),
+    "hiera, all attend to all, growing without a projection": (
+        Hiera,
+        dict(UNITS, mask_unit_attn=(False, False, False), use_expand_proj=False, init_values=0.5, q_pool=1),
+        FREE,
+    ),
     "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), {**FREE, "qk": 0}),
 }
 
@@ -115,7 +137,7 @@ def made(name: str) -> torch.nn.Module:
     if own.keys() - inspect.signature(cls).parameters.keys():
         pytest.skip(f"the {cls.__name__} of this timm takes no {', '.join(own)}")
     torch.manual_seed(5)
-    model = cls(**(own if "depths" in own else {**SIZES, **own})).eval()
+    model = cls(**(own if own.keys() & {"depths", "stages"} else {**SIZES, **own})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -163,7 +185,7 @@ def test_outputs_gradients_costs_and_files_are_those_of_dense_with_contributions
                 assert error(loaded(x), truth) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["eva02", "dinov3", "beit", "relative positions", "swin"])
+@pytest.mark.parametrize("name", ["eva02", "dinov3", "beit", "relative positions", "swin", "hiera"])
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_children_that_are_more_than_linear_layers_are_called_on_all_heads(name):
     model = made(name).double()
@@ -184,7 +206,7 @@ def test_tokens_stay_where_positions_are_part_of_the_attention():
         uvc.apply_structure(uvc.convert(model), Structure.dense(model).with_tokens(model, 0.5))
 
 
-@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads", "swin"])
+@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads", "swin", "hiera"])
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
     model = made(name)

@@ -28,6 +28,22 @@ class Reads(NamedTuple):
 class InARow(nn.Module):
     """How the halves of a block, on the fly or compact, read tokens [B, N, D]: all attend to all."""
 
+    def stays(self) -> tuple[str, ...]:
+        """Children that run whichever half is skipped."""
+        return ()
+
+    def pools(self) -> int:
+        """How many tokens become one."""
+        return 1
+
+    def residual(self, x: Tensor) -> Tensor:
+        """What the attention half adds its branch to."""
+        return x
+
+    def ended(self, x: Tensor) -> Tensor:
+        """What the block gives of what its halves leave."""
+        return x
+
     def reads(self, arriving: float, leaving: float) -> Reads:
         """What is read where so many tokens arrive, and so many go on from the attention half."""
         return Reads(arriving, arriving * arriving, arriving, leaving)
@@ -116,19 +132,21 @@ class UVCBlock(InARow):
     ) -> Tensor:
         """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
         slimming, scores = due(self._slimming, x, attn_mask, is_causal), None
+        residual = self.residual(x)
         if not self._skip[0]:
             y = x if self.norm_last else self.norm1(x)
             if slimming is not None:
                 scores = self.attn.token_scores(y, slimming)
             branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             branch = self.norm1(branch) if self.norm_last else scaled(self, "1", branch)
-            x = x + dropped(self, "1", gated(branch, self._gates[0]))
+            residual = residual + dropped(self, "1", gated(branch, self._gates[0]))
+        x = residual
         if slimming is not None:
             x = slim(x, scores, slimming)
         if not self._skip[1]:
             branch = self.norm2(self.fed(x)) if self.norm_last else scaled(self, "2", self.fed(self.norm2(x)))
             x = x + dropped(self, "2", gated(branch, self._gates[1]))
-        return x
+        return self.ended(x)
 
 
 def norm_last(block: nn.Module) -> bool:

@@ -1,11 +1,13 @@
 """Which block takes the place of which of timm's, on the fly and compact."""
 
+from timm.models.hiera import HieraBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import nn
 
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
+from uvc.layers.hiera_block import CompactHieraBlock
 from uvc.layers.kinds import NORM_FIRST, NORM_LAST
 from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinV2Block
 
@@ -13,6 +15,7 @@ from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinV2Block
 COMPACT: dict[type[nn.Module], type[CompactBlock]] = {
     SwinTransformerBlock: CompactSwinBlock,
     SwinTransformerV2Block: CompactSwinV2Block,
+    HieraBlock: CompactHieraBlock,
 }
 BLOCKS = (*NORM_FIRST, *NORM_LAST)
 

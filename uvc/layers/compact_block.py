@@ -34,6 +34,9 @@ class CompactBlock(InARow):
             self._keep_half(dense, "1", "attn", prunable(dense.attn).compacted(record, form))
         if record.mlp:
             self._keep_half(dense, "2", "mlp", prunable(dense.mlp).compacted(record.neurons))
+        for name in self.FULL.stays(dense):
+            if name not in self._modules:
+                self.add_module(name, copy.deepcopy(getattr(dense, name)))
         self.train(dense.training)
         carry_hooks(dense, self)
 
@@ -87,19 +90,22 @@ class CompactBlock(InARow):
     ) -> Tensor:
         """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
         slimming, scores = due(self.slimming, x, attn_mask, is_causal), None
+        residual = self.residual(x)
         if self.record.attn:
             y = x if self.norm_last else self.norm1(x)
             if slimming is None:
                 branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             else:
                 branch, scores = self.attn.scored(y, slimming)
-            x = x + dropped(self, "1", self.norm1(branch) if self.norm_last else scaled(self, "1", branch))
+            branch = self.norm1(branch) if self.norm_last else scaled(self, "1", branch)
+            residual = residual + dropped(self, "1", branch)
+        x = residual
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
             branch = self.fed(x if self.norm_last else self.norm2(x))
             x = x + dropped(self, "2", self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
-        return x
+        return self.ended(x)
 
 
 def _moved(values: Tensor, before: Tensor, after: Tensor) -> nn.Parameter:

@@ -99,6 +99,10 @@ class CompactAttention(nn.Module):
         """q and k of these heads [B, h, N, dq] as they are multiplied; dims [h, dq] where these matter."""
         return self.q_norm(q), self.k_norm(k)
 
+    def answered(self, x: Tensor) -> Tensor:
+        """As many tokens of x [B, N, D] as the attention gives."""
+        return x
+
     def bias(self, heads: list[int], **positions) -> Tensor | None:
         """What positions add to the scores of these heads, [..., h, N, N]; None: nothing."""
         return None
@@ -132,7 +136,7 @@ class CompactAttention(nn.Module):
         B, N, _ = x.shape
         if not self.groups:
             self.bias([], **positions)  # what stays whatever is removed is computed, as the cost counts it
-            return self.proj_drop(without_inputs(self.proj, x)), None
+            return self.proj_drop(without_inputs(self.proj, self.answered(x))), None
         dropout = drop_rate(self.attn_drop)
         outputs, scores = [], None
         widths = [len(group.heads) for group in self.groups]
@@ -152,7 +156,7 @@ class CompactAttention(nn.Module):
                 scores = row if scores is None else scores + row
             mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
             out = attend(q, k, v, self.scale, added(mask, bias), is_causal, dropout)
-            outputs.append(out.transpose(1, 2).reshape(B, N, h * group.dv))
+            outputs.append(out.transpose(1, 2).flatten(2))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         out = self.norm(out if self._order is None else out[..., self._order])
         if self.gate is not None:
@@ -163,17 +167,20 @@ class CompactAttention(nn.Module):
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool, dropout: float
 ) -> Tensor:
-    """softmax(scale q k^T + mask) v for q, k [B, h, N, dq], v [B, h, N, dv]; scores are 0 when dq is 0."""
+    """softmax(scale q k^T + mask) v for q [B, h, N, dq], k [B, h, M, dq], v [B, h, M, dv].
+
+    Scores are 0 when dq is 0.
+    """
     if q.shape[-1] == v.shape[-1]:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
         )
-    B, h, N, _ = q.shape
-    q, k, v = (t.reshape(B * h, N, t.shape[-1]) for t in (q, k, v))
+    (B, h, N, _), M = q.shape, k.shape[2]
+    q, k, v = (t.reshape(B * h, t.shape[2], t.shape[3]) for t in (q, k, v))
     # One call per product: at batch 1 the overhead of calls is what a small model's latency is made of.
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     if is_causal or mask is not None:
-        scores = masked(scores.view(B, h, N, N), mask, is_causal).view(B * h, N, N)
+        scores = masked(scores.view(B, h, N, M), mask, is_causal).view(B * h, N, M)
     weights = scores.softmax(dim=-1)
     if dropout:
         weights = F.dropout(weights, dropout)

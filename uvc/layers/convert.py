@@ -13,8 +13,8 @@ from uvc.layers.prunable import Prunable
 from uvc.layers.stages import blocks_of, lists_of, named_blocks
 
 SUPPORTED = (
-    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit and "
-    "SwinTransformer (V2) with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU"
+    "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
+    "SwinTransformer (V2) and Hiera with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
@@ -26,7 +26,6 @@ WHY = {
     "crossvit": "it has branches of several widths",
     "deepseek_vit": "rotary positions tie its q/k dims in pairs",
     "gemma4_vit": "rotary positions tie its q/k dims in pairs",
-    "hiera": "its width grows from block to block",
     "hieradet_sam2": "its width grows from block to block",
     "mlp_mixer": "it mixes tokens without attention",
     "tnt": "it holds a transformer for each patch",

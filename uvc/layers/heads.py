@@ -83,6 +83,10 @@ class Heads(Prunable):
                 return f"its q/k dims go in pairs, such as {tuple(pairs[0].tolist())}, which positions turn"
         return super().torn(masks)
 
+    def answered(self, x: Tensor) -> Tensor:
+        """As many tokens of x [B, N, D] as the attention gives."""
+        return x
+
     def bias(self, heads: list[int], **positions) -> Tensor | None:
         """What positions add to the scores of these heads, [..., h, N, N]; None: nothing."""
         return None
@@ -234,11 +238,10 @@ class Heads(Prunable):
 
     def _called(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **positions) -> Tensor:
         """Every child is called on all heads, and what is removed is zero: no faster than dense."""
-        B, N, _ = x.shape
         q, k, v = self._heads(x, **positions)
         mask = added(attn_mask, self.bias(list(range(self.num_heads)), **positions))
         out = self.attended_by_children(q, k, v, mask, is_causal)
-        out = out.transpose(1, 2).reshape(B, N, self.dims)
+        out = out.transpose(1, 2).flatten(2)
         out = self.norm(out) if "norm" in self._modules else out
         out = out if self._gate is None else out * self._gate(x).sigmoid()
         removed = self.kept(x.device).whole_columns.flatten() < 0
@@ -265,7 +268,8 @@ class Heads(Prunable):
         qk_mask, v_mask = self._masks
         heads = v_mask.any(1).nonzero().flatten()
         if len(heads) == 0:
-            return self.proj_drop(F.linear(x.new_zeros(B, N, 0), self.proj.weight[:, :0], self.proj.bias))
+            nothing = self.answered(x).new_zeros(B, self.answered(x).shape[1], 0)
+            return self.proj_drop(F.linear(nothing, self.proj.weight[:, :0], self.proj.bias))
         device = self.proj.weight.device
         pairs = self.pairs()
         qk = [t.to(device) for t in padded_rows(heads, qk_mask, pairs)]
@@ -278,7 +282,7 @@ class Heads(Prunable):
         mask = heads_of_mask(attn_mask, names, self.num_heads)
         mask = added(mask, self.bias(names, **positions))
         out = self.attended(q, k, v_values, mask, is_causal)
-        out = out.transpose(1, 2).reshape(B, N, -1)
+        out = out.transpose(1, 2).flatten(2)
         out = self.norm(out) if "norm" in self._modules else out
         if (gate := self._gate) is not None:
             # Of padded dims the output is zero, whatever their gate.

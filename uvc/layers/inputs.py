@@ -6,6 +6,7 @@ The size is that of the stem; of a model that takes images of any size, that of 
 import math
 from typing import Any
 
+from timm.models.hiera import Hiera
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
@@ -30,6 +31,9 @@ def takes_any_size(model: nn.Module) -> bool:
 
 def image_of(model: nn.Module) -> Image | None:
     """Channels, height and width of the images that costs are counted for; None without a size."""
+    if isinstance(model, Hiera):
+        sides = zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
+        return (model.in_chans, *(n * stride for n, stride in sides))
     if not takes_any_size(model):
         size = stem_of(model).img_size
         return None if size is None else (model.in_chans, *size)
@@ -41,6 +45,8 @@ def image_of(model: nn.Module) -> Image | None:
 
 def patches_of(model: nn.Module) -> int | None:
     """Patch tokens of such an image."""
+    if isinstance(model, Hiera):
+        return math.prod(model.tokens_spatial_shape)
     if not takes_any_size(model):
         stem = stem_of(model)
         return None if stem.img_size is None else stem.num_patches

@@ -4,6 +4,7 @@ from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models import beit
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import WindowAttention as SwinAttention
@@ -22,6 +23,7 @@ from torch import nn
 from uvc.layers.attention import UVCAttention
 from uvc.layers.biased import UVCBeitAttention, UVCRelPosAttention
 from uvc.layers.geglu import UVCGeGluMlp
+from uvc.layers.mask_units import UVCMaskUnitAttention
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
@@ -37,9 +39,10 @@ MODELS = (
     NaFlexVit,
     SwinTransformer,
     SwinTransformerV2,
+    Hiera,
 )
 # Blocks of two halves, each a residual branch, by where its norm stands.
-NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock, SwinTransformerBlock)
+NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock, SwinTransformerBlock, HieraBlock)
 NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock, SwinTransformerV2Block)
 ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     Attention: UVCAttention,
@@ -50,6 +53,7 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     TalkingHeadAttn: UVCTalkingHeads,
     SwinAttention: UVCWindowAttention,
     SwinV2Attention: UVCCosineAttention,
+    MaskUnitAttention: UVCMaskUnitAttention,
 }
 MLPS: dict[type[nn.Module], type[Prunable]] = {
     Mlp: UVCMlp,

@@ -33,15 +33,15 @@ def slimming(model: nn.Module, tokens: int | None) -> Slimming | None:
     """How blocks of a timm model keep `tokens` patch tokens (None: all); ValueError where none may go."""
     if tokens is None:
         return None
-    if not model.global_pool:
-        raise ValueError(
-            f"tokens: the {type(model).__name__} has global_pool '' and returns every token, so none can be "
-            "left out; give it a pooled head"
-        )
     layers = (block.attn for block in blocks_of(model))
     if (own := next((attn for attn in layers if not getattr(attn, "slims", True)), None)) is not None:
         raise ValueError(
             f"tokens: positions are part of {type(own).__name__}, so none can be left out; keep all tokens"
+        )
+    if not model.global_pool:
+        raise ValueError(
+            f"tokens: the {type(model).__name__} has global_pool '' and returns every token, so none can be "
+            "left out; give it a pooled head"
         )
     return Slimming(tokens, model.num_prefix_tokens, model.global_pool == "token")
 
