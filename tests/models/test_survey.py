@@ -60,6 +60,7 @@ SERVED = {
     "swin_tiny_patch4_window7_224": dict(img_size=64, window_size=4, **STAGES),
     "swinv2_tiny_window8_256": dict(img_size=64, window_size=4, **STAGES),
     "swin_s3_tiny_224": dict(img_size=64, window_size=(4, 2), **STAGES),
+    "hiera_tiny_224": dict(img_size=(64, 64), embed_dim=24, num_heads=3, stages=(1, 1, 1, 1), num_classes=5),
     "test_vit": dict(img_size=32),
     "t2t_vit_14": dict(img_size=32),
     "t2t_vit_t_24": dict(img_size=48),
@@ -68,7 +69,7 @@ SERVED = {
 REFUSED = {
     "convit_tiny": r"blocks\.0 is a Block of convit, and its attention adds gated positions",
     "crossvit_9_240": r"blocks\.0 is a MultiScaleBlock of crossvit, and it has branches of several widths",
-    "hiera_tiny_224": r"blocks\.0 is a HieraBlock of hiera, and its width grows",
+    "sam2_hiera_tiny": r"blocks\.0 is a MultiScaleBlock of hieradet_sam2, and its width grows",
     "mixer_s16_224": r"blocks\.0 is a MixerBlock of mlp_mixer, and it mixes tokens without attention",
     "pit_ti_224": r"the model is a PoolingVisionTransformer without lists of transformer blocks",
     "samvit_base_patch16": r"blocks\.0 is a Block of vision_transformer_sam, and its attention adds",
@@ -85,7 +86,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", SERVED)
 def test_a_served_model_works_from_end_to_end(name, tmp_path):
     own = SERVED[name]
-    model = timm.create_model(name, **(own if "depths" in own else {**NARROW, **own}))
+    model = timm.create_model(name, **(own if own.keys() & {"depths", "stages"} else {**NARROW, **own}))
     model.eval().requires_grad_(False)
     x, keys = images(model), list(model.state_dict())
     with torch.no_grad():
@@ -132,8 +133,9 @@ TABLE = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", (ROOT / "docs" / "models
 def narrow(name: str) -> torch.nn.Module:
     """A model of two narrow blocks, or what its function makes instead, in evaluation with random blocks."""
     heads = [{"attn_pool_num_heads": 3}, {}, {"num_kv_heads": 3}]
-    stages = dict(depths=(1, 1, 2, 1), embed_dim=24, num_heads=(3, 3, 6, 6), num_classes=5)
-    for arguments in (*({**NARROW, **own} for own in heads), stages, dict(depth=2, num_classes=5), {}):
+    swin = dict(depths=(1, 1, 2, 1), embed_dim=24, num_heads=(3, 3, 6, 6), num_classes=5)
+    hiera = dict(stages=(1, 1, 2, 1), embed_dim=24, num_heads=1, num_classes=5)
+    for arguments in (*({**NARROW, **own} for own in heads), swin, hiera, dict(depth=2, num_classes=5), {}):
         try:
             model = timm.create_model(name, **arguments).eval().requires_grad_(False)
         except (TypeError, AssertionError, RuntimeError, ValueError):

@@ -21,7 +21,7 @@ class _InWindow(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B * W, N, D] -> [B * W, N, D]; mask [W, N, N] is added to the scores."""
         if mask is not None:
-            mask = mask.repeat(len(x) // len(mask), 1, 1)[:, None]
+            mask = mask.repeat(x.shape[0] // mask.shape[0], 1, 1)[:, None]
         return super().forward(x, attn_mask=mask)
 
 
