@@ -6,6 +6,7 @@ python bench/scale.py [--results bench/results] [--out docs/scale.md]
 """
 
 import argparse
+import csv
 import math
 import sys
 from collections.abc import Sequence
@@ -107,6 +108,7 @@ def page(results: Path) -> str:
         parts += measured([row for row in rows if (row.device, row.threads, row.dtype) == setting])
     parts += limits()
     parts += processes()
+    parts += pipeline(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -198,9 +200,19 @@ reducing is the step, keeping half takes half to two thirds of the dense step; a
 GPUs hides it again, as on 8. The search adds one reduction of less than 1 KB, which the forward pass hides,
 and at gate steps 2 numbers for each block, in the last bucket."""
 LOSSES = """\
-Failures come once in {hours:,.0f} GPU hours (published of Llama 3's training); each costs {restart:g} minutes
-to start again (assumed) and half of the {between:g} minutes between checkpoints. The time of a step varies by
-{jitter:.0%} (assumed, normal, of each GPU apart), and all wait for the slowest (2,000 simulated steps)."""
+Simulated: {runs} runs of {length:g} hours of computing. Failures come at random, once in {hours:,.0f} GPU
+hours (published of Llama 3's training); each costs what was computed since the last checkpoint and
+{restart:g} minutes to start again (assumed). Writing is off the training thread and costs no time here. And
+2,000 steps, whose time varies by {jitter:.0%} (assumed, normal, of each GPU apart); in the last column one
+GPU of {rare:,} runs at {slow:.0%} of its speed (assumed). All wait for the slowest."""
+PIPELINE = """\
+A core decodes, crops, flips and normalises {rate:,.0f} JPEG images of 500 x 375 pixels ({kbyte:.0f} KB) per
+second for a model of 224 pixels ({policy:,.0f} with the policy rand-m9), by `python bench/images.py` on
+{device}, in processor time. What a GPU at the limit above takes:"""
+READING = """\
+Slower steps need fewer in proportion; where a GPU has fewer, its steps wait for their images. Keeping half
+makes them wait sooner, as a step takes less and its images do not. `--teacher-cache` does not help here,
+smaller images do."""
 
 
 class Links(NamedTuple):
@@ -217,7 +229,10 @@ LINKS = (Links("NVLink, InfiniBand NDR", 450.0, 50.0), Links("NVLink, 100 Gbit/s
 NODE, BATCH, COUNTS = 8, 1024, (8, 64, 512)
 # As published of Llama 3's training: 419 unexpected interruptions of 16,384 GPUs in 54 days.
 GPU_HOURS_PER_FAILURE = 16384 * 54 * 24 / 419
-RESTART, BETWEEN = 5.0, 10.0  # minutes: to start again (assumed); between checkpoints
+RESTART = 5.0  # minutes to start again (assumed)
+BETWEEN = (10.0, 60.0)  # minutes between checkpoints
+RUN_HOURS, RUNS = 100.0, 1000
+RARE, SLOW = 1000, 0.8  # one GPU of so many is slow, and how slow (assumed)
 JITTER = 0.03  # deviation of the time of a step, as a share of it (assumed)
 
 
@@ -238,10 +253,38 @@ def step_ms(images_per_second: float, size: float, gpus: int, links: Links) -> t
     return compute, reduce, compute + max(reduce - compute * 2 / 3, 0.0)
 
 
-def slowest(gpus: int) -> float:
-    """Mean time of a step that waits for the slowest of so many, over the mean of one; simulated."""
-    steps = np.random.default_rng(0).normal(1.0, JITTER, (2000, gpus))
+def slowest(gpus: int, rare: bool = False) -> float:
+    """Mean time of a step that waits for the slowest of so many, over the mean of one; simulated.
+
+    rare: some GPUs are slow throughout a step.
+    """
+    chance = np.random.default_rng(0)
+    steps = chance.normal(1.0, JITTER, (2000, gpus))
+    if rare:
+        steps /= np.where(chance.random((2000, gpus)) < 1 / RARE, SLOW, 1.0)
     return float(steps.max(1).mean())
+
+
+def restarts(gpus: int, between: float) -> tuple[float, float, float]:
+    """Failures of a run of RUN_HOURS, and the hours that they cost, over RUN_HOURS: mean and 95th percentile;
+    simulated.
+
+    between: minutes between checkpoints.
+    """
+    chance, every = np.random.default_rng(0), between / 60
+    costs, failures = [], 0
+    for _ in range(RUNS):
+        done = spent = 0.0
+        while done < RUN_HOURS:
+            fails = chance.exponential(GPU_HOURS_PER_FAILURE / gpus)
+            if done + fails >= RUN_HOURS:
+                spent, done = spent + RUN_HOURS - done, RUN_HOURS
+            else:
+                # A run goes on from a checkpoint, and counts the next one from there.
+                spent, done = spent + fails + RESTART / 60, done + fails // every * every
+                failures += 1
+        costs.append(spent / RUN_HOURS - 1)
+    return failures / RUNS, float(np.mean(costs)), float(np.percentile(costs, 95))
 
 
 def processes() -> list[str]:
@@ -274,21 +317,67 @@ def processes() -> list[str]:
                     f"{step:.2f} | {1e3 * BATCH / step:,.0f} | {one / (step * gpus):.0%} |"
                 )
     losses = [
-        "| GPUs | failures a day | lost to them | waiting for the slowest |",
-        "|---|---|---|---|",
+        "| GPUs | failures in a run | "
+        + " | ".join(f"lost at {between:g} min: mean, 1 run in 20" for between in BETWEEN)
+        + " | waiting | waiting, with slow GPUs |",
+        "|---" * (4 + len(BETWEEN)) + "|",
     ]
     for gpus in COUNTS:
-        failures = 24 * gpus / GPU_HOURS_PER_FAILURE
-        lost = failures * (RESTART + BETWEEN / 2) / (24 * 60)
-        losses.append(f"| {gpus} | {failures:.3f} | {lost:.3%} | {slowest(gpus) - 1:.1%} |")
+        found = [restarts(gpus, between) for between in BETWEEN]
+        lost = " | ".join(f"{mean:.3%}, {worse:.3%}" for _, mean, worse in found)
+        waits = f"{slowest(gpus) - 1:.1%} | {slowest(gpus, rare=True) - 1:.1%}"
+        losses.append(f"| {gpus} | {found[0][0]:.2f} | {lost} | {waits} |")
     return [
         "## DeiT-B on 8, 64 and 512 GPUs: computed, not measured",
         SEVERAL.format(batch=BATCH, node=NODE, latency=LINKS[0].latency),
         "\n".join(table),
         ENDS,
-        LOSSES.format(hours=GPU_HOURS_PER_FAILURE, restart=RESTART, between=BETWEEN, jitter=JITTER),
+        LOSSES.format(
+            runs=f"{RUNS:,}",
+            length=RUN_HOURS,
+            hours=GPU_HOURS_PER_FAILURE,
+            restart=RESTART,
+            jitter=JITTER,
+            rare=RARE,
+            slow=SLOW,
+        ),
         "\n".join(losses),
     ]
+
+
+def pipeline(results: Path) -> list[str]:
+    """The section on images per second, from what was measured and the limits."""
+    found = {}
+    for path in sorted(results.rglob("images.csv")):
+        with open(path, newline="") as opened:
+            found |= {row["views"]: row for row in csv.DictReader(opened)}  # the last of each
+    if not found:
+        return []
+    rate, policy = (float(found[views]["images_per_s"]) for views in ("plain", "rand-m9"))
+    table = [
+        "| model | images/s of a GPU, dense | cores for them | images/s at keep 0.5 | cores for them |",
+        "|---" * 5 + "|",
+    ]
+    for name, (dense, half) in limit_rates().items():
+        cells = (f"{images:,.0f} | {images / rate:,.0f}" for images in (dense, half))
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    about = PIPELINE.format(
+        rate=rate, policy=policy, kbyte=float(found["plain"]["kbyte"]), device=found["plain"]["device"]
+    )
+    return ["## The images: measured rates against computed steps", about, "\n".join(table), READING]
+
+
+def limit_rates() -> dict[str, tuple[float, float]]:
+    """Images per second of one GPU at its limit: dense, and at KEEP."""
+    found = {}
+    for name, dim, batch in MODELS.values():
+        shape = Shape(batch, 197, dim, dim // 64, 64, 4 * dim, stem=196 * 768 * dim)
+        half = Kept(*(round(KEEP * n) for n in everything(shape)))
+        found[name] = tuple(
+            1e3 * batch / model_work(shape, [kept] * 12, 2, True).floor_ms(LIMIT)
+            for kept in (everything(shape), half)
+        )
+    return found
 
 
 def hours(s: Seconds, devices: int) -> str:
