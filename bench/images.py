@@ -1,4 +1,4 @@
-"""bench/results/DEVICE/images.csv: how many training images a core decodes, crops and normalises per second.
+"""bench/results/DEVICE/input/images.csv: how many training images a core decodes and prepares per second.
 
 JPEG files of 500 x 375 pixels, ImageNet's usual size, are drawn here and read by the loaders of a run, as a
 model of 224 pixels takes them. The clock is the processor's, so that what else runs counts little.
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         kbyte = draw(Path(folder), options.images)
         measured = {name: rates(Path(folder), views, options.rounds) for name, views in VIEWS.items()}
-    file = options.results / slug(processor()) / "images.csv"
+    file = options.results / slug(processor()) / "input" / "images.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     new = not file.exists()
     with open(file, "a", newline="") as opened:
