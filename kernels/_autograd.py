@@ -33,6 +33,63 @@ def forbid_double_backward(op: str) -> None:
         )
 
 
+# Tensors that nothing has taken over.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def eager(tensors: Sequence) -> bool:
+    """Whether nothing traces, transforms or watches ops: what torch's own ops need not be told of, either."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if type(t) not in _PLAIN and isinstance(t, torch.Tensor):
+            return False
+    return True
+
+
+def shortcut(op: str, run: Callable, backward: Callable, leaves: int, registered: Callable) -> Callable:
+    """`registered`, an op, or where nothing else needs to see it `run` and `backward`, which are behind it.
+
+    A call through the library costs the host several times what its own Python does. run: of the op's inputs,
+    returns its output and what to save; backward: of (grad, inputs, saved, needs); both with None for what
+    the op has an empty tensor for.
+    """
+
+    class Shortcut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            out, *saved = run(*inputs)
+            ctx.constants = inputs[-2:]
+            ctx.tensors = len(inputs) - 2
+            ctx.save_for_backward(*inputs[:-2], *saved)
+            ctx.set_materialize_grads(False)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            inputs = ctx.tensors + 2
+            if grad is None:
+                return (None,) * inputs
+            forbid_double_backward(op)
+            needs = need_bits(ctx.needs_input_grad[:leaves])
+            kept = ctx.saved_tensors  # once: under gradient checkpointing they can be unpacked but once
+            tensors, saved = kept[: ctx.tensors], kept[ctx.tensors :]
+            grads = backward(grad, *tensors, *ctx.constants, *saved, needs)
+            return *asked_for(grads, needs), *[None] * (inputs - leaves)
+
+    def call(*inputs):
+        if not eager(inputs):
+            return registered(*inputs)[0]
+        return Shortcut.apply(*inputs) if torch.is_grad_enabled() else run(*inputs)[0]
+
+    return call
+
+
 def differentiate(
     name: str, op: str, backward: Callable, leaves: int, constants: int, unused: int | None = None
 ) -> None:

@@ -84,6 +84,11 @@ def provide_check(check: Callable[[str, str, torch.device, torch.dtype], str | N
     _checks.append(check)
 
 
+def is_forced() -> bool:
+    """Whether a `with backend(name):` is around this call."""
+    return bool(_forced)
+
+
 def _known(name: str, source: str) -> str:
     if name not in PROVIDERS:
         raise ValueError(f"{source} names the unknown backend {name!r}; use one of {', '.join(PROVIDERS)}")
@@ -202,6 +207,12 @@ def forced(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def run_of(op: str, provider: str) -> Callable:
     """What `provider` runs for `op`."""
     return _references[op] if provider == "reference" else _implementations[op, provider].run
+
+
+def packs(op: str, provider: str) -> bool:
+    """Whether what `provider` runs for `op` takes weights that `gather` has packed."""
+    found = _implementations.get((op, provider))
+    return found is not None and found.packs
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable:

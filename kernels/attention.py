@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _dispatch, _dtypes, autotune
-from .indices import KeptHeads, align
+from .indices import KeptHeads, align, all_of, along
 from .weights import AttentionWeights, Packed
 
 
@@ -76,15 +76,21 @@ if _dispatch.extension_error is None:
 
 
 def attention_packing(
-    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, kept: KeptHeads
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    kept: KeptHeads,
 ) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
     """What `gather` is to pack of one layer, in the order of `attention(packed=)`."""
     whole_rows, whole_columns = kept.whole_rows.view(-1), kept.whole_columns.view(-1)
+    # The output's bias stays whole; it comes along to be cast.
+    every = all_of(proj_weight.shape[0], proj_weight.device)
     return (
-        [qkv_weight, qkv_bias, proj_weight],
-        [kept.rows, kept.rows, kept.columns],
-        [whole_rows, whole_rows, whole_columns],
-        [0, 0, 1],
+        [qkv_weight, qkv_bias, proj_weight, along(proj_bias, proj_weight)],
+        [kept.rows, kept.rows, kept.columns, every],
+        [whole_rows, whole_rows, whole_columns, every],
+        [0, 0, 1, 0],
     )
 
 
@@ -125,5 +131,7 @@ def attention(
     x = _dtypes.autocast(x)
     arguments = x, weights, kept, scale, packed, recompute
     dims = kept.qk.shape[0] + kept.v.shape[0], 2 * proj_weight.shape[1]
-    run = autotune.choose("attention", arguments, *dims, case=kept.whole_columns.shape, recompute=recompute)
+    packing = None if packed is None else lambda w: attention_packing(*w, kept)
+    case = kept.whole_columns.shape
+    run = autotune.choose("attention", arguments, *dims, case=case, recompute=recompute, packing=packing)
     return run(*arguments)

@@ -5,6 +5,7 @@ is set; all its fields are views of one buffer, so that a changed structure cost
 and no op ever waits to read an index back.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple, Self
@@ -137,6 +138,28 @@ def kept_neurons(mask: Tensor, device: torch.device | str | None = None) -> Kept
     return _one_buffer(
         KeptNeurons, [kept], [rows, _inverse(rows, len(mask))], mask.device if device is None else device
     )
+
+
+def all_of(size: int, device: torch.device) -> Tensor:
+    """Every position of 0..size, int32: an index that keeps all, and its own inverse."""
+    # What is made while something traces belongs to that trace.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.arange(size, dtype=torch.int32, device=device)
+    return _all_of(size, device)
+
+
+@functools.lru_cache(64)
+def _all_of(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(size, dtype=torch.int32, device=device)
+
+
+def along(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The bias where it may be packed along with its weight; None where only one of them is trained.
+
+    Of what one call packs either all has gradients or nothing.
+    """
+    return bias if bias is not None and bias.requires_grad == weight.requires_grad else None
 
 
 def counts_of(kept: Sequence[Tensor]) -> list[int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _dispatch, _dtypes, autotune
-from .indices import KeptNeurons
+from .indices import KeptNeurons, all_of, along
 from .weights import MlpWeights, Packed
 
 ACTIVATIONS = {
@@ -82,11 +82,14 @@ def mlp_packing(
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
     kept: KeptNeurons,
 ) -> tuple[list[Tensor | None], list[Tensor], list[Tensor], list[int]]:
     """What `gather` is to pack of one layer, in the order of `mlp(packed=)`."""
-    sources = [fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight]
-    return sources, [kept.rows] * 5, [kept.whole] * 5, [0, 0, 0, 0, 1]
+    sources = [fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, along(fc2_bias, fc2_weight)]
+    # The output's bias stays whole; it comes along to be cast.
+    every = all_of(fc2_weight.shape[0], fc2_weight.device)
+    return sources, [*[kept.rows] * 5, every], [*[kept.whole] * 5, every], [0, 0, 0, 0, 1, 0]
 
 
 def mlp(
@@ -129,5 +132,7 @@ def mlp(
     x = _dtypes.autocast(x)
     arguments = x, weights, kept, activation, packed, recompute
     neurons = kept.neurons.shape[0], kept.whole.shape[0]
-    run = autotune.choose("mlp", arguments, *neurons, case=(activation,), recompute=recompute)
+    packing = None if packed is None else lambda w: mlp_packing(*w[:2], *w[4:], *w[2:4], kept)
+    case = (activation,)
+    run = autotune.choose("mlp", arguments, *neurons, case=case, recompute=recompute, packing=packing)
     return run(*arguments)

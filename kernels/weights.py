@@ -3,13 +3,13 @@
 D width, Dout width of the output, H heads, K head dim, A = H*K, F hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
 
-# What `gather` made of a layer's weights, where several layers are packed at once.
-Packed = Sequence[Tensor | None] | None
+# What `gather` made of a layer's weights, where several layers are packed at once; made when it is read.
+Packed = Iterable[Tensor | None] | None
 
 
 class AttentionWeights(NamedTuple):

@@ -10,11 +10,15 @@ from .. import _dispatch
 from . import attention, gather, mlp, solver
 from .pieces import Pieces, Provider
 
-__all__ = ["Pieces", "provide"]
+__all__ = ["Pieces", "provide", "provided"]
+
+# By provider, for what measures them by themselves.
+provided: dict[str, Pieces] = {}
 
 
 def provide(name: str, device: str, dtypes: tuple[torch.dtype, ...], pieces: Pieces) -> None:
     """Makes `name` a backend for tensors of this device type and these dtypes."""
+    provided[name] = pieces
     provider = Provider(name.replace("-", "_"), device, pieces)
     for module in (attention, gather, mlp, solver):
         for op, run in module.define(provider).items():

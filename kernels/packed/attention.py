@@ -16,7 +16,7 @@ from ..attention import attention_packing
 from ..gather import gather
 from ..indices import WIDTHS, KeptHeads, counts_of
 from ..weights import AttentionWeights, Packed
-from .pieces import Pieces, Provider, bias_gradient, declare, filled, multiply
+from .pieces import Pieces, Provider, bias_gradient, declare, multiply
 
 X, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, PROJ_BIAS = (1 << i for i in range(5))
 _TENSORS = "Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias"
@@ -63,7 +63,7 @@ def _core_outputs(x: Tensor, w: AttentionWeights, given: _Given) -> tuple[Tensor
     return x.new_empty(M, w.proj_weight.shape[1]), top, inverse
 
 
-def _attend(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+def _attend(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     w, given, _ = _named(arguments)
     counts = given.counts()
     if sum(counts) != given.table.shape[0]:
@@ -76,10 +76,10 @@ def _attend(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor, ...]:
     if heads.numel():
         pieces.attention_core(qkv, given.table, counts, N, given.scale, heads, top, inverse)
     out = multiply(heads, w.proj_weight.t(), w.proj_bias).view(B, N, w.proj_weight.shape[0])
-    return out, qkv.new_empty(0) if given.recompute else qkv, heads, top, inverse
+    return out, None if given.recompute else qkv, heads, top, inverse
 
 
-def _attend_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+def _attend_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     w, given, (qkv, heads, top, inverse, needs) = _named(arguments)
     B, N, D = x.shape
     grad, rows = grad.reshape(B * N, w.proj_weight.shape[0]), x.reshape(B * N, D)
@@ -97,7 +97,7 @@ def _attend_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tup
         grad_qkv_bias = bias_gradient(grad_qkv, w.qkv_bias) if needs & QKV_BIAS else None
     grad_proj_weight = grad.t() @ heads if needs & PROJ_WEIGHT else None
     grad_proj_bias = bias_gradient(grad, w.proj_bias) if needs & PROJ_BIAS else None
-    return filled((grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias), x)
+    return grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias
 
 
 def _fake(x, *arguments):
@@ -120,8 +120,9 @@ def define(provider: Provider) -> dict[str, Callable]:
         x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool
     ) -> Tensor:
         if packed is None:
-            packed = gather(*attention_packing(*weights[:3], kept), x.dtype)
+            packed = gather(*attention_packing(*weights, kept), x.dtype)
         given = _Given(kept.qk, kept.v, kept.table, *kept[-4:], scale, recompute)
-        return attend(x, *packed, weights.proj_bias, *given)[0]
+        *packed, proj_bias = packed
+        return attend(x, *packed, weights.proj_bias if proj_bias is None else proj_bias, *given)
 
     return {"attention": run}

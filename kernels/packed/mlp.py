@@ -18,7 +18,7 @@ from ..gather import gather
 from ..indices import KeptNeurons
 from ..mlp import mlp_packing
 from ..weights import MlpWeights, Packed
-from .pieces import Pieces, Provider, bias_gradient, declare, filled, multiply
+from .pieces import Pieces, Provider, bias_gradient, declare, multiply
 
 X, FC1_WEIGHT, FC1_BIAS, FC2_WEIGHT, FC2_BIAS, GATE_WEIGHT, GATE_BIAS = (1 << i for i in range(7))
 _TENSORS = (
@@ -50,15 +50,14 @@ def _named(arguments: Sequence) -> tuple[MlpWeights, _Given, Sequence]:
     return MlpWeights(*arguments[:6]), _Given(*arguments[6:9]), arguments[9:]
 
 
-def _mlp(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+def _mlp(pieces: Pieces, x: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     w, given, _ = _named(arguments)
     u, g = _hidden(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w)
     a = torch.empty_like(u)
     if a.numel():
         pieces.activate(u, g, given.activation, a)
     out = multiply(a, w.fc2_weight.t(), w.fc2_bias).view(*x.shape[:-1], w.fc2_weight.shape[0])
-    nothing = x.new_empty(0)
-    return out, nothing if given.recompute else u, nothing if given.recompute or g is None else g
+    return (out, None, None) if given.recompute else (out, u, g)
 
 
 def _hidden(rows: Tensor, w: MlpWeights) -> tuple[Tensor, Tensor | None]:
@@ -66,7 +65,7 @@ def _hidden(rows: Tensor, w: MlpWeights) -> tuple[Tensor, Tensor | None]:
     return multiply(rows, w.fc1_weight.t(), w.fc1_bias), g
 
 
-def _mlp_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor, ...]:
+def _mlp_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[Tensor | None, ...]:
     w, given, (u, g, needs) = _named(arguments)
     M, gated = math.prod(x.shape[:-1]), w.gate_weight is not None
     grad, rows = grad.reshape(M, w.fc2_weight.shape[0]), x.reshape(M, x.shape[-1])
@@ -88,7 +87,7 @@ def _mlp_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[
         grad_gate_bias = bias_gradient(grad_g, w.gate_bias) if needs & GATE_BIAS else None
     grad_fc2_bias = bias_gradient(grad, w.fc2_bias) if needs & FC2_BIAS else None
     grads = (grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias, grad_gate_weight, grad_gate_bias)
-    return filled((grad_x, *grads), x)
+    return grad_x, *grads
 
 
 def _fake(x, *arguments):
@@ -112,10 +111,11 @@ def define(provider: Provider) -> dict[str, Callable]:
     ) -> Tensor:
         w = weights
         if packed is None:
-            sources = w.fc1_weight, w.fc1_bias, w.gate_weight, w.gate_bias, w.fc2_weight
+            sources = w.fc1_weight, w.fc1_bias, w.gate_weight, w.gate_bias, w.fc2_weight, w.fc2_bias
             packed = gather(*mlp_packing(*sources, kept), x.dtype)
-        fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight = packed
-        w = MlpWeights(fc1_weight, fc1_bias, fc2_weight, w.fc2_bias, gate_weight, gate_bias)
-        return packed_mlp(x, *w, kept.neurons, activation, recompute)[0]
+        fc1_weight, fc1_bias, gate_weight, gate_bias, fc2_weight, fc2_bias = packed
+        fc2_bias = w.fc2_bias if fc2_bias is None else fc2_bias
+        w = MlpWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, gate_weight, gate_bias)
+        return packed_mlp(x, *w, kept.neurons, activation, recompute)
 
     return {"mlp": run}

@@ -1,13 +1,13 @@
 """What a provider supplies, and how it becomes a backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _autograd, _dtypes
+from .. import _autograd
 
 
 class Pieces(NamedTuple):
@@ -69,15 +69,16 @@ class Provider(NamedTuple):
         forward: tuple[Callable, Callable],
         backward: tuple[Callable, Callable],
     ) -> Callable:
-        """Defines the op `name` and its gradient `name_backward`, and returns the op.
+        """Defines the op `name` and its gradient `name_backward`, and returns what calls it for its output.
 
         op: its public name; leaves: how many of the first inputs have gradients; forward, backward: what runs
         and what stands for it where torch traces.
         """
-        full_name = self.define(name, *forward)
-        self.define(f"{name}_backward", *backward)
+        full_name = self.define(name, whole(forward[0]), forward[1])
+        self.define(f"{name}_backward", whole(backward[0]), backward[1])
         _autograd.differentiate(full_name, op, self.op(f"{name}_backward"), leaves, constants=2)
-        return self.op(name)
+        run, run_backward = (partial(way[0], self.pieces) for way in (forward, backward))
+        return _autograd.shortcut(op, run, run_backward, leaves, self.op(name))
 
     def op(self, name: str) -> Callable:
         """The op that `define` registered."""
@@ -86,14 +87,18 @@ class Provider(NamedTuple):
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a b + bias, by the vendor's GEMM."""
-    return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+    return a @ b if bias is None else torch.addmm(bias if bias.dtype == a.dtype else bias.to(a.dtype), a, b)
 
 
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     """The sum over the rows of `grad` in the dtype of `bias`."""
-    return grad.sum(0, dtype=_dtypes.statistics_dtype(grad.dtype)).to(bias.dtype)
+    return grad.sum(0, dtype=bias.dtype)  # in one launch; torch adds up in float32
 
 
-def filled(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An op returns tensors only: an empty one stands for a gradient that was not asked for."""
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+def whole(run: Callable) -> Callable:
+    """An op returns tensors only: an empty one stands for each None that `run` gives."""
+
+    def op(pieces: Pieces, first: Tensor, *others) -> tuple[Tensor, ...]:
+        return tuple(first.new_empty(0) if t is None else t for t in run(pieces, first, *others))
+
+    return op

@@ -49,6 +49,9 @@ HARMLESS = {
     "attention_backward.cu: if (part < parts) {": "a part behind the last has no token to bring",
     "group_scores.cu: if (lane == 0) out[row] = sum;": ALIKE,
     "mma.h: if (running->shuffles) return multiply_by_shuffles(sums, a, b);": "shuffles multiply alike",
+    "prox_shrink.cu: if (all_one) return;": "times one is exact",
+    "pieces.h: if (left > 0) work(row, column, left < 8 ? left : 8);": "a lane behind the end has a count "
+    "below one and touches nothing",
     "pieces.h: if (blocks == 0) return;": "a matrix without blocks is found by no block",
     "pieces.h: if (pieces_.count > 0) launch_(pieces_, blocks_);": "a launch of no block is none",
     "pieces.h: if (pieces_.count == kPieces) flush();": "a launch for each matrix does the same",

@@ -20,6 +20,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("UVC_MEASURE", "1")
     monkeypatch.setenv("UVC_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_served", {})
     monkeypatch.setattr(autotune, "_ran", {})
     torch.use_deterministic_algorithms(False)
 
@@ -28,7 +29,7 @@ def times(monkeypatch, **ms):
     """Lets the measurement find these times; returns the list of what was measured."""
     asked = []
 
-    def measured(op, names, arguments):
+    def measured(op, names, arguments, packing=None):
         asked.append((op, tuple(names)))
         return {name: [ms[name]] * autotune.ROUNDS for name in names}
 
@@ -83,6 +84,7 @@ def test_a_choice_is_measured_anew_after_a_day(monkeypatch, tmp_path):
         choice["at"] -= autotune.LASTS + 1
     file.write_text(json.dumps(content))
     monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_served", {})
     asked = times(monkeypatch, cpu=1.0, dense=2.0)
     call()
     (choice,) = choices(tmp_path).values()
@@ -94,6 +96,7 @@ def test_what_another_build_found_does_not_count(what, monkeypatch):
     times(monkeypatch, cpu=1.0, dense=0.5)
     call()
     monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_served", {})
     build = autotune._build()
     monkeypatch.setattr(autotune, "_build", lambda: {**build, what: "other"})
     asked = times(monkeypatch, cpu=1.0, dense=0.5)
@@ -152,6 +155,7 @@ def test_another_process_reads_what_was_measured(monkeypatch):
     times(monkeypatch, cpu=1.0, dense=0.5)
     call()
     monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_served", {})
     asked = times(monkeypatch)
     call()
     assert asked == []
@@ -301,6 +305,7 @@ def test_a_captured_graph_takes_no_kernel_that_must_be_loaded_first(capture, mon
     call()
     # Another process: the choice is on disk, and no kernel has run.
     monkeypatch.setattr(autotune, "_known", {})
+    monkeypatch.setattr(autotune, "_served", {})
     monkeypatch.setattr(autotune, "_ran", {})
     asked = times(monkeypatch)
     for capturing in (True, False, True):
@@ -366,3 +371,46 @@ def test_full_attention_equals_the_reference_and_its_gradients():
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() < 1e-12 * b.norm()
+
+
+def test_a_call_like_one_before_looks_nothing_up(monkeypatch):
+    times(monkeypatch, cpu=1.0, dense=2.0)
+    call()
+    for module, name in ((_dispatch, "able"), (autotune, "_recorded"), (autotune, "_key")):
+        monkeypatch.setattr(module, name, lambda *_: 1 / 0)
+    call()
+    for other in (lambda: call(batch=3), lambda: call(keep=30)):
+        with pytest.raises(ZeroDivisionError):
+            other()
+    with uvc_kernels.backend("reference"):  # what is forced is not looked up, and serves
+        call()
+    monkeypatch.setenv("UVC_BACKEND", "reference")
+    call()
+
+
+def test_where_weights_are_packed_ahead_a_measurement_shares_the_launch(monkeypatch):
+    """What packs is given packed weights, and its packing counts for one of many layers."""
+    kept = uvc_kernels.kept_neurons(torch.arange(16) < 8)
+    x, w1, w2 = torch.randn(2, 5, 8), torch.randn(16, 8), torch.randn(8, 16)
+    weights, seen, packed = MlpWeights(w1, None, w2, None), [], []
+
+    def packing(w):
+        return uvc_kernels.mlp_packing(*w[:2], *w[4:], *w[2:4], kept)
+
+    def run(x, w, kept, activation, ready, recompute):
+        seen.append(ready)
+        parts = [t for t in (ready or w) if t is not None]
+        return x * sum(t.sum() for t in parts)
+
+    def gather(sources, *rest):
+        packed.append(len(sources))
+        return uvc_kernels.gather(sources, *rest)
+
+    made = _dispatch._Implementation(run, "cpu", frozenset({torch.float32}), packs=True)
+    monkeypatch.setitem(_dispatch._implementations, ("mlp", "cuda"), made)
+    monkeypatch.setitem(autotune._variants, ("mlp", "plain"), run)
+    monkeypatch.setattr(autotune, "gather", gather)
+    found = autotune._times("mlp", ["cuda", "plain"], (x, weights, kept, "gelu", "ahead", False), packing)
+    assert len(found["cuda"]) == len(found["plain"]) == autotune.ROUNDS
+    assert {type(ready) for ready in seen} == {list, type(None)}
+    assert packed[0] == 6 and set(packed[1:]) == {6 * autotune.TOGETHER} and len(packed) > autotune.ROUNDS

@@ -264,6 +264,48 @@ def test_gradcheck_and_opcheck_pass():
     torch.library.opcheck(op, (leaves[0], *packs, leaves[4], *given))
 
 
+class Names(TorchDispatchMode):
+    """Notes which of our ops run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func._opname] * (func.namespace == "uvc_kernels")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_way_past_the_library_gives_the_same_bits(grad, recompute):
+    kept = ragged(3, 20)
+    shapes = ((2, 17, 24), (180, 24), (180,), (24, 60), (24,))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    leaves[2].requires_grad_(False)
+
+    def run():
+        with uvc_kernels.backend("cuda-host"), torch.set_grad_enabled(grad):
+            out = uvc_kernels.attention(*leaves, kept, 0.25, recompute=recompute)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return [out.detach(), *(torch.autograd.grad(out.square().sum(), wanted) if grad else ())]
+
+    past = run()
+    with Names() as seen:
+        through = run()
+    assert "attend_cuda_host" in seen.names and ("attend_backward_cuda_host" in seen.names) == grad
+    assert all(map(torch.equal, past, through))
+
+
+def test_a_second_derivative_is_refused_on_the_way_past_the_library():
+    kept, x = ragged(2, 8), torch.randn(1, 5, 6, requires_grad=True)
+    weights = torch.randn(48, 6), None, torch.randn(6, 16), None
+    with uvc_kernels.backend("cuda-host"):
+        out = uvc_kernels.attention(x, *weights, kept, 0.25)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_forward_pass_makes_one_tensor_as_large_as_qkv(recompute):
     class Large(TorchDispatchMode):

@@ -7,6 +7,8 @@ import timm
 import torch
 import uvc_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
+from uvc_kernels import autotune, cuda
+from uvc_kernels.packed.attention import _attend, _attend_backward
 
 import uvc
 
@@ -109,6 +111,60 @@ def test_the_cpu_kernels_pack_inside_and_a_compacted_model_has_no_hooks(x):
         model(x)
     assert not any("gather" in name for name in launches.names)
     assert not uvc.compact(model).blocks._forward_pre_hooks
+
+
+def test_what_serves_without_packed_weights_is_not_packed_from_the_second_pass_on(x, monkeypatch):
+    model, run_of = vit(), autotune._run_of
+
+    def chosen(op, arguments, *_, **settings):
+        return run_of(op, "dense" if op == "mlp" else BACKEND)
+
+    monkeypatch.setattr(autotune, "choose", chosen)
+    sizes = []
+    plain = uvc_kernels.gather
+
+    def gather(sources, *rest):
+        sizes.append(len(sources))
+        return plain(sources, *rest)
+
+    monkeypatch.setattr(uvc_kernels, "gather", gather)
+    with uvc_kernels.backend("reference"):
+        expected = model(x)
+    with uvc_kernels.backend(BACKEND):
+        for _ in range(3):
+            assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    # first all six halves, with four and six entries; then the attention halves alone
+    assert sizes == [3 * 4 + 3 * 6, 3 * 4, 3 * 4]
+
+
+def test_where_nothing_is_read_nothing_is_packed(x, monkeypatch):
+    model, run_of = vit(), autotune._run_of
+    monkeypatch.setattr(autotune, "choose", lambda op, *_, **settings: run_of(op, "dense"))
+    monkeypatch.setattr(uvc_kernels, "gather", lambda *_: 1 / 0)
+    with uvc_kernels.backend(BACKEND):
+        model(x)
+
+
+def test_no_bias_is_cast_by_itself_and_each_is_summed_in_one_launch():
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._opname in ("sum", "_to_copy"):
+                self.names.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    attention = vit().blocks[0].attn
+    kept, x = attention.kept(torch.device("cpu")), torch.randn(2, 5, 24).bfloat16()
+    packed = uvc_kernels.gather(*attention.packing(), torch.bfloat16)
+    assert {t.dtype for t in packed} == {torch.bfloat16}
+    given = (kept.qk, kept.v, kept.table, *kept[-4:], attention.scale, False)
+    with Calls() as calls:
+        out, *saved = _attend(cuda._pieces(), x, *packed, *given)
+        _attend_backward(cuda._pieces(), out, x, *packed, *given, *saved, 31)
+    assert calls.names == ["sum", "sum"]
 
 
 def test_converting_and_copying_again_packs_once(x):

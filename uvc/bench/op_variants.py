@@ -63,9 +63,9 @@ def weights(shape: LayerShape, keep: float, device: torch.device) -> Weights:
         neuron = neurons.to(device)
         parts += [Part(proj, 1, kept[2]), Part(fc1, 0, neuron), Part(fc1_bias, 0, neuron)]
         parts.append(Part(fc2, 1, neuron))
-        packings.append(uvc_kernels.attention_packing(qkv, qkv_bias, proj, heads))
+        packings.append(uvc_kernels.attention_packing(qkv, qkv_bias, proj, None, heads))
         records = uvc_kernels.kept_neurons(neurons, device)
-        packings.append(uvc_kernels.mlp_packing(fc1, fc1_bias, None, None, fc2, records))
+        packings.append(uvc_kernels.mlp_packing(fc1, fc1_bias, None, None, fc2, None, records))
     entries = [e for packing in packings for e in zip(*packing, strict=True) if e[0] is not None]
     sources, indices, inverses, dims = (list(each) for each in zip(*entries, strict=True))
     places = [index[index >= 0].long() for index in indices]

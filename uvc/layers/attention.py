@@ -49,7 +49,7 @@ class UVCAttention(Heads, Attention):
         """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
         weight = self.qkv.weight
         return uvc_kernels.attention_packing(
-            weight, self.qkv.bias, self.proj.weight, self.kept(weight.device)
+            weight, self.qkv.bias, self.proj.weight, self.proj.bias, self.kept(weight.device)
         )
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

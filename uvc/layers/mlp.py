@@ -116,8 +116,10 @@ class Neurons(Prunable):
 
     def packing(self) -> tuple[list, list, list, list]:
         """What `uvc_kernels.gather` takes to pack the kept weights; not for a dense layer."""
-        weight = self.fc2.weight
-        return uvc_kernels.mlp_packing(*self._first_layer(), weight, self.kept(weight.device))
+        fc2 = self.fc2
+        return uvc_kernels.mlp_packing(
+            *self._first_layer(), fc2.weight, fc2.bias, self.kept(fc2.weight.device)
+        )
 
     @property
     def kept_neurons(self) -> Tensor:

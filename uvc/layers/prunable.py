@@ -1,5 +1,6 @@
 """What attention and MLPs that can leave parts out have in common: masks, and what is derived from them."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -75,7 +76,7 @@ class Prunable(nn.Module):
     def _be_dense(self) -> None:
         self._masks: tuple[Tensor, ...] | None = None
         self._kept: Kept | None = None
-        self._packed: list[Tensor | None] | None = None
+        self._packed: Iterable[Tensor | None] | None = None
 
     def _index(self, device: torch.device) -> Kept:
         """The index tensors of the masks, on `device`."""
@@ -104,8 +105,13 @@ class Prunable(nn.Module):
         """Whether the backward pass computes the first product again, of kept rows, instead of keeping it."""
         self._recompute = bool(on)
 
-    def take_packed(self, packed: list[Tensor | None] | None) -> None:
+    # Of the class, too: whether the last pass has read what `take_packed` gave; before the first one, yes.
+    asks_for_packed = True
+
+    def take_packed(self, packed: Iterable[Tensor | None] | None) -> None:
         """Use these packed weights (see `packing`) from now on; None packs in every call."""
+        if self._packed is not None:
+            self.asks_for_packed = getattr(self._packed, "read", True)
         self._packed = packed
 
     @classmethod
