@@ -1,15 +1,17 @@
 """`make bench-gpu`: everything worth knowing about a GPU machine without a network, in one call.
 
-    python bench/gpu.py [--out bench/results/gpu-NAME] [--dry-run] [--only STAGE ...]
+    python bench/gpu.py [--out bench/results/gpu-NAME] [--rest] [--dry-run] [--only STAGE ...]
 
-Stages run one after another, each with a time limit, all within nine minutes. One that fails is named and the
-others go on; the exit code is 1 then. What came out lies in one folder: stages.csv, log.txt with all that was
-printed, the CSV files of the benchmarks and of the profiler.
+Stages of one wave run at once, waves one after another, each stage with a limit, all within nine minutes;
+what is timed has the machine to itself. What does not fit is a second call, --rest. A stage that fails is
+named and the others go on; the exit code is 1 then. What came out lies in one folder: stages.csv, log.txt
+with all that was printed, the CSV files of the benchmarks and of the profiler.
 """
 
 import argparse
 import csv
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -17,8 +19,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -26,13 +30,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 LIMIT_S = 9 * 60
 GRACE_S = 12  # between asking a stage to stop and ending it: benchmarks write what they have
+running: list[subprocess.Popen] = []  # stages, each in a session of its own
+stopping = threading.Event()  # no other is started
 UVC = (PYTHON, "-c", "from uvc.cli import main; main()")
 
 
 class Stage(NamedTuple):
     """A command, its limit in seconds, what must be here for it; `wrong`: what its output must not contain.
 
-    `optional`: it is left out without blame where something is missing.
+    `optional`: it is left out without blame where something is missing. `wave`: when it runs; stages of one
+    wave run at once. `rest`: it belongs to the second call.
     """
 
     name: str
@@ -41,6 +48,8 @@ class Stage(NamedTuple):
     command: tuple[str, ...]
     wrong: str = ""
     optional: bool = False
+    wave: int = 0
+    rest: bool = False
 
 
 def stages(out: Path, scratch: Path) -> list[Stage]:
@@ -51,47 +60,72 @@ def stages(out: Path, scratch: Path) -> list[Stage]:
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     measure = (*pytest, "--device", "cuda", "--results", str(out), "--benchmark-disable-gc")
     search = ("--teacher-epochs", "2", "--warmup-epochs", "0", "--search-epochs", "10", "--post-epochs", "1")
+    suite = (*pytest, "tests/kernels", "-n", str(min(8, os.cpu_count() or 1)), "-k")
+    check = (PYTHON, on_gpu, "check")
     return [
         Stage("machine", 20, (), (PYTHON, on_gpu, "machine")),
         Stage("build", 150, ("torch", "c++"), (PYTHON, "setup.py", "build_ext", "--inplace")),
-        Stage("self-check", 45, ("gpu", "torch"), (*UVC, "doctor"), "FAILED|WRONG"),
-        Stage("models", 150, ("gpu", "torch", "pytest_benchmark"), (*measure, "bench/test_models.py")),
-        Stage("tests", 90, ("gpu", "torch", "pytest"), (*pytest, "tests/kernels")),
+        # What needs no extension is tested while it is built.
+        Stage("triton tests", 150, ("gpu", "torch", "pytest", "xdist", "triton"), (*suite, "triton")),
+        Stage("self-check", 45, ("gpu", "torch"), (*UVC, "doctor"), "FAILED|WRONG", wave=1),
+        Stage("peers", 60, ("gpu", "torch"), (PYTHON, str(here / "peers.py"), "--out", str(out)), wave=2),
+        Stage(
+            "models", 150, ("gpu", "torch", "pytest_benchmark"), (*measure, "bench/test_models.py"), wave=3
+        ),
+        Stage("tests", 90, ("gpu", "torch", "pytest", "xdist"), (*suite, "not triton"), wave=4),
+        Stage(
+            "racecheck",
+            90,
+            ("gpu", "torch", "compute-sanitizer"),
+            (*sanitizer, "racecheck", *check, "attention"),
+            optional=True,
+            wave=4,
+        ),
+        Stage(
+            "search",
+            90,
+            ("gpu", "torch", "sklearn"),
+            (*UVC, "compress", "--data", "digits", "--device", "cuda", "--budget", "0.5", "--quiet", *search,
+             "--out", str(scratch / "digits")),
+            "not captured",
+            wave=4,
+        ),
         Stage(
             "layers",
             110,
             ("gpu", "torch", "pytest_benchmark"),
             (*measure, "--no-compile", "--benchmark-columns", "median", "bench/test_kernels.py"),
-        ),
-        Stage(
-            "search",
-            45,
-            ("gpu", "torch", "sklearn"),
-            (*UVC, "compress", "--data", "digits", "--device", "cuda", "--budget", "0.5", "--quiet", *search,
-             "--out", str(scratch / "digits")),
-        ),
-        Stage(
-            "memcheck",
-            45,
-            ("gpu", "torch", "compute-sanitizer"),
-            (*sanitizer, "memcheck", PYTHON, on_gpu, "check"),
-            optional=True,
-        ),
-        Stage(
-            "racecheck",
-            45,
-            ("gpu", "torch", "compute-sanitizer"),
-            (*sanitizer, "racecheck", PYTHON, on_gpu, "check"),
-            optional=True,
+            wave=5,
+            rest=True,
         ),
         Stage(
             "profile",
-            45,
+            60,
             ("gpu", "torch", "ncu"),
             ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight",
              "--section", "LaunchStats", "--section", "Occupancy", "--csv", "--page", "details", "--log-file",
              str(out / "ncu.csv"), PYTHON, on_gpu, "profile"),
             optional=True,
+            wave=6,
+            rest=True,
+        ),
+        Stage(
+            "memcheck",
+            240,
+            ("gpu", "torch", "compute-sanitizer"),
+            (*sanitizer, "memcheck", *check),
+            optional=True,
+            wave=7,
+            rest=True,
+        ),
+        Stage(
+            "racecheck of all",
+            240,
+            ("gpu", "torch", "compute-sanitizer"),
+            (*sanitizer, "racecheck", *check),
+            optional=True,
+            wave=7,
+            rest=True,
         ),
     ]  # fmt: skip
 
@@ -147,34 +181,37 @@ def link_packages(folder: Path) -> Path:
     return folder
 
 
-def run(stage: Stage, limit_s: float, variables: dict[str, str], log: TextIO) -> tuple[str, list[str]]:
-    """What happened ("ok", or why not), and the lines that were printed."""
-    log.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n")
-    log.flush()
-    start = log.tell()
-    if stage.name in ("memcheck", "racecheck"):
+def run(
+    stage: Stage, limit_s: float, variables: dict[str, str], log: TextIO, gate: threading.Lock
+) -> tuple[str, list[str]]:
+    """What happened ("ok", or why not), and what was printed, which `log` gets when the stage has ended."""
+    if stage.name.startswith(("memcheck", "racecheck")):
         # Neighbours in one cached block would hide an access beyond a tensor.
         variables = variables | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    process = subprocess.Popen(
-        stage.command,
-        cwd=ROOT,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        code, status = process.wait(limit_s), ""
-    except subprocess.TimeoutExpired:
-        status = f"stopped at its limit of {limit_s:.0f} s"
-        code = end(process)
-    except BaseException:
-        end(process)  # interrupted: a stage has a session of its own and would go on
-        raise
-    log.seek(start)
-    lines = log.read().splitlines()
-    log.seek(0, os.SEEK_END)
+    with tempfile.TemporaryFile("w+") as printed:
+        with gate:  # a process that is started is known to whoever ends all
+            if stopping.is_set():
+                return "stopped", []
+            process = subprocess.Popen(
+                stage.command,
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            running.append(process)
+        try:
+            code, status = process.wait(limit_s), ""
+        except subprocess.TimeoutExpired:
+            status = f"stopped at its limit of {limit_s:.0f} s"
+            code = end(process)
+        printed.seek(0)
+        lines = printed.read().splitlines()
+    with gate:
+        running.remove(process)
+        print(f"\n===== {stage.name}: {' '.join(stage.command)}", *lines, sep="\n", file=log, flush=True)
     if not status and code:
         status = f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')}"
     if not status and stage.wrong and (found := re.search(f".*({stage.wrong}).*", "\n".join(lines))):
@@ -199,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="where the results go")
+    parser.add_argument("--rest", action="store_true", help="run what does not fit into nine minutes")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what is missing")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages")
     options = parser.parse_args(arguments)
@@ -209,7 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: {', '.join(sorted(unknown))}: no such stage; there are {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        chosen = [s for s in stages(out, scratch) if not options.only or s.name in options.only]
+        chosen = [
+            s
+            for s in stages(out, scratch)
+            if (s.name in options.only if options.only else s.rest == options.rest)
+        ]
         if options.dry_run:
             return dry_run(chosen)
         out.mkdir(parents=True, exist_ok=True)
@@ -224,19 +266,20 @@ def dry_run(chosen: Sequence[Stage]) -> int:
         why = [reason for need in stage.needs if (reason := missing(need))]
         lacking += bool(why) and not stage.optional
         print(
-            f"{stage.name:10} "
+            f"{stage.name:16} "
             + ("missing: " + "; ".join(why) if why else f"would run, up to {stage.limit_s} s")
         )
     return 1 if lacking else 0
 
 
 def run_all(chosen: Sequence[Stage], out: Path, variables: dict[str, str]) -> int:
-    """Run stage by stage; the table of the benchmarks is printed last."""
-    began, failed, tables = time.monotonic(), [], []
-    with (out / "log.txt").open("w+") as log, (out / "stages.csv").open("w", newline="") as file:
+    """Run wave by wave; the tables of the benchmarks are printed last."""
+    began, failed, tables, gate = time.monotonic(), [], {}, threading.Lock()
+    with (out / "log.txt").open("w") as log, (out / "stages.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["stage", "seconds", "result"])
-        for stage in chosen:
+
+        def one(stage: Stage) -> None:
             start = time.monotonic()
             left_s = LIMIT_S - (start - began) - GRACE_S
             why = [reason for need in stage.needs if (reason := missing(need))]
@@ -246,19 +289,42 @@ def run_all(chosen: Sequence[Stage], out: Path, variables: dict[str, str]) -> in
             elif left_s < 5:
                 status = f"left out: the {LIMIT_S} s of all stages are over"
             else:
-                status, lines = run(stage, min(stage.limit_s, left_s), variables, log)
-            if status != "ok" and not (why and stage.optional):
-                failed.append(stage.name)
+                status, lines = run(stage, min(stage.limit_s, left_s), variables, log, gate)
             seconds = time.monotonic() - start
-            writer.writerow([stage.name, f"{seconds:.1f}", status])
-            file.flush()
-            print(f"{stage.name:10} {seconds:6.1f} s  {status}", flush=True)
-            if stage.name in ("models", "layers"):
-                tables += last_table(lines)
-    print("\n".join(tables))
+            with gate:
+                if status != "ok" and not (why and stage.optional):
+                    failed.append(stage.name)
+                writer.writerow([stage.name, f"{seconds:.1f}", status])
+                file.flush()
+                print(f"{stage.name:16} {seconds:6.1f} s  {status}", flush=True)
+                tables[stage.name] = lines if stage.name == "peers" else last_table(lines)
+
+        stopping.clear()
+        try:
+            for _, wave in itertools.groupby(chosen, lambda stage: stage.wave):
+                wave = list(wave)
+                with ThreadPoolExecutor(len(wave)) as pool:
+                    try:
+                        list(pool.map(one, wave))
+                    except BaseException:
+                        end_all(gate)
+                        raise
+        finally:
+            end_all(gate)
+    print("\n".join(line for name in ("peers", "models", "layers") for line in tables.get(name, ())))
     print(f"results: {out}")
+    failed = [stage.name for stage in chosen if stage.name in failed]
     print(f"FAILED: {', '.join(failed)}" if failed else "every stage passed")
     return 1 if failed else 0
+
+
+def end_all(gate: threading.Lock) -> None:
+    """Ends what runs: a stage has a session of its own and would go on."""
+    with gate:
+        stopping.set()
+        started = list(running)
+    for process in started:
+        end(process)
 
 
 def last_table(lines: list[str]) -> list[str]:

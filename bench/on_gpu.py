@@ -1,7 +1,7 @@
 """Small jobs of `make bench-gpu` that run in a process of their own.
 
 python bench/on_gpu.py machine    versions and devices
-python bench/on_gpu.py check      every op on every GPU backend, small shapes: for the sanitizer
+python bench/on_gpu.py check [OP] every op, or one, on every GPU backend, at models' sizes: for the sanitizer
 python bench/on_gpu.py profile    one attention and one MLP layer, forward and backward: for the profiler
 """
 
@@ -35,7 +35,7 @@ def check() -> int:
     from uvc.bench.layer_variants import backends
 
     device, wrong = torch.device("cuda"), 0
-    for op in self_check.EXAMPLES:
+    for op in sys.argv[2:3] or self_check.EXAMPLES:
         for dtype in (torch.float32, torch.bfloat16):
             for backend in backends(op, device, dtype)[0]:
                 if backend == "reference":

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,11 +33,17 @@ def test_a_dry_run_says_what_is_missing_in_a_line_per_stage(tmp_path):
     )
     lines = run.stdout.splitlines()
     assert run.returncode == 1 and not run.stderr
-    names = [line.split()[0] for line in lines]
-    assert names[:3] == ["machine", "build", "self-check"] and len(names) == len(set(names)) == 10
+    names = [re.split("  +| missing| would", line)[0] for line in lines]
+    assert names[:4] == ["machine", "build", "triton tests", "self-check"]
+    assert len(names) == len(set(names)) == 9
     missing = {name: line for name, line in zip(names, lines, strict=True) if "missing: " in line}
     assert "no C++ compiler" in missing["build"]
-    assert "nvidia-smi is not on the PATH" in missing["models"] and "ncu is not" in missing["profile"]
+    assert "nvidia-smi is not on the PATH" in missing["models"]
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry-run", "--rest"], capture_output=True, text=True, env=empty
+    )
+    rest = run.stdout.splitlines()
+    assert len(rest) == 4 and any("ncu is not" in line for line in rest) and not set(rest) & set(lines)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,7 +115,36 @@ def test_all_stages_fit_into_nine_minutes(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LIMIT_S", gpu.GRACE_S + 4)
     assert gpu.run_all([stage(gpu, "late", "print(1)")], tmp_path, dict(os.environ)) == 1
     assert "are over" in results(tmp_path)["late"]
-    assert gpu.stages(tmp_path, tmp_path)[0].limit_s < 60
+    waves = {}
+    for each in gpu.stages(tmp_path, tmp_path):
+        waves.setdefault((each.rest, each.wave), []).append(each.limit_s)
+    for rest in (False, True):
+        assert sum(max(limits) for (of, _), limits in waves.items() if of == rest) <= 9 * 60 - 12
+
+
+def test_stages_of_one_wave_run_at_once_and_the_next_wave_after_them(gpu, tmp_path):
+    code = "import os, pathlib, sys, time; here = pathlib.Path(sys.argv[1]); (here / sys.argv[2]).touch(); "
+    wait = "\nwhile not (here / sys.argv[3]).exists(): time.sleep(0.05)"
+
+    def waits(name, other, wave):
+        command = (sys.executable, "-c", code + wait, str(tmp_path), name, other)
+        return gpu.Stage(name, 60, (), command, wave=wave)
+
+    after = stage(gpu, "after", f"import os; assert os.path.exists({str(tmp_path / 'b')!r})", wave=1)
+    chosen = [waits("a", "b", 0), waits("b", "a", 0), after]
+    assert gpu.run_all(chosen, tmp_path, dict(os.environ)) == 0
+    assert set(results(tmp_path).values()) == {"ok"} and list(results(tmp_path))[-1] == "after"
+
+
+def test_peers_are_judged_and_timed_in_one_table(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "peers.py"), "--device", "cpu", "--out", str(tmp_path)]
+    command += ["--images", "1", "--heads", "2", "--tokens", "20", "--dims", "16", "--rounds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    with (tmp_path / "peers.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert run.returncode == 0 and {"uvc cuda-host", "sdpa math", "flash_attn"} <= set(rows), run.stderr
+    assert float(rows["uvc cuda-host"]["backward_ms"]) > 0 and not rows["uvc cuda-host"]["left"]
+    assert rows["sdpa cudnn"]["left"] and len(run.stdout.splitlines()) == len(rows) + 2
 
 
 def test_an_unknown_stage_is_one_line():
