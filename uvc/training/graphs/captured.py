@@ -57,6 +57,7 @@ class Captured:
 
     def __init__(self, model: nn.Module, graphs: Callable[[], Graph] | None) -> None:
         self.model, self.graphs = model, graphs
+        self.blocks = [block for block in model.modules() if isinstance(block, UVCBlock)]
         self.captures = 0
         self._key: tuple | None = None
         self._forget()
@@ -84,7 +85,7 @@ class Captured:
         """
         if self.graphs is None:
             return None
-        found = structure_key(self.model)
+        found = structure_key(self.blocks)
         if found is None:
             return None
         structure, kept = found
@@ -151,14 +152,12 @@ class Captured:
         return None
 
 
-def structure_key(model: nn.Module) -> tuple[tuple, list[Any]] | None:
-    """What the blocks keep, as something to compare, with the objects that its addresses are of; None where a
+def structure_key(blocks: Iterable[UVCBlock]) -> tuple[tuple, list[Any]] | None:
+    """What blocks keep, as something to compare, with the objects that its addresses are of; None where a
     pass has effects of its own, as gates and hooks on halves have.
     """
     key, kept = [], []
-    for block in getattr(model, "blocks", ()):
-        if not isinstance(block, UVCBlock):
-            continue
+    for block in blocks:
         if block.has_gates or any(
             half._forward_pre_hooks or half._forward_hooks for half in (block.attn, block.mlp)
         ):
