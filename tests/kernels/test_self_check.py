@@ -53,3 +53,8 @@ def test_no_check_runs_while_a_graph_is_captured(monkeypatch):
     assert not _dispatch._proven("mlp", HOST, CPU, torch.float32) and ran == []
     monkeypatch.setattr(_dispatch, "capturing", lambda device: False)
     assert _dispatch._proven("mlp", HOST, CPU, torch.float32) and len(ran) == 1
+
+
+def test_on_a_gpu_the_examples_have_the_sizes_of_real_models():
+    sizes = [(tokens, qk.shape[1]) for _, tokens, qk, _ in self_check._heads(torch.device("cuda"))]
+    assert {(197, 64), (198, 128), (577, 64)} <= set(sizes)
