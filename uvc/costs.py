@@ -170,7 +170,7 @@ class _FirstTokens(nn.Module):
         super().__init__()
         self.tokens = tokens
 
-    def forward(self, x: Tensor, **arguments) -> Tensor:
+    def forward(self, x: Tensor, *masks, **arguments) -> Tensor:
         return x[:, : self.tokens]
 
 

@@ -26,6 +26,7 @@ from uvc.layers import (
     layers_of,
     patches_of,
     prefix_of,
+    seen,
     slimming,
     units_of,
 )
@@ -95,6 +96,8 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 def params_around(block: nn.Module) -> tuple[int, int]:
     """Parameters of the attention half and of the MLP half of a block outside these two layers."""
+    if hasattr(block := seen(block), "around"):
+        return block.around()
     halves, others = {"1": 0, "2": 0}, {"attn", "mlp", *kind_of_block(block).stays(block)}
     for name, parameter in block.named_parameters():
         child = name.split(".")[0]

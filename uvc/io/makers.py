@@ -3,6 +3,7 @@
 from uvc.io.arguments import MAKERS as PLAIN
 from uvc.io.hiera import HIERA
 from uvc.io.naflex import NAFLEX
+from uvc.io.others import OTHERS
 from uvc.io.swin import SWIN
 
-MAKERS = {**PLAIN, **{maker.make.__name__: maker for maker in (NAFLEX, *SWIN, HIERA)}}
+MAKERS = {**PLAIN, **{maker.make.__name__: maker for maker in (NAFLEX, *SWIN, HIERA)}, **OTHERS}

@@ -25,6 +25,7 @@ from uvc.io.card import Subject, write_card
 from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.makers import MAKERS
+from uvc.io.others import fill_from_new, name_of_other
 from uvc.io.preprocessing import check_preprocessing, preprocessing_of, take_preprocessing
 from uvc.layers import (
     UVCGeGluMlp,
@@ -80,6 +81,13 @@ ACTIVATIONS = {
     "timm.gelu": timm.layers.activations.GELU,
     "timm.gelu_tanh": timm.layers.activations.GELUTanh,
     "timm.quick_gelu": timm.layers.activations.QuickGELU,
+}
+# Of models whose config says them.
+PARTS = {
+    "block": "Block",
+    "norm": {"name": "LayerNorm", "eps": 1e-6},
+    "mlp": "Mlp",
+    "activation": "gelu",
 }
 # Attributes that tell how a model was initialised, is trained, or picks among equal kernels: not part of it.
 UNSAVED = {
@@ -160,6 +168,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", budget: float |
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
     """Compute, on `device`, the buffers of a loaded model that are in no file: tables of positions."""
+    if name_of_other(model):
+        return fill_from_new(model, device)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for module in model.modules():
         missing = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
@@ -172,8 +182,10 @@ def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The config of `model`; ValueError, naming the part, unless a rebuild from it gives the same modules."""
-    maker = MAKERS.get(type(model).__name__)
-    if maker is None or maker.make is not type(model):
+    other = name_of_other(model)
+    kind = other or type(model).__name__
+    maker = MAKERS.get(kind)
+    if maker is None or (other is None and maker.make is not type(model)):
         raise ValueError(f"cannot save a {type(model).__name__}; {', '.join(MAKERS)} can be saved")
     check_children(model, hooks=False)
     if is_compacted(model):
@@ -183,12 +195,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     (name, block), *rest = named_blocks(dense).items()
     config = {
         "format": FORMAT,
-        "class": type(model).__name__,
+        "class": kind,
         "architecture": None,
-        "block": "ResPostBlock" if block.norm_last else "Block",
-        "norm": {"name": name_of(block.norm1, f"{name}.norm1", NORMS), "eps": block.norm1.eps},
-        "mlp": name_of(block.mlp, f"{name}.mlp", MLPS),
-        "activation": name_of(block.mlp.act, f"{name}.mlp.act", ACTIVATIONS),
+        **(PARTS if other else parts_of(block, name)),
         "arguments": maker.read(dense),
         "compacted": is_compacted(model),
         "form": list(forms_of(model)) if is_compacted(model) else None,
@@ -213,6 +222,16 @@ def describe(model: nn.Module) -> dict[str, Any]:
         # What its blocks were made from is known; here, that they are still what was made.
         compare(model, rebuild(config)[1])
     return config
+
+
+def parts_of(block: nn.Module, name: str) -> dict[str, Any]:
+    """The classes of a block's parts; ValueError, naming the part, for one that is not known."""
+    return {
+        "block": "ResPostBlock" if block.norm_last else "Block",
+        "norm": {"name": name_of(block.norm1, f"{name}.norm1", NORMS), "eps": block.norm1.eps},
+        "mlp": name_of(block.mlp, f"{name}.mlp", MLPS),
+        "activation": name_of(block.mlp.act, f"{name}.mlp.act", ACTIVATIONS),
+    }
 
 
 def has_own_calls(module: nn.Module) -> bool:

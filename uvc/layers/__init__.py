@@ -12,9 +12,20 @@ from uvc.layers.compact_layers import FORMS
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
 from uvc.layers.families import Families, families_of, layers_of, units_of
 from uvc.layers.geglu import UVCGeGluMlp
-from uvc.layers.inputs import cfg_of, image_of, patches_of, set_image, set_tokens, stem_of, takes_any_size
-from uvc.layers.kinds import prefix_of
+from uvc.layers.inputs import (
+    cfg_of,
+    facts_of,
+    image_of,
+    patches_of,
+    prefix_of,
+    set_image,
+    set_tokens,
+    stem_of,
+    takes_any_size,
+    trunk_of,
+)
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
+from uvc.layers.other_blocks import seen
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
 from uvc.layers.stages import blocks_of, lists_of, named_blocks, replaced
 from uvc.layers.token_pruning import Slimming, slimming
@@ -40,6 +51,7 @@ __all__ = [
     "check_children",
     "compact_kind",
     "convert",
+    "facts_of",
     "families",
     "families_of",
     "image_of",
@@ -52,11 +64,13 @@ __all__ = [
     "patches_of",
     "prefix_of",
     "replaced",
+    "seen",
     "set_image",
     "set_recompute",
     "set_tokens",
     "slimming",
     "stem_of",
     "takes_any_size",
+    "trunk_of",
     "units_of",
 ]

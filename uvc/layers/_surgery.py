@@ -1,6 +1,7 @@
 """What the layers share: taking a module over, and copying one without weights."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -28,5 +29,7 @@ def meta_copy(module: M, memo: dict[int, object] | None = None) -> M:
 
 
 def like(blocks: nn.Sequential | nn.ModuleList, others: Sequence[nn.Module]) -> nn.Module:
-    """Other blocks in the kind of list that `blocks` is."""
-    return nn.Sequential(*others) if isinstance(blocks, nn.Sequential) else nn.ModuleList(others)
+    """Other blocks in the kind of list that `blocks` is, under the same names."""
+    if not isinstance(blocks, nn.Sequential):
+        return nn.ModuleList(others)
+    return nn.Sequential(OrderedDict(zip(blocks._modules, others, strict=False)))

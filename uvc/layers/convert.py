@@ -7,14 +7,17 @@ from uvc.layers.block_kinds import BLOCKS, kind_of_block
 from uvc.layers.children import first_change
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.families import families_of, layers_of
-from uvc.layers.kinds import ATTENTIONS, MLPS, MODELS, kind_of_layer
+from uvc.layers.inputs import is_served, trunk_of
+from uvc.layers.kinds import ATTENTIONS, MLPS, kind_of_layer
+from uvc.layers.other_blocks import layout_of, needs_names, seen
 from uvc.layers.prepack import pack_ahead
 from uvc.layers.prunable import Prunable
 from uvc.layers.stages import blocks_of, lists_of, named_blocks
 
 SUPPORTED = (
     "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
-    "SwinTransformer (V2) and Hiera with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU"
+    "SwinTransformer (V2) and Hiera with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU, and "
+    "transformers' and torchvision's ViT, DeiT, DINOv2, DINOv3, CLIP vision and SigLIP vision"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
@@ -80,23 +83,28 @@ def check(model: nn.Module) -> None:
         )
     for name, block in blocks.items():
         ours = isinstance(block, UVCBlock)  # of a class of its own, where FSDP2 spreads it
-        if not ours and type(block) not in BLOCKS:
+        theirs = needs_names(block)
+        if not ours and not theirs and type(block) not in BLOCKS:
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
-        for path, module in ((name, block), (f"{name}.attn", block.attn), (f"{name}.mlp", block.mlp)):
+        attn = layout_of(block).attn if theirs else "attn"
+        halves = [(f"{name}.{half}", getattr(block, half)) for half in (attn, "mlp")]
+        for path, module in ((name, block), *halves):
             if not ours and ("forward" in vars(module) or module._compiled_call_impl):
                 raise ValueError(
                     f"{path} has a forward of its own, which would run in place of the pruned one; convert "
                     "the model before it is compiled or wrapped"
                 )
-        if type(block.attn) not in (*ATTENTIONS, *ATTENTIONS.values()):
+        if layout_of(block) is not None:
+            block = seen(block)
+        elif type(block.attn) not in (*ATTENTIONS, *ATTENTIONS.values()):
             raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
-        if type(block.mlp) not in (*MLPS, *MLPS.values()):
+        elif type(block.mlp) not in (*MLPS, *MLPS.values()):
             raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
         if fault := kind_of_layer(block.attn).fault(block.attn):
             raise ValueError(f"{name}.attn.{fault}")
         if fault := kind_of_layer(block.mlp).fault(block.mlp):
             raise ValueError(f"{name}.mlp.{fault}")
-    if not isinstance(model, MODELS):
+    if not is_served(trunk_of(model)):
         raise ValueError(f"the model is {described(model)}; {SUPPORTED}")
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.kinds import prunable
+from uvc.layers.other_blocks import seen
 
 
 def units_of(attn: nn.Module) -> list[list[int]]:
@@ -27,6 +28,7 @@ class Families(NamedTuple):
 def layers_of(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Attention and MLP of a timm, converted or compacted block, as layers that can leave parts out."""
     block = block.origin if isinstance(block, CompactBlock) else block
+    block = seen(block)
     return prunable(block.attn), prunable(block.mlp)
 
 

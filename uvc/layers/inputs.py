@@ -4,13 +4,28 @@ The size is that of the stem; of a model that takes images of any size, that of 
 """
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+from timm.models.cait import Cait
 from timm.models.hiera import Hiera
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
+from uvc.layers.compact_block import CompactBlock
+from uvc.layers.kinds import MODELS
+from uvc.layers.other_blocks import layout_of
+from uvc.layers.stages import lists_of
+
 Image = tuple[int, int, int]
+
+
+class Facts(NamedTuple):
+    """What a model of transformers or torchvision says of its images: their size, and that of a patch."""
+
+    image: Image
+    patch: tuple[int, int]
+    registers: int
 
 
 def cfg_of(model: nn.Module) -> dict[str, Any]:
@@ -19,39 +34,89 @@ def cfg_of(model: nn.Module) -> dict[str, Any]:
     return dict(cfg.to_dict() if hasattr(cfg, "to_dict") else cfg or {})
 
 
+def facts_of(model: nn.Module) -> Facts | None:
+    """The facts of a model of transformers or torchvision; None of any other."""
+    package = type(model).__module__.partition(".")[0]
+    if package == "torchvision" and hasattr(model, "conv_proj"):
+        size, patch = _pair(model.image_size), _pair(model.patch_size)
+        return Facts((next(model.conv_proj.parameters()).shape[1], *size), patch, 0)
+    if package != "transformers" or getattr(model, "main_input_name", "") != "pixel_values":
+        return None
+    config = model.config
+    if not all(hasattr(config, name) for name in ("image_size", "patch_size", "num_channels")):
+        return None
+    size, patch = _pair(config.image_size), _pair(config.patch_size)
+    return Facts((config.num_channels, *size), patch, getattr(config, "num_register_tokens", 0))
+
+
+def _pair(size: int | Iterable[int]) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, Iterable) else (size, size)
+
+
+def is_served(model: nn.Module) -> bool:
+    """Whether a model is of a class whose images are understood."""
+    return isinstance(model, MODELS) or facts_of(model) is not None
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The model of a class that is served: the one given, or what it holds around its blocks."""
+    trunk = model
+    for name in next(iter(lists_of(model)), "").split("."):
+        if is_served(trunk):
+            return trunk
+        trunk = getattr(trunk, name, trunk)
+    return model
+
+
 def stem_of(model: nn.Module) -> nn.Module:
-    """The module that makes tokens of images."""
-    return model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+    """The module that makes tokens of images, or a model that begins with it."""
+    trunk = trunk_of(model)
+    return trunk.embeds if isinstance(trunk, NaFlexVit) else getattr(trunk, "patch_embed", trunk)
+
+
+def prefix_of(model: nn.Module) -> int:
+    """Tokens before the patches in the blocks; CaiT's class token is in later blocks alone."""
+    trunk = trunk_of(model)
+    if (facts := facts_of(trunk)) is not None:
+        block = next(iter(lists_of(trunk).values()))[0]
+        return layout_of(block.origin if isinstance(block, CompactBlock) else block).prefix + facts.registers
+    return 0 if isinstance(trunk, Cait) else getattr(trunk, "num_prefix_tokens", 0)
 
 
 def takes_any_size(model: nn.Module) -> bool:
     """Whether a model takes images of any size, so that its cost is that of a size that is stated."""
-    return isinstance(model, NaFlexVit)
+    return isinstance(trunk_of(model), NaFlexVit)
 
 
 def image_of(model: nn.Module) -> Image | None:
     """Channels, height and width of the images that costs are counted for; None without a size."""
-    if isinstance(model, Hiera):
-        sides = zip(model.tokens_spatial_shape, model.patch_stride, strict=True)
-        return (model.in_chans, *(n * stride for n, stride in sides))
-    if not takes_any_size(model):
-        size = stem_of(model).img_size
-        return None if size is None else (model.in_chans, *size)
-    size = cfg_of(model).get("input_size")
-    if size is None and (grid := stem_of(model).pos_embed_grid_size) is not None:
-        size = (0, *(n * patch for n, patch in zip(grid, stem_of(model).patch_size, strict=True)))
-    return None if size is None else (model.in_chans, *size[1:])
+    trunk = trunk_of(model)
+    if (facts := facts_of(trunk)) is not None:
+        return facts.image
+    if isinstance(trunk, Hiera):
+        sides = zip(trunk.tokens_spatial_shape, trunk.patch_stride, strict=True)
+        return (trunk.in_chans, *(n * stride for n, stride in sides))
+    if not takes_any_size(trunk):
+        size = stem_of(trunk).img_size
+        return None if size is None else (trunk.in_chans, *size)
+    size = cfg_of(trunk).get("input_size")
+    if size is None and (grid := stem_of(trunk).pos_embed_grid_size) is not None:
+        size = (0, *(n * patch for n, patch in zip(grid, stem_of(trunk).patch_size, strict=True)))
+    return None if size is None else (trunk.in_chans, *size[1:])
 
 
 def patches_of(model: nn.Module) -> int | None:
     """Patch tokens of such an image."""
-    if isinstance(model, Hiera):
-        return math.prod(model.tokens_spatial_shape)
-    if not takes_any_size(model):
-        stem = stem_of(model)
+    trunk = trunk_of(model)
+    if (facts := facts_of(trunk)) is not None:
+        return math.prod(size // patch for size, patch in zip(facts.image[1:], facts.patch, strict=True))
+    if isinstance(trunk, Hiera):
+        return math.prod(trunk.tokens_spatial_shape)
+    if not takes_any_size(trunk):
+        stem = stem_of(trunk)
         return None if stem.img_size is None else stem.num_patches
-    size = image_of(model)
-    return None if size is None else math.prod(stem_of(model).dynamic_feat_size(size[1:]))
+    size = image_of(trunk)
+    return None if size is None else math.prod(stem_of(trunk).dynamic_feat_size(size[1:]))
 
 
 def set_tokens(model: nn.Module, tokens: int) -> nn.Module:
@@ -72,10 +137,11 @@ def set_tokens(model: nn.Module, tokens: int) -> nn.Module:
         )
     rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
     height, width = stem_of(model).patch_size
-    return set_image(model, (model.in_chans, rows * height, tokens // rows * width))
+    return set_image(model, (image_of(model)[0], rows * height, tokens // rows * width))
 
 
 def set_image(model: nn.Module, size: Image) -> nn.Module:
     """Let costs of a model that takes images of any size be counted for this one, in place."""
-    model.pretrained_cfg = model.default_cfg = {**cfg_of(model), "input_size": tuple(size)}
+    trunk = trunk_of(model)
+    trunk.pretrained_cfg = trunk.default_cfg = {**cfg_of(trunk), "input_size": tuple(size)}
     return model

@@ -63,11 +63,6 @@ MLPS: dict[type[nn.Module], type[Prunable]] = {
 }
 
 
-def prefix_of(model: nn.Module) -> int:
-    """Tokens before the patches in the blocks; CaiT's class token is in later blocks alone."""
-    return 0 if isinstance(model, Cait) else getattr(model, "num_prefix_tokens", 0)
-
-
 def kind_of_layer(layer: nn.Module) -> type[Prunable]:
     """The class that takes the place of a layer's; its own if it can leave parts out."""
     return type(layer) if isinstance(layer, Prunable) else (ATTENTIONS | MLPS)[type(layer)]

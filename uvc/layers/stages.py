@@ -1,4 +1,4 @@
-"""Where a model's transformer blocks are: in one list, or in a list of each stage."""
+"""Where a model's transformer blocks are: in one list, in a list of each stage, or somewhere in a wrapper."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,35 @@ from torch import nn
 
 from uvc.layers._surgery import like
 
+LISTS = nn.Sequential | nn.ModuleList
+# Package and class of the blocks that are looked for in models without a list of that name.
+KNOWN: set[tuple[str, str]] = set()
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module is a transformer block: one that is known, or what took the place of one."""
+    kind = type(module)
+    known = (kind.__module__.partition(".")[0], kind.__name__) in KNOWN
+    return known or hasattr(module, "set_skip") or hasattr(module, "in_form")
+
 
 def lists_of(model: nn.Module) -> dict[str, nn.Sequential | nn.ModuleList]:
     """The lists of blocks of a model by their names, in the order in which they run; {} without any."""
-    lists = nn.Sequential | nn.ModuleList
     found = {"blocks": getattr(model, "blocks", None)}
     if found["blocks"] is None:
         stages = getattr(model, "layers", None)
-        stages = enumerate(stages if isinstance(stages, lists) else ())
+        stages = enumerate(stages if isinstance(stages, LISTS) else ())
         found = {f"layers.{i}.blocks": getattr(stage, "blocks", None) for i, stage in stages}
-    return found if all(isinstance(blocks, lists) and len(blocks) for blocks in found.values()) else {}
+    if found and all(isinstance(blocks, LISTS) and len(blocks) for blocks in found.values()):
+        return found
+    lists = ((name, module) for name, module in model.named_modules() if isinstance(module, LISTS))
+    return {name: module for name, module in lists if len(module) and is_block(module[0])}
 
 
 def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """All blocks by their names, in the order in which they run."""
     lists = lists_of(model).items()
-    return {f"{name}.{i}": block for name, blocks in lists for i, block in enumerate(blocks)}
+    return {f"{name}.{i}": block for name, blocks in lists for i, block in blocks.named_children()}
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
