@@ -16,6 +16,10 @@ class OwnAttention(timm.layers.Attention):
     pass
 
 
+class OfAnotherClass(nn.Linear):
+    """A linear layer that might compute anything."""
+
+
 def with_child(path: str, child: nn.Module) -> nn.Module:
     model = small_vit()
     parent, _, name = path.rpartition(".")
@@ -32,8 +36,8 @@ UNSUPPORTED = {
     r"blocks\.0\.mlp\.fc1 is a Conv2d": lambda: with_child(
         "blocks.0.mlp", timm.layers.Mlp(24, 40, use_conv=True)
     ),
-    r"blocks\.0\.attn\.qkv is a NonDynamicallyQuantizableLinear": lambda: with_child(
-        "blocks.0.attn.qkv", nn.modules.linear.NonDynamicallyQuantizableLinear(24, 72)
+    r"blocks\.0\.attn\.qkv is a OfAnotherClass": lambda: with_child(
+        "blocks.0.attn.qkv", OfAnotherClass(24, 72)
     ),
     r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
     r"the model is a ResNet without lists of transformer blocks": lambda: timm.create_model("resnet18"),

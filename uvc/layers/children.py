@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.module_tracker import ModuleTracker
 from uvc_kernels.warn_once import warn_once
 
@@ -32,10 +33,12 @@ LINEARS = (
     "qkv", "q_proj", "k_proj", "v_proj", "proj", "gate", "fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2",
 )
 # fmt: on
+# The second is torch's own under nn.MultiheadAttention, and computes the same.
+LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 DROPS = (nn.Dropout, nn.Identity)
 # What a layer may read instead of calling, or pass over.
 PLAIN = {
-    **dict.fromkeys(LINEARS, (nn.Linear,)),
+    **dict.fromkeys(LINEARS, LINEAR),
     **dict.fromkeys(("attn_drop", "drop1"), DROPS),
 }
 # Subclasses (DTensor, quantised tensors) compute in ways of their own.
@@ -56,7 +59,7 @@ def is_untouched(module: nn.Module) -> bool:
 def is_plain(linear: nn.Module) -> bool:
     """Whether calling `linear` is no more than a product with its weight and the sum with its bias."""
     return (
-        type(linear) is nn.Linear
+        type(linear) in LINEAR
         and type(linear._parameters.get("weight")) in WEIGHTS
         and is_untouched(linear)
     )
@@ -115,7 +118,7 @@ def linear_fault(layer: nn.Module, *names: str) -> str | None:
     for name in names:
         child = getattr(layer, name)
         like = isinstance(layer, Prunable) and isinstance(getattr(child, "in_features", None), int)
-        if type(child) is not nn.Linear and not like:
+        if type(child) not in LINEAR and not like:
             return f"{name} is a {kind_of(child)}, not a plain nn.Linear"
     return None
 
