@@ -59,9 +59,7 @@ def is_untouched(module: nn.Module) -> bool:
 def is_plain(linear: nn.Module) -> bool:
     """Whether calling `linear` is no more than a product with its weight and the sum with its bias."""
     return (
-        type(linear) in LINEAR
-        and type(linear._parameters.get("weight")) in WEIGHTS
-        and is_untouched(linear)
+        type(linear) in LINEAR and type(linear._parameters.get("weight")) in WEIGHTS and is_untouched(linear)
     )
 
 
