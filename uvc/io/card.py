@@ -50,7 +50,7 @@ def card(subject: Subject) -> str:
     name, model, _, found, summary = subject
     licence = found.get("license")
     lines = ["---", "library_name: uvc", f"license: {json.dumps(licence or 'other')}"]
-    if model.num_classes:
+    if getattr(model, "num_classes", 0):
         lines.append("pipeline_tag: image-classification")
     lines += ["tags: [vision-transformer, pruning, uvc]", "---", MADE, "", f"# {_cell(name)}, pruned", ""]
     lines += [f"![what each block keeps]({PICTURE})", ""]
