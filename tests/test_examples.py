@@ -51,6 +51,20 @@ def test_compression_example_runs(capsys, monkeypatch):
     assert "first test digits: [" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("match_features", r"0\.(49|50) of the MACs; maps \[\(2, 96, 4, 4\), \(2, 96, 4, 4\)\]"),
+        ("segment", r"0\.(49|50) of the MACs; compacted outputs differ by \d\.\de-0[4-9]"),
+    ],
+)
+def test_an_example_without_labels_of_images_runs(name, says, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "1"])
+    monkeypatch.setenv("UVC_MEASURE", "0")
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    assert re.search(says, shown := capsys.readouterr().out), shown
+
+
 @pytest.mark.slow
 def test_two_processes_find_one_structure():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]

@@ -178,7 +178,7 @@ def _rest(blocks: nn.Sequential | nn.ModuleList, tokens: int | None) -> nn.Modul
     """What is left of these blocks, on the meta device, where all halves are skipped."""
     dense = [getattr(block, "origin", block) for block in blocks]
     if not any(kind_of_block(block).stays(block) or kind_of_block(block).pools(block) > 1 for block in dense):
-        return nn.Sequential(_FirstTokens(tokens))
+        return nn.Sequential(*(_FirstTokens(tokens) for _ in dense))
     left = [kind_of_block(block).take_over(meta_copy(block)) for block in dense]
     for block in left:
         block.set_skip(True, True)

@@ -16,7 +16,7 @@ from uvc.layers.stages import blocks_of, lists_of, named_blocks
 
 SUPPORTED = (
     "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
-    "SwinTransformer (V2) and Hiera with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU, and "
+    "SwinTransformer (V2) and Hiera with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU; "
     "transformers' and torchvision's ViT, DeiT, DINOv2, DINOv3, CLIP vision and SigLIP vision"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
