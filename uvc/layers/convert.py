@@ -21,19 +21,21 @@ SUPPORTED = (
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
-    "DiffAttention": "it subtracts two attention maps of one head",
-    "ParallelScalingBlock": "its attention and MLP are one layer",
-    "DiffParallelScalingBlock": "its attention and MLP are one layer",
-    "ParallelThingsBlock": "it adds several attentions and MLPs",
-    "convit": "its attention adds gated positions",
-    "crossvit": "it has branches of several widths",
-    "deepseek_vit": "rotary positions tie its q/k dims in pairs",
-    "gemma4_vit": "rotary positions tie its q/k dims in pairs",
-    "hieradet_sam2": "its width grows from block to block",
-    "mlp_mixer": "it mixes tokens without attention",
-    "tnt": "it holds a transformer for each patch",
-    "vision_transformer_sam": "its attention adds relative position biases in windows",
-    "xcit": "it attends between channels, not tokens",
+    "DiffAttention": "it subtracts two attention maps of one head; whole heads and the MLP's neurons could go",
+    "ParallelScalingBlock": "its attention and MLP are one layer; heads, v dims and neurons could go",
+    "DiffParallelScalingBlock": "its attention and MLP are one layer; whole heads and neurons could go",
+    "ParallelThingsBlock": "it adds several attentions and MLPs; heads, dims and neurons of each could go",
+    "CLIPModel": "it has blocks for text, too; give its vision_model, of which all could go",
+    "convit": "its attention adds gated positions; v dims and the MLP's neurons could go",
+    "crossvit": "it has branches of several widths; heads, dims and neurons inside each could go",
+    "deepseek_vit": "rotary positions tie its q/k dims in pairs; heads, v dims and neurons could go",
+    "gemma4_vit": "rotary positions tie its q/k dims in pairs; neurons could go",
+    "hieradet_sam2": "its width grows from block to block; neurons could go",
+    "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",
+    "pit": "its tokens are pooled between stages; heads, dims and neurons of its blocks could go",
+    "tnt": "it holds a transformer for each patch; heads, dims and neurons of both could go",
+    "vision_transformer_sam": "its attention adds relative position biases in windows; v dims and neurons could go",
+    "xcit": "it attends between channels, not tokens; whole heads and neurons could go",
 }
 
 
