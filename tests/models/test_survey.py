@@ -71,7 +71,7 @@ REFUSED = {
     "crossvit_9_240": r"blocks\.0 is a MultiScaleBlock of crossvit, and it has branches of several widths",
     "sam2_hiera_tiny": r"blocks\.0 is a MultiScaleBlock of hieradet_sam2, and its width grows",
     "mixer_s16_224": r"blocks\.0 is a MixerBlock of mlp_mixer, and it mixes tokens without attention",
-    "pit_ti_224": r"the model is a PoolingVisionTransformer of pit, and its tokens are pooled between stages; heads, dims",
+    "pit_ti_224": r"the model is a PoolingVisionTransformer of pit, and its tokens are pooled .*; heads",
     "samvit_base_patch16": r"blocks\.0 is a Block of vision_transformer_sam, and its attention adds",
     "swinv2_cr_tiny_224": r"the model is a SwinTransformerV2Cr without lists of transformer blocks",
     "tnt_s_patch16_224": r"blocks\.0 is a Block of tnt, and it holds a transformer for each patch",

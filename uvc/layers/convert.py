@@ -21,7 +21,7 @@ SUPPORTED = (
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
-    "DiffAttention": "it subtracts two attention maps of one head; whole heads and the MLP's neurons could go",
+    "DiffAttention": "it subtracts two attention maps of one head; whole heads and neurons could go",
     "ParallelScalingBlock": "its attention and MLP are one layer; heads, v dims and neurons could go",
     "DiffParallelScalingBlock": "its attention and MLP are one layer; whole heads and neurons could go",
     "ParallelThingsBlock": "it adds several attentions and MLPs; heads, dims and neurons of each could go",
@@ -34,7 +34,7 @@ WHY = {
     "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",
     "pit": "its tokens are pooled between stages; heads, dims and neurons of its blocks could go",
     "tnt": "it holds a transformer for each patch; heads, dims and neurons of both could go",
-    "vision_transformer_sam": "its attention adds relative position biases in windows; v dims and neurons could go",
+    "vision_transformer_sam": "its attention adds relative positions in windows; v dims and neurons could go",
     "xcit": "it attends between channels, not tokens; whole heads and neurons could go",
 }
 
