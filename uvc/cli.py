@@ -396,16 +396,28 @@ def report(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--format", "format_", required=True, help="safetensors, onnx or torch-export.")
+@click.option("--format", "format_", required=True, help="safetensors, onnx, torch-export or aoti.")
 @click.option(
     "--to", type=FOLDER, help="The file to write, for safetensors the folder; default: in DIR/export."
 )
-def export(folder: Path, format_: str, to: Path | None) -> None:
+@click.option("--int8", is_flag=True, help="Products with weights in 8 bits, for onnx; ranges from images.")
+@click.option("--dtype", metavar="float32|float16|bfloat16", help="Of weights and images; the model's own.")
+@click.option("--check", metavar="openvino", help="A second runtime that must agree, for onnx.")
+@click.option("--data", help="Whose images give int8 its ranges; those of the run.")
+@click.option("--data-root", help="Where a data set that timm names is stored.")
+@click.option("--time", is_flag=True, help="Time it beside the dense model in the same runtime.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, help="Images per timed pass; 1.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@_json_option
+def export(folder: Path, format_: str, as_json: bool, **options: Any) -> None:
     """Write the model in DIR for other programs, read it back, and compare."""
-    from uvc.io.export import export
+    from uvc.app.exporting import export_run, lines
 
-    target, error = export(folder, format_, to)
-    click.echo(f"{target}  (outputs differ by {error:.0e} of the largest)")
+    figures = export_run(folder, format_, **options)
+    if as_json:
+        return _print_json(figures)
+    for line in lines(figures):
+        click.echo(line)
 
 
 @cli.command()

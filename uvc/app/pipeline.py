@@ -154,6 +154,30 @@ def evaluate_run(
     of several the largest.
     """
     model = load(folder, budget=budget)
+    opened, name, place = data_of(folder, model, data, data_root, device, threads, batch_size, workers)
+    check_runs(model)
+    figures = cost(model)
+    right, images = count_right(model.to(place), opened.val, place)
+    return {
+        "top1": 100.0 * right / images,
+        "images": images,
+        "data": name,
+        "macs": figures.macs,
+        "params": figures.params,
+    }
+
+
+def data_of(
+    folder: Path,
+    model: nn.Module,
+    data: str | None = None,
+    data_root: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> tuple[Data, str, torch.device]:
+    """The data of the run in a folder, or others, as its model takes them, their name, and the device."""
     run, wants = RunConfig(training=RECIPES["digits"]()), {}
     if (folder / OPTIONS).is_file():
         run = stored_run(folder)
@@ -174,16 +198,7 @@ def evaluate_run(
             f"--data: {run.data!r} has {opened.num_classes} classes, the model has {model.num_classes}"
         )
     check_classes(model, opened.classes)
-    check_runs(model)
-    figures = cost(model)
-    right, images = count_right(model.to(place), opened.val, place)
-    return {
-        "top1": 100.0 * right / images,
-        "images": images,
-        "data": run.data,
-        "macs": figures.macs,
-        "params": figures.params,
-    }
+    return opened, run.data, place
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

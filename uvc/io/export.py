@@ -1,11 +1,9 @@
-"""A compressed model for other programs: safetensors, ONNX, torch.export, each checked where it ends up."""
+"""A compressed model for other programs, each checked where it ends up."""
 
-import importlib
-import json
 import os
 import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,51 +12,79 @@ from torch import Tensor, nn
 from uvc.compaction import compact
 from uvc.io.dtypes import check_runs, sample_images
 from uvc.io.files import one_line
-from uvc.io.preprocessing import preprocessing_of
-from uvc.io.serialization import load, save
+from uvc.io.runtimes import CHECKS, FORMATS, Program, need, need_compiler, write_onnx_int8
+from uvc.io.serialization import load
 from uvc.layers import is_compacted
 
 # Relative to the largest output; programs of other runtimes add up in another order.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+INT8 = 0.25  # the largest difference on images that it was calibrated on
 # The program is made from the first of these batches and checked on all: the batch size stays free.
 BATCHES = (2, 1, 3)
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-def export(folder: Path, format: str, to: Path | None = None) -> tuple[Path, float]:
+def export(
+    folder: Path,
+    format: str,
+    to: Path | None = None,
+    *,
+    dtype: str | None = None,
+    calibration: Sequence[Tensor] | None = None,
+    check: str | None = None,
+) -> tuple[Path, float]:
     """Writes the model in `folder` in one of `FORMATS`; returns where, and the largest difference of outputs.
 
-    A model that is not compacted is compacted on the way. The dtype stays, the batch size is free; ONNX files
-    say in their metadata, and torch.export's in `preprocessing.json`, how images are prepared.
+    A model that is not compacted is compacted on the way. The batch size is free; ONNX files say in their
+    metadata, and torch.export's in `preprocessing.json`, how images are prepared.
 
-    to: the file, for safetensors the folder; by default `export` in `folder`, named after the format. What is
-    written is read back, run, and compared with the model (relative to the largest output) before it is put
-    in place, and again from there, with all its files; what differs is not kept. ValueError for an unknown
-    format or place, a package that is missing, or a model that the format cannot express.
+    to: the file, for safetensors the folder; by default `export` in `folder`, named after the format. dtype:
+    of weights and images, "float32", "float16" or "bfloat16"; None: the model's own. calibration: batches of
+    images as the model sees them in use; products with weights are then of 8-bit numbers, in ONNX alone.
+    check: a second runtime that must agree, "openvino" for ONNX.
+
+    What is written is read back, run, and compared with the model (relative to the largest output) before it
+    is put in place, and again from there, with all its files; what differs is not kept. ValueError, before
+    any work, for an unknown format, runtime or place, or a package that is missing; later for a model that
+    the format cannot express.
     """
-    if format not in FORMATS:
-        raise ValueError(f"--format: {format!r}; use one of {', '.join(FORMATS)}")
-    name, write, read = FORMATS[format]
-    target = Path(folder, "export", name) if to is None else Path(to)
+    check_request(format, dtype, calibration is not None, check)
+    name, write, read, *_ = FORMATS[format]
+    stem, dot, end = name.partition(".")
+    mark = ".int8" if calibration is not None else f".{dtype}" if dtype is not None else ""
+    target = Path(folder, "export", f"{stem}{mark}{dot}{end}") if to is None else Path(to)
     model = load(folder).eval().requires_grad_(False)
     check_runs(model)
+    batches = [sample_images(model, batch) for batch in BATCHES]
     small = model if is_compacted(model) else compact(model)
+    if calibration is not None:
+        write = partial(write_onnx_int8, images=calibration)
+        batches = [calibration[0][:batch] for batch in BATCHES]
+    given = batches if dtype is None else [x.to(getattr(torch, dtype)) for x in batches]
+    expected = _expected(model, batches, format)
+    if dtype is not None:
+        again = load(folder)  # as a compacted model may share its weights
+        small = (again if is_compacted(again) else compact(again)).to(given[0].dtype)
+    bound = INT8 if calibration is not None else max(TOLERANCE[x.dtype] for x in (given[0], batches[0]))
+    readers = [read] + ([] if check is None else [CHECKS[format][check]])
+    compare = partial(_compare, readers, given, expected, bound, format)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:
             written = Path(draft, target.name)
             with torch.no_grad():
                 try:
-                    write(small, sample_images(model, BATCHES[0]), written)
+                    write(small.eval().requires_grad_(False), given[0], written)
                 except (OSError, ValueError):
                     raise
                 except Exception as error:  # whatever a tracer runs into
                     raise ValueError(
                         f"--format: {format} cannot express the model: {one_line(error)}"
                     ) from error
-                _compare(read, model, format, written)
+                compare(written)
                 placed = _put(written, target)
                 try:
-                    difference = _compare(read, model, format, target)
+                    difference = compare(target)
                 except Exception:
                     for file in placed:
                         file.unlink(missing_ok=True)
@@ -70,34 +96,66 @@ def export(folder: Path, format: str, to: Path | None = None) -> tuple[Path, flo
     return target, difference
 
 
-def _compare(
-    read: Callable[[Path], Callable[[Tensor], Tensor]], model: nn.Module, format: str, path: Path
-) -> float:
-    """The largest difference of what stands at `path` from the model; an error if it is too large."""
-    x = sample_images(model, BATCHES[0])
-    try:
-        program = read(path)
-        found = {batch: program(sample_images(model, batch)) for batch in BATCHES}
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a runtime has errors of its own
-        dtype = str(x.dtype).removeprefix("torch.")
+def check_request(format: str, dtype: str | None, int8: bool, check: str | None) -> None:
+    """ValueError, in one line, for what cannot be served here, before any work."""
+    if format not in FORMATS:
+        raise ValueError(f"--format: {format!r}; use one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype: {dtype!r}; use one of {', '.join(DTYPES)}")
+    if int8 and format != "onnx":
+        raise ValueError(f"--int8: {format} holds none here; use --format onnx")
+    if int8 and dtype is not None:
+        raise ValueError(f"--int8: its other numbers are float32; leave --dtype {dtype} out")
+    if check is not None and check not in CHECKS.get(format, ()):
+        known = [f"{name} for {form}" for form, names in CHECKS.items() for name in names]
         raise ValueError(
-            f"--format: {format} in {dtype} cannot be run here, so it cannot be checked ({one_line(error)})"
-            + ("" if x.dtype == torch.float32 else "; save the model in float32")
-        ) from error
+            f"--check: {check!r} reads no {format} here; use {', '.join(known)}, or leave it out"
+        )
+    if FORMATS[format].compiler:
+        need_compiler("--format", format)
+    need(FORMATS[format].packages, "--format", format)
+    if check is not None:
+        need((check,), "--check", check)
+
+
+def _expected(model: nn.Module, batches: Sequence[Tensor], format: str) -> list[Tensor]:
+    with torch.no_grad():
+        found = [model(x) for x in batches]
+    if not all(out.isfinite().all() for out in found):
+        raise ValueError(f"--format: the model's own outputs are not finite; {format} cannot be checked")
+    return found
+
+
+def _compare(
+    readers: Sequence[Callable[[Path], Program]],
+    batches: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    bound: float,
+    format: str,
+    path: Path,
+) -> float:
+    """The largest difference of what stands at `path` from what is expected; an error if it is too large."""
+    dtype = str(batches[0].dtype).removeprefix("torch.")
     differences = []
-    for batch, out in found.items():
-        expected = model(sample_images(model, batch))
-        if not expected.isfinite().all():
-            raise ValueError(f"--format: the model's own outputs are not finite; {format} cannot be checked")
-        scale = expected.double().abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-        differences.append(float((out.double() - expected.double()).abs().max() / scale))
+    for read in readers:
+        try:
+            program = read(path)
+            found = [program(x) for x in batches]
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # a runtime has errors of its own
+            raise ValueError(
+                f"--format: {format} in {dtype} cannot be run here, so it cannot be checked "
+                f"({one_line(error)})" + ("" if dtype == "float32" else "; save the model in float32")
+            ) from error
+        for out, right in zip(found, expected, strict=True):
+            scale = right.double().abs().max().clamp_min(torch.finfo(right.dtype).tiny)
+            differences.append(float((out.double() - right.double()).abs().max() / scale))
     worst = max(differences, key=lambda d: (d != d, d))  # NaN is the worst
-    if not worst <= TOLERANCE[x.dtype]:
+    if not worst <= bound:
         raise RuntimeError(
-            f"--format: the {format} program differs from the model by {worst:.1e}, more than "
-            f"{TOLERANCE[x.dtype]:.0e}; nothing was kept"
+            f"--format: the {format} program differs from the model by {worst:.1e}, more than {bound:.0e}; "
+            "nothing was kept"
         )
     return worst
 
@@ -118,53 +176,3 @@ def _put(written: Path, target: Path) -> list[Path]:
     if stale.is_file() and stale not in [place for _, place in moves]:
         stale.unlink()
     return [place for _, place in moves]
-
-
-def _write_safetensors(model: nn.Module, x: Tensor, path: Path) -> None:
-    save(model, path)
-
-
-def _write_torch_export(model: nn.Module, x: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path, extra_files={"preprocessing.json": json.dumps(preprocessing_of(model))})
-
-
-def _write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
-    _need("onnx", "onnxscript", "onnxruntime")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["images"], output_names=["logits"], verbose=False,
-        )  # fmt: skip
-        for key, value in (preprocessing_of(model) or {}).items():
-            program.model.metadata_props[key] = json.dumps(value)
-        # Weights of large models go to a file beside it, which it names by a relative path.
-        program.save(path)
-
-
-def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    runtime = importlib.import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors are raised
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-def _need(*packages: str) -> None:
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(
-                f"--format: onnx needs the package {package!r}; pip install {' '.join(packages)}"
-            ) from error
-
-
-# Name -> the default name in the folder, what writes a program, and what reads it back.
-FORMATS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Path], None], Callable]] = {
-    "safetensors": ("safetensors", _write_safetensors, lambda path: load(path).eval()),
-    "onnx": ("model.onnx", _write_onnx, _read_onnx),
-    "torch-export": ("model.pt2", _write_torch_export, lambda path: torch.export.load(path).module()),
-}
