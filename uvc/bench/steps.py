@@ -65,6 +65,8 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
     search, optimizer = _search(model, SolverConfig())
 
     def step(_: int) -> None:
+        # Where `training` does it: freed after a step, they would be memory that the next variant uses.
+        optimizer.zero_grad(set_to_none=True)
         search.before()
         with precision(x, dtype):
             loss = F.cross_entropy(model(x), y)
@@ -72,7 +74,6 @@ def searching(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Ste
         search.observe()
         optimizer.step()
         search.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
 
     return step
 
