@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from oracle import needs_whole_naflex
 from PIL import Image
 
 from uvc.cli import _join_numbers, run
@@ -91,6 +92,7 @@ def test_what_cannot_be_is_one_line_and_nothing_is_begun(folder, capsys, options
 
 
 def test_a_model_for_images_of_any_size_is_run_and_counted_at_the_tokens_that_are_stated(folder, capsys):
+    needs_whole_naflex()
     sizes = [f"--model-arg={size}" for size in ("patch_size=4", "embed_dim=24", "num_heads=3", "depth=2")]
     start = ["compress", "--data", str(folder / "data"), *SHORT, *sizes, "--budget", "0.7"]
     start += ["--model", "naflexvit_base_patch16_siglip", "--tokens-per-image", "6"]

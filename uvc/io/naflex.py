@@ -29,7 +29,9 @@ def of_embeds(stem: nn.Module) -> Arguments:
 
 
 def of_naflex(dense: NaFlexVit) -> Arguments:
-    """Arguments of timm's NaFlexVit."""
+    """Arguments of timm's NaFlexVit; ValueError where that of the installed timm does not take them all."""
+    if not hasattr(dense.embeds, "pos_embed_antialias"):
+        raise ValueError("a NaFlexVit is made again with timm 1.0.31 and later alone; update timm")
     block, pool, rope = dense.blocks[0], dense.attn_pool, dense.rope
     attn, mlp = block.attn, block.mlp
     scale = getattr(block, "init_values", getattr(getattr(block, "ls1", None), "init_values", None))

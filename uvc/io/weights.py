@@ -176,7 +176,9 @@ def adapted(weights: Mapping[str, Tensor], model: nn.Module, config: Mapping[str
     first, expected = cfg_of(model).get("first_conv") or (), model.state_dict()
     for name in [f"{layer}.weight" for layer in ([first] if isinstance(first, str) else first)]:
         mine, its = expected.get(name), found.get(name)
-        if mine is not None and its is not None and its.ndim == mine.ndim == 4 and its.shape[1] == 3:
+        if mine is None or its is None or not its.ndim == mine.ndim == 4:
+            continue
+        if its.shape[1] == 3 != mine.shape[1]:
             found[name] = adapt_input_conv(mine.shape[1], its)
     return found
 

@@ -73,7 +73,9 @@ def _begin(name: str) -> Any:
         tracker = WandBTracker(os.environ.get("WANDB_PROJECT", PROJECT))
     else:
         tracker = MLflowTracker(PROJECT)
-    tracker.start()
+    # Those of older versions of accelerate have begun when they are made.
+    if hasattr(tracker, "start"):
+        tracker.start()
     return tracker
 
 
