@@ -40,7 +40,8 @@ def said(folder, recwarn, **options):
     data = load(folder, **options)
     total = count(data.val)
     assert count(data.val) == total
-    return total, [str(warning.message) for warning in recwarn]
+    # Python 3.12 and later warn of fork in a process with threads, too.
+    return total, [text for warning in recwarn if "use of fork()" not in (text := str(warning.message))]
 
 
 def test_a_clean_folder_gives_no_warning(folder, recwarn):
