@@ -82,7 +82,7 @@ ACTIVATIONS = {
     "timm.gelu_tanh": timm.layers.activations.GELUTanh,
     "timm.quick_gelu": timm.layers.activations.QuickGELU,
 }
-# Of models whose config says them.
+# Of models whose arguments say them.
 PARTS = {
     "block": "Block",
     "norm": {"name": "LayerNorm", "eps": 1e-6},
@@ -197,7 +197,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "format": FORMAT,
         "class": kind,
         "architecture": None,
-        **(PARTS if other else parts_of(block, name)),
+        **(parts_of(block, name) if maker.parts else PARTS),
         "arguments": maker.read(dense),
         "compacted": is_compacted(model),
         "form": list(forms_of(model)) if is_compacted(model) else None,

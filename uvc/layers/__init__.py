@@ -24,6 +24,7 @@ from uvc.layers.inputs import (
     takes_any_size,
     trunk_of,
 )
+from uvc.layers.kinds import timm_classes
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.other_blocks import seen
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
@@ -71,6 +72,7 @@ __all__ = [
     "slimming",
     "stem_of",
     "takes_any_size",
+    "timm_classes",
     "trunk_of",
     "units_of",
 ]

@@ -28,7 +28,6 @@ WHY = {
     "CLIPModel": "it has blocks for text, too; give its vision_model, of which all could go",
     "convit": "its attention adds gated positions; v dims and the MLP's neurons could go",
     "crossvit": "it has branches of several widths; heads, dims and neurons inside each could go",
-    "deepseek_vit": "rotary positions tie its q/k dims in pairs; heads, v dims and neurons could go",
     "gemma4_vit": "rotary positions tie its q/k dims in pairs; neurons could go",
     "hieradet_sam2": "its width grows from block to block; neurons could go",
     "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",

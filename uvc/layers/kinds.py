@@ -1,5 +1,7 @@
 """Which layer takes the place of which of timm's: a new kind is a file of its own, and a line here."""
 
+from importlib import import_module
+
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from timm.models import beit
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
@@ -30,6 +32,16 @@ from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
 from uvc.layers.talking import UVCTalkingHeads
 from uvc.layers.windows import UVCCosineAttention, UVCWindowAttention
 
+
+def timm_classes(file: str, *names: str) -> tuple[type[nn.Module], ...]:
+    """Classes in one of timm's files of models; none where this timm lacks the file."""
+    try:
+        module = import_module(f"timm.models.{file}")
+    except ImportError:
+        return ()
+    return tuple(getattr(module, name) for name in names)
+
+
 MODELS = (
     VisionTransformer,
     Eva,
@@ -40,9 +52,20 @@ MODELS = (
     SwinTransformer,
     SwinTransformerV2,
     Hiera,
+    *timm_classes("qwen3_vit", "Qwen3VitEncoder"),
+    *timm_classes("deepseek_vit", "DeepseekVitEncoder"),
 )
 # Blocks of two halves, each a residual branch, by where its norm stands.
-NORM_FIRST = (Block, EvaBlock, beit.Block, RelPosBlock, LayerScaleBlock, SwinTransformerBlock, HieraBlock)
+NORM_FIRST = (
+    Block,
+    EvaBlock,
+    beit.Block,
+    RelPosBlock,
+    LayerScaleBlock,
+    SwinTransformerBlock,
+    HieraBlock,
+    *timm_classes("deepseek_vit", "DeepseekVitBlock"),
+)
 NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock, SwinTransformerV2Block)
 ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     Attention: UVCAttention,
