@@ -210,13 +210,36 @@ def test_measuring_finds_a_growing_table_of_the_model_and_leaves_it_alone(monkey
 
 
 def test_forms_are_ragged_without_multiples_and_even_with_them():
-    sizes = uvc.structure.sizes_of(small_vit(embed_dim=128, num_heads=4))
+    sizes = uvc.structure.sizes_of(small_vit(embed_dim=128, num_heads=4)).each[0]
     ragged, even = latency_table._attn_form(sizes, 4, 16, 1), latency_table._attn_form(sizes, 4, 16, 16)
     lengths = [(len(q), len(v)) for q, v in zip(ragged.qk_dims, ragged.v_dims, strict=True)]
     assert len(set(lengths)) == 4 and all(q != v and q + v == 32 for q, v in lengths)
     assert {len(d) for d in even.qk_dims + even.v_dims} == {16}
     assert latency_table._grid(64, 16, 4) == (16, 32, 48, 64)
     assert latency_table._grid(768, 1, 4) == (191, 383, 575, 768)
+
+
+KINDS = {
+    "q/k dims in pairs": lambda: timm.create_model("vit_small_patch16_dinov3", **NARROW),
+    "pairs, and neurons that all stay": lambda: timm.create_model("eva02_base_patch14_224", **NARROW),
+    "heads that all stay": lambda: timm.create_model("cait_xxs24_224", **NARROW),
+    "q/k dims that all stay": lambda: small_vit(qk_norm=True),
+    "v dims and neurons that all stay": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
+}
+NARROW = dict(img_size=28, patch_size=14, depth=2, embed_dim=32, num_heads=4, num_classes=5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_a_table_is_of_forms_that_the_layers_offer_and_prices_what_a_search_leaves(name, monkeypatch):
+    model = KINDS[name]()
+    monkeypatch.setattr(latency_table, "pass_ms", lambda form, *_: sum(p.numel() for p in form.parameters()))
+    table = measure(model, rounds=1)
+    table.check(model)
+    for kept in (Structure.dense(model), Structure.random(model, 0.5, seed=1)):
+        real = uvc.costs.cost(model, kept).params
+        assert total(table, counts(kept)) == pytest.approx(real, rel=0.05)
+    assert LatencyTable.from_json(table.to_json()) == table
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import accumulate, pairwise
+from math import lcm
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -24,10 +25,12 @@ from uvc_kernels.timing import Clock, milliseconds, take_turns
 from uvc.compaction import compacted
 from uvc.costs import BlockCounts, Counts, Prices, counts, total
 from uvc.environment import device_name, versions_line
-from uvc.layers import image_of, lists_of
+from uvc.layers import Families, image_of, lists_of, units_of
 from uvc.structure import BlockStructure, Size, Structure, sizes_of, structure_of
 
 Row = tuple[float, ...]
+# Every unit goes alone.
+FREE = Families(heads=1, qk=1, v=1, neurons=1)
 
 
 @dataclass(frozen=True)
@@ -249,15 +252,13 @@ def measure(
         return median(_shares(form_ms, whole_ms))
 
     clock, dense_ms = quiet_clock(images.device), []
-    heads, dims, neurons = (
-        _grid(s.heads, 1, 6),
-        _grid(s.head_dim, round_to[0], 4),
-        _grid(s.neurons, round_to[1], 8),
-    )
-    dims = tuple(sorted({*dims, max(s.head_dim - round_to[0], round_to[0])}))
+    offered, units = _offers(model)
+    multiple = lcm(round_to[0], max(offered.qk, 1))
+    heads, dims = _sizes(s, offered, multiple)
+    neurons = _grid(s.neurons, round_to[1], 8) if offered.neurons else (s.neurons,)
     nothing = BlockStructure(False, False, (), (), (), ())
     fixed = share(nothing)
-    attn = [[share(_attn_form(s, h, d, round_to[0])) - fixed for d in dims] for h in heads]
+    attn = [[share(_attn_form(s, h, d, multiple, offered, units)) - fixed for d in dims] for h in heads]
     bare = share(BlockStructure(True, False, (), (), (), ())) - fixed
     mlp = [share(BlockStructure(False, True, (), (), (), tuple(range(n)))) - fixed for n in neurons]
     empty = share(BlockStructure(False, True, (), (), (), ())) - fixed
@@ -294,6 +295,14 @@ def _one_size(model: nn.Module) -> tuple[Size, int]:
     return sizes.of_all("latency table"), len(sizes.blocks)
 
 
+def _offers(model: nn.Module) -> tuple[Families, list[list[int]]]:
+    """What all blocks of a model offer, and the q/k dims of a head by what goes together."""
+    sizes = sizes_of(model)
+    if len(set(sizes.families)) > 1:
+        raise ValueError("latency table: blocks of this model offer different families; budget macs")
+    return sizes.families[0], units_of(sizes.layers[0][0])
+
+
 def _grid(whole: int, multiple: int, parts: int) -> tuple[int, ...]:
     """About ``parts`` sizes up to ``whole``, evenly spaced multiples of ``multiple``.
 
@@ -305,12 +314,38 @@ def _grid(whole: int, multiple: int, parts: int) -> tuple[int, ...]:
     return tuple(sorted(sizes | {whole}))
 
 
-def _attn_form(s: Size, heads: int, dims: int, multiple: int) -> BlockStructure:
-    """Only attention, of some heads whose q/k and v dims have the mean ``dims``, apart where they can be."""
+def _sizes(s: Size, offered: Families, multiple: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The heads, and the mean dims of a head, at which attention is timed: those that it offers."""
+    heads = _grid(s.heads, 1, 6) if offered.heads else (s.heads,)
+    dims = {*_grid(s.head_dim, multiple, 4), max(s.head_dim - multiple, multiple)}
+    if not (offered.qk and offered.v):
+        # Those of q and k, or of v, all stay: the mean is more than half of a head.
+        dims = {d for d in dims if 2 * d > s.head_dim} | {s.head_dim // 2 + 1}
+    return heads, tuple(sorted(dims))
+
+
+def _attn_form(
+    s: Size,
+    heads: int,
+    dims: int,
+    multiple: int,
+    offered: Families = FREE,
+    units: Sequence[Sequence[int]] | None = None,
+) -> BlockStructure:
+    """Only attention, of some heads whose q/k and v dims have the mean ``dims``, apart where they can be.
+
+    What is not offered stays; ``units``: q/k dims by what goes together, None: each alone.
+    """
+    units = [[dim] for dim in range(s.head_dim)] if units is None else units
     reach = min(dims - 1, s.head_dim - dims, max(dims // 4, multiple)) // multiple
     offsets = [round(reach * (2 * i + 1 - heads) / heads) or reach for i in range(heads)]
-    qk = tuple(tuple(range(dims + multiple * offset)) for offset in offsets)
-    v = tuple(tuple(range(dims - multiple * offset)) for offset in offsets)
+    sizes = [(dims + multiple * offset, dims - multiple * offset) for offset in offsets]
+    if not offered.qk:
+        sizes = [(s.head_dim, max(2 * dims - s.head_dim, 1) if offered.v else s.head_dim)] * heads
+    elif not offered.v:
+        sizes = [(max(2 * dims - s.head_dim, 0), s.head_dim)] * heads
+    qk = tuple(tuple(sorted(d for unit in units[: n // len(units[0])] for d in unit)) for n, _ in sizes)
+    v = tuple(tuple(range(n)) for _, n in sizes)
     return BlockStructure(True, False, tuple(range(heads)), qk, v, ())
 
 
