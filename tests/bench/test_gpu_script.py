@@ -150,3 +150,10 @@ def test_peers_are_judged_and_timed_in_one_table(tmp_path):
 def test_an_unknown_stage_is_one_line():
     run = subprocess.run([sys.executable, str(SCRIPT), "--only", "tets"], capture_output=True, text=True)
     assert run.returncode == 2 and "tets: no such stage" in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_suite_runs_side_by_side_where_xdist_is_installed(there, gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if there else None)
+    suites = [s for s in gpu.stages(tmp_path, tmp_path) if "tests/kernels" in s.command]
+    assert len(suites) == 2 and all(("-n" in s.command) == there for s in suites)
