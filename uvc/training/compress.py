@@ -436,9 +436,10 @@ def _searched(plan: Plan, trainer: Trainer, task: Any) -> dict[float | None, flo
 
 
 def check_spread(config: Config, budgets: int) -> None:
-    """ValueError for what reads weights that no process has whole."""
+    """ValueError for what copies a model or reads weights that no process has whole."""
     asked = {
         f"solver method: {config.solver.method!r}": config.solver.method != "uvc",
+        f"solver tokens: {config.solver.tokens}": config.solver.tokens > 0,  # priced by a copy of the model
         f"ema_decay: {config.ema_decay}": config.ema_decay > 0,
         f"budget: {budgets} of them": budgets > 1,
     }
