@@ -9,6 +9,8 @@ from uvc.io.arguments import Arguments, Maker, ratio_of
 def of_stages(dense: SwinTransformer | SwinTransformerV2) -> Arguments:
     """Arguments of both classes of Swin Transformers."""
     firsts, stem = [stage.blocks[0] for stage in dense.layers], dense.patch_embed
+    if not hasattr(dense, "_ref_window_sizes"):
+        raise ValueError("a Swin is made again with timm 1.0.31 and later alone; update timm")
     return {
         "img_size": stem.img_size,
         "patch_size": stem.patch_size,
