@@ -21,11 +21,13 @@ from timm.models.vitamin import GeGluMlp
 from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
-from uvc.config import Config
-from uvc.constraints import check_multiples
+from uvc.config import Config, SolverConfig
+from uvc.constraints import check_multiples, limits
 from uvc.costs import count_macs
+from uvc.latency_table import measure
 from uvc.layers import blocks_of
 from uvc.layers.kinds import prunable
+from uvc.solver.published import PublishedSearch
 from uvc.solver.state import Geometry
 from uvc.structure import Structure
 
@@ -226,6 +228,58 @@ def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
             }
             ragged |= len(dims) < len(pairs) * 2
     assert ragged or pairs is None
+
+
+def uneven() -> torch.nn.Module:
+    """A ViT whose second block has other heads, head dims and neurons than the first."""
+    torch.manual_seed(5)
+    model = VisionTransformer(**SIZES)
+    model.blocks[1] = VisionTransformer(**{**SIZES, "num_heads": 2, "mlp_ratio": 2}).blocks[1]
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_a_vit_with_blocks_of_several_sizes_is_pruned_compacted_and_compressed():
+    model = uneven().double()
+    x = images(model, dtype=torch.float64)
+    for kind, structure in structures(model).items():
+        truth = absent(model, structure)(x)
+        expected = gradients(model, truth)
+        pruned = uvc.apply_structure(copy.deepcopy(model), structure)
+        out, cost = pruned(x), uvc.cost(pruned)
+        small = uvc.compact(pruned)
+        assert uvc.structure_of(pruned) == structure
+        assert error(out, truth) < 1e-10 and error(small(x), truth) < 1e-10, kind
+        assert gradient_error(gradients(pruned, out), expected) < 1e-9, kind
+        assert cost.macs == count_macs(small, x[:1]), kind
+    model = uneven()
+    loader = DataLoader(TensorDataset(images(model, 16), torch.randint(5, (16,))), batch_size=8)
+    config = replace(Config(), warmup_epochs=1, search_epochs=4, post_epochs=1)
+    result = uvc.compress(model, loader, loader, budget=0.6, config=config)
+    assert 0.56 < result.cost.macs / result.dense_cost.macs <= 0.6
+
+
+@pytest.mark.parametrize("name", ["swin", "hiera"])
+@pytest.mark.filterwarnings("ignore:UVC")
+def test_stages_keep_to_their_tolerance_in_float32(name):
+    model = made(name)
+    x, structure = images(model), Structure.random(model, 0.5, seed=1)
+    truth = absent(model, structure)(x)
+    expected = gradients(model, truth)
+    pruned = uvc.apply_structure(copy.deepcopy(model), structure)
+    out = pruned(x)
+    assert error(out, truth) < 1e-5
+    assert gradient_error(gradients(pruned, out), expected) < 1e-5
+
+
+def test_a_latency_table_and_the_published_method_say_that_they_know_one_size():
+    model = uvc.convert(made("swin"))
+    with pytest.raises(ValueError, match="latency table: the model has several stages"):
+        measure(model)
+    with pytest.raises(ValueError, match="latency table: blocks of this model differ in size"):
+        measure(uneven())
+    with pytest.raises(ValueError, match="method published: blocks of this model differ in size"):
+        PublishedSearch.check(uneven(), limits(uneven(), 0.5), SolverConfig())
 
 
 def test_an_odd_multiple_of_dims_is_refused_where_these_go_in_pairs():
