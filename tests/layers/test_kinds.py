@@ -15,6 +15,7 @@ from timm.models.hiera import Hiera
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
@@ -121,6 +122,11 @@ KINDS = {
     "swin v2, positions of larger windows": (
         SwinTransformerV2,
         dict(STAGES, pretrained_window_sizes=(6, 6), always_partition=True, qkv_bias=False),
+        {**FREE, "qk": 0},
+    ),
+    "swin v2, norms of stages": (
+        SwinTransformerV2Cr,
+        dict(STAGES, extra_norm_stage=True, img_size=(24, 16)),
         {**FREE, "qk": 0},
     ),
     "hiera": (Hiera, UNITS, FREE),

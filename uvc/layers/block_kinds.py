@@ -3,6 +3,7 @@
 from timm.models.hiera import HieraBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import nn
 
 from uvc.layers.block import UVCBlock
@@ -11,12 +12,13 @@ from uvc.layers.hiera_block import CompactHieraBlock
 from uvc.layers.kinds import NORM_FIRST, NORM_LAST
 from uvc.layers.other_blocks import LAYOUTS, CompactOtherBlock, layout_of
 from uvc.layers.stages import KNOWN
-from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinV2Block
+from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinCrBlock, CompactSwinV2Block
 
 # The compact forms of blocks that read their tokens in ways of their own; of all others it is CompactBlock.
 COMPACT: dict[type[nn.Module], type[CompactBlock]] = {
     SwinTransformerBlock: CompactSwinBlock,
     SwinTransformerV2Block: CompactSwinV2Block,
+    SwinTransformerV2CrBlock: CompactSwinCrBlock,
     HieraBlock: CompactHieraBlock,
 }
 BLOCKS = (*NORM_FIRST, *NORM_LAST)

@@ -12,6 +12,11 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import WindowAttention as SwinAttention
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
+from timm.models.swin_transformer_v2_cr import (
+    SwinTransformerV2Cr,
+    SwinTransformerV2CrBlock,
+    WindowMultiHeadAttention,
+)
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
@@ -31,6 +36,7 @@ from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
 from uvc.layers.talking import UVCTalkingHeads
 from uvc.layers.windows import UVCCosineAttention, UVCWindowAttention
+from uvc.layers.windows_cr import UVCCrAttention
 
 
 def timm_classes(file: str, *names: str) -> tuple[type[nn.Module], ...]:
@@ -52,6 +58,7 @@ MODELS = (
     SwinTransformer,
     SwinTransformerV2,
     Hiera,
+    SwinTransformerV2Cr,
     *timm_classes("qwen3_vit", "Qwen3VitEncoder"),
     *timm_classes("deepseek_vit", "DeepseekVitEncoder"),
 )
@@ -66,7 +73,13 @@ NORM_FIRST = (
     HieraBlock,
     *timm_classes("deepseek_vit", "DeepseekVitBlock"),
 )
-NORM_LAST = (ResPostBlock, EvaBlockPostNorm, ResPostRelPosBlock, SwinTransformerV2Block)
+NORM_LAST = (
+    ResPostBlock,
+    EvaBlockPostNorm,
+    ResPostRelPosBlock,
+    SwinTransformerV2Block,
+    SwinTransformerV2CrBlock,
+)
 ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     Attention: UVCAttention,
     AttentionRope: UVCAttentionRope,
@@ -77,6 +90,7 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     SwinAttention: UVCWindowAttention,
     SwinV2Attention: UVCCosineAttention,
     MaskUnitAttention: UVCMaskUnitAttention,
+    WindowMultiHeadAttention: UVCCrAttention,
 }
 MLPS: dict[type[nn.Module], type[Prunable]] = {
     Mlp: UVCMlp,

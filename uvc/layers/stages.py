@@ -22,9 +22,10 @@ def lists_of(model: nn.Module) -> dict[str, nn.Sequential | nn.ModuleList]:
     """The lists of blocks of a model by their names, in the order in which they run; {} without any."""
     found = {"blocks": getattr(model, "blocks", None)}
     if found["blocks"] is None:
-        stages = getattr(model, "layers", None)
+        own = "layers" if hasattr(model, "layers") else "stages"
+        stages = getattr(model, own, None)
         stages = enumerate(stages if isinstance(stages, LISTS) else ())
-        found = {f"layers.{i}.blocks": getattr(stage, "blocks", None) for i, stage in stages}
+        found = {f"{own}.{i}.blocks": getattr(stage, "blocks", None) for i, stage in stages}
     if found and all(isinstance(blocks, LISTS) and len(blocks) for blocks in found.values()):
         return found
     lists = ((name, module) for name, module in model.named_modules() if isinstance(module, LISTS))

@@ -15,7 +15,7 @@ from uvc.layers.compact_layers import CompactAttention
 from uvc.layers.heads import Heads, Source, with_biases
 
 
-class _InWindow(nn.Module):
+class InWindow(nn.Module):
     """Attention in windows [B * W, N, D], on the fly or compact."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -25,8 +25,8 @@ class _InWindow(nn.Module):
         return super().forward(x, attn_mask=mask)
 
 
-class _Windowed(_InWindow, Unmasked):
-    """Heads in windows."""
+class Windowed(InWindow):
+    """Heads in windows; stands before `Heads`."""
 
     @property
     def head_dim(self) -> int:
@@ -40,7 +40,7 @@ class _Windowed(_InWindow, Unmasked):
         return super().forward(x, mask)
 
 
-class CompactWindowAttention(_InWindow, CompactBeit):
+class CompactWindowAttention(InWindow, CompactBeit):
     """The kept heads of Swin's attention, with the table of all."""
 
     def init_non_persistent_buffers(self) -> None:
@@ -49,15 +49,15 @@ class CompactWindowAttention(_InWindow, CompactBeit):
         self.relative_position_index.copy_(index)
 
 
-class UVCWindowAttention(_Windowed, _BeitBias, Unmasked, swin_transformer.WindowAttention):
+class UVCWindowAttention(Windowed, _BeitBias, Unmasked, swin_transformer.WindowAttention):
     """timm's WindowAttention of Swin, of which heads, q/k dims and v dims can be left out."""
 
     SMALL = CompactWindowAttention
     OUTSIDE = "attention in windows"
 
 
-class _Cosine(nn.Module):
-    """Swin v2: q and k of one length, a factor of each head, and a bias that an MLP makes of distances."""
+class UnitLength(nn.Module):
+    """Swin v2: q and k of one length, and a factor of each head."""
 
     scale = 1.0
 
@@ -65,8 +65,12 @@ class _Cosine(nn.Module):
         self, q: Tensor, k: Tensor, heads: list[int], dims: Tensor | None, **positions
     ) -> tuple[Tensor, Tensor]:
         """q and k of these heads [B, h, N, K] as they are multiplied."""
-        factors = self.logit_scale[list(heads)].clamp(max=math.log(100.0)).exp()
+        factors = self.logit_scale[list(heads)].clamp(max=math.log(100.0)).exp().view(-1, 1, 1)
         return F.normalize(q, dim=-1) * factors, F.normalize(k, dim=-1)
+
+
+class _Cosine(UnitLength):
+    """A bias that an MLP makes of the distances there are in a window."""
 
     def bias(self, heads: list[int], **positions) -> Tensor:
         """What positions add to the scores of these heads, [1, h, N, N]."""
@@ -79,7 +83,7 @@ class _Cosine(nn.Module):
     )
 
 
-class CompactCosineAttention(_InWindow, _Cosine, CompactAttention):
+class CompactCosineAttention(InWindow, _Cosine, CompactAttention):
     """The kept heads of Swin v2's attention, with the positions of all."""
 
     def __init__(self, dense: nn.Module, record, form: str = "grouped"):
@@ -97,7 +101,7 @@ class CompactCosineAttention(_InWindow, _Cosine, CompactAttention):
         self.relative_position_index.copy_(found[1])
 
 
-class UVCCosineAttention(_Windowed, _Cosine, Unmasked, swin_transformer_v2.WindowAttention):
+class UVCCosineAttention(Windowed, _Cosine, Unmasked, swin_transformer_v2.WindowAttention):
     """timm's WindowAttention of Swin v2, of which heads and v dims can be left out."""
 
     SMALL = CompactCosineAttention
