@@ -67,7 +67,7 @@ def test_an_example_without_labels_of_images_runs(name, says, capsys, monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_find_one_structure():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "UVC_MEASURE": "0"}
     command += [str(EXAMPLES / "two_processes.py")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
