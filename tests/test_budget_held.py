@@ -74,14 +74,14 @@ def macs_counted(model):
 
 def cheapest_removed(model, metric):
     """The price of the cheapest removed unit of a running half and a kept head; None without one."""
-    price, sizes = prices(model, metric), sizes_of(model)
+    price, sizes = prices(model, metric), sizes_of(model).each
     found = []
     for i, block in enumerate(uvc.structure_of(model).blocks):
-        if block.attn and any(len(dims) < sizes.head_dim for dims in block.qk_dims):
+        if block.attn and any(len(dims) < sizes[i].head_dim for dims in block.qk_dims):
             found.append(price.qk[i])
-        if block.attn and any(len(dims) < sizes.head_dim for dims in block.v_dims):
+        if block.attn and any(len(dims) < sizes[i].head_dim for dims in block.v_dims):
             found.append(price.v[i])
-        if block.mlp and len(block.neurons) < sizes.neurons:
+        if block.mlp and len(block.neurons) < sizes[i].neurons:
             found.append(price.neuron[i])
     return min(found, default=None)
 
