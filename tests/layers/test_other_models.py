@@ -156,3 +156,20 @@ def test_a_model_of_text_and_images_is_refused_with_what_to_give():
         ValueError, match=r"the model is a CLIPModel of modeling_clip, .*give its vision_model"
     ):
         uvc.convert(transformers.CLIPModel(config))
+
+
+@pytest.mark.filterwarnings("ignore:Seen")
+def test_hooks_on_a_module_run_while_it_is_whole_and_their_end_is_said_once_it_is_pruned(monkeypatch):
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
+    model, x, calls = uvc.convert(made("torchvision")), images(), []
+    block = blocks_of(model)[0]
+    block.self_attention.register_forward_hook(lambda *_: calls.append("attention"))
+    block.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
+    model(x)
+    assert calls == ["attention", "mlp"]
+    v = torch.ones(3, 8, dtype=torch.bool)
+    v[1] = False
+    block.attn.set_kept(None, v)
+    with pytest.warns(UserWarning, match="MultiheadAttention: it has hooks, which are not run while parts"):
+        model(x)
+    assert calls == ["attention", "mlp", "mlp"]

@@ -8,9 +8,11 @@ from functools import cache
 from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
+from uvc_kernels.warn_once import warn_once
 
 from uvc.layers._surgery import take_over
 from uvc.layers.block import UVCBlock, gated
+from uvc.layers.children import HOOKS
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.other_layers import SeenAttention, SeenGatedMlp, SeenMlp, SeenMultihead, SeenRotaryAttention
 from uvc.layers.prunable import Prunable
@@ -106,12 +108,24 @@ class OtherBlock(UVCBlock):
             return super(UVCBlock, self).forward(x, *args, **kwargs)
         mask, positions = read(*args, **kwargs)
         if not self._skip[0]:
+            say_not_run(attn)
             norm, *after = self.half(0)
             x = x + gated(through(after, attn(norm(x), attn_mask=mask, **positions)), self._gates[0])
         if not self._skip[1]:
+            say_not_run(mlp)
             norm, *after = self.half(1)
             x = x + gated(through(after, mlp(norm(x))), self._gates[1])
         return x
+
+
+def say_not_run(layer: Prunable) -> None:
+    """Say, once, that hooks on the module behind a pruned layer are not run: its children alone are."""
+    module = layer.seen
+    if not layer.is_dense and any(getattr(module, kind) for kind in HOOKS):
+        warn_once(
+            f"{type(module).__name__}: it has hooks, which are not run while parts of it are pruned; "
+            "set them on the block"
+        )
 
 
 def seen(block: nn.Module) -> nn.Module:

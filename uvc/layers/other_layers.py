@@ -47,6 +47,11 @@ class _Seen:
         for drop in self._drops:
             self._modules[drop].training = module.training
 
+    @property
+    def seen(self) -> nn.Module:
+        """That module."""
+        return self._seen[0]
+
     def _add_drops(self, **rates: float) -> None:
         """Dropouts that the module has no module of its own for."""
         self._drops = tuple(rates)
