@@ -1,29 +1,23 @@
-"""Every kind of attention and block, pruned and compacted, as an ONNX and a torch.export program."""
-
-import sys
+"""A small model of every class that is served, compacted, as an ONNX and a torch.export program."""
 
 import pytest
 import torch
-from imports import ROOT
 from oracle import structures
+from served import EXAMPLES
 
 import uvc
 from uvc.io.export import export
 
-sys.path.append(str(ROOT / "tests" / "layers"))
-
-from test_kinds import KINDS, made
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["torch-export", "onnx"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.saved])
 @pytest.mark.filterwarnings("ignore")
 def test_a_kind_is_exported_with_the_outputs_of_the_model(name, format, tmp_path):
     if format == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    model = made(name)
+    model = EXAMPLES[name].make()
     with torch.no_grad():
         uvc.save(uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"])), tmp_path)
     _, difference = export(tmp_path, format)[:2]

@@ -1,4 +1,4 @@
-"""The vision encoders of Qwen3 and DeepSeek, alone and inside timm's classifiers."""
+"""The vision encoders of Qwen3 and DeepSeek inside timm's classifiers."""
 
 import copy
 
@@ -14,9 +14,7 @@ from uvc.structure import Structure
 
 SIZES = dict(img_size=(16, 24), patch_size=4, embed_dim=32, depth=2, num_heads=4, mlp_ratio=1.25)
 CLASSES = {
-    "qwen3 encoder": ("qwen3_vit", "Qwen3VitEncoder", dict(pos_embed_grid_size=3, out_features=6)),
     "qwen3 classifier": ("qwen3_vit", "Qwen3VitClassifier", dict(num_classes=5)),
-    "deepseek encoder": ("deepseek_vit", "DeepseekVitEncoder", dict(out_features=6)),
     "deepseek classifier": ("deepseek_vit", "DeepseekVitClassifier", dict(num_classes=5)),
 }
 

@@ -1,14 +1,13 @@
 """What a layer offers to prune is said once, and everything that prunes, counts or checks follows it."""
 
 import copy
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
 from oracle import MODELS as SAVED
 from oracle import absent, error, gradient_error, gradients, images, small_vit, structures
-from timm.layers import Attention
+from served import gated
 from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
@@ -16,17 +15,6 @@ from uvc.config import Config
 from uvc.constraints import reachable
 from uvc.costs import count_macs
 from uvc.structure import Structure
-
-
-def gated():
-    """A ViT with a sigmoid gate on the output of every attention, as timm's constructor makes none."""
-    if "gated" not in inspect.signature(Attention).parameters:
-        pytest.skip("the Attention of this timm has no gate")
-    model = small_vit()
-    for block in model.blocks:
-        block.attn.gate = torch.nn.Linear(24, 24)
-    return model
-
 
 MODELS = {**SAVED, "gated attention": gated}
 FREE = {"heads": 1, "qk": 1, "v": 1, "neurons": 1, "halves": ("attn", "mlp")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from uvc.compaction import compact
 from uvc.io.dtypes import check_runs, sample_images
 from uvc.io.files import one_line
-from uvc.io.runtimes import CHECKS, FORMATS, Program, need, need_compiler, write_onnx_int8
+from uvc.io.runtimes import CHECKS, FORMATS, Program, first, need, need_compiler, write_onnx_int8
 from uvc.io.serialization import load
 from uvc.layers import is_compacted
 
@@ -120,7 +120,7 @@ def check_request(format: str, dtype: str | None, int8: bool, check: str | None)
 
 def _expected(model: nn.Module, batches: Sequence[Tensor], format: str) -> list[Tensor]:
     with torch.no_grad():
-        found = [model(x) for x in batches]
+        found = [first(model(x)) for x in batches]
     if not all(out.isfinite().all() for out in found):
         raise ValueError(f"--format: the model's own outputs are not finite; {format} cannot be checked")
     return found
@@ -140,7 +140,7 @@ def _compare(
     for read in readers:
         try:
             program = read(path)
-            found = [program(x) for x in batches]
+            found = [first(program(x)) for x in batches]
         except (OSError, ValueError):
             raise
         except Exception as error:  # a runtime has errors of its own

@@ -8,16 +8,39 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from uvc.io.preprocessing import preprocessing_of
 from uvc.io.serialization import load, save
+from uvc.layers import facts_of
 
 Program = Callable[[Tensor], Tensor]
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+class OneOutput(nn.Module):
+    """The first of a model's outputs: of transformers' models the logits, or the features of all tokens."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> the first output."""
+        return first(self.model(x))
+
+
+def first(outputs: Any) -> Tensor:
+    """Outputs that are one tensor, or the first of several."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def one_output(model: nn.Module) -> nn.Module:
+    """A model that gives one tensor: of transformers' models, a wrapper around it."""
+    return model if facts_of(model) is None else OneOutput(model).train(model.training)
 
 
 class Format(NamedTuple):
@@ -54,7 +77,7 @@ def read_aoti(path: Path) -> Program:
 
 
 def _traced(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    return torch.export.export(one_output(model), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -62,7 +85,7 @@ def write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model, (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
+            one_output(model), (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
             input_names=["images"], output_names=["logits"], verbose=False,
         )  # fmt: skip
         for key, value in (preprocessing_of(model) or {}).items():
