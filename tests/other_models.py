@@ -62,7 +62,7 @@ def made(name: str) -> nn.Module:
     model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+            parameter.normal_(0, 0.2)
     return model
 
 
