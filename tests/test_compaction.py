@@ -1,6 +1,7 @@
 """One sentence, three computations: dense without what is removed = skipped on the fly = compacted."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -22,9 +23,10 @@ from oracle import (
 )
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uvc
-from uvc.compaction import equivalent, forms_of, in_form
+from uvc.compaction import equivalent, forms_of, in_form, quick_forms
 from uvc.layers import FORMS
 
 CASES = list(structures(small_vit()))
@@ -185,6 +187,51 @@ def test_padded_heads_equal_grouped_ones(name):
             assert not block.record.attn or len(block.attn.groups) == min(len(block.record.heads), 1)
 
 
+def calls(model: torch.nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    """How many modules and how many ops run."""
+
+    class Ops(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.count += 1
+            return op(*args, **(kwargs or {}))
+
+    modules = []
+    handles = [m.register_forward_pre_hook(lambda m, args: modules.append(m)) for m in model.modules()]
+    with torch.inference_mode(), Ops() as ops:
+        model.eval()(x)
+    for handle in handles:
+        handle.remove()
+    return len(modules), ops.count
+
+
+@pytest.mark.parametrize("case", ["random at keep 0.5", "a head without q/k dims"])
+def test_padded_a_block_makes_fewer_calls_than_a_dense_one(case):
+    model, x = small_vit(init_values=0.1), torch.randn(1, 17, 24)
+    structure = structures(model)[case]
+    small = uvc.compact(uvc.apply_structure(copy.deepcopy(model), structure), "padded")
+    for dense, block in zip(model.blocks, small.blocks, strict=True):
+        assert all(a < b for a, b in zip(calls(block, x), calls(dense, x), strict=True))
+
+
+def heads_of(model, *dims):
+    """Every block keeps as many q/k dims and v dims of each head as `dims` says."""
+    whole, kept = uvc.Structure.dense(model), tuple(tuple(range(n)) for n in dims)
+    blocks = (dataclasses.replace(b, qk_dims=kept, v_dims=kept) for b in whole.blocks)
+    return uvc.Structure(tuple(blocks))
+
+
+def test_heads_are_padded_where_that_costs_less_than_the_products_it_saves():
+    with torch.device("meta"):
+        model, large = small_vit(), timm.create_model("deit_small_patch16_224")
+    assert quick_forms(model, heads_of(model, 6, 1, 2, 3)) == ("padded",) * 3
+    even, uneven = heads_of(large, 30, 32, 28, 34, 33, 29), heads_of(large, 64, 8, 8, 8, 8, 6)
+    assert set(quick_forms(large, even)) == {"padded"} and set(quick_forms(large, uneven)) == {"grouped"}
+    small = uvc.compact(uvc.apply_structure(large, uneven), "auto")
+    assert set(forms_of(small)) == {"grouped"}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compacted_model_goes_from_form_to_form_with_its_weights(name):
     model = MODELS[name]().eval()
@@ -201,8 +248,9 @@ def test_a_compacted_model_goes_from_form_to_form_with_its_weights(name):
 def test_training_leaves_the_padding_zero():
     model = small_vit()
     small = uvc.compact(uvc.apply_structure(model, structures(model)["a head without q/k dims"]), "padded")
-    padding = {name: p == 0 for name, p in small.named_parameters() if ".attn." in name}
-    assert sum(int(zero.sum()) for zero in padding.values()) > 100
+    padding = {name: p == 0 for name, p in small.named_parameters() if ".attn." in name or ".mlp." in name}
+    for half in (".attn.", ".mlp."):
+        assert sum(int(zero.sum()) for name, zero in padding.items() if half in name) > 100
     optimizer = torch.optim.AdamW(small.parameters(), lr=0.01)
     for _ in range(3):
         small(images(model)).square().sum().backward()
@@ -224,7 +272,7 @@ def test_padded_heads_rank_tokens_as_grouped_ones_do():
 
 @pytest.mark.parametrize("form", ["ragged", ["padded"], 3, ["padded", "padded", "x"]], ids=str)
 def test_an_unknown_form_is_refused(form):
-    with pytest.raises(ValueError, match="form must be one of grouped, padded, or one for each of 3 blocks"):
+    with pytest.raises(ValueError, match="form must be one of grouped, padded, auto, or one for each of 3"):
         uvc.compact(small_vit(), form)
 
 
@@ -232,7 +280,7 @@ def test_replaced_heads_cannot_take_another_form():
     model = small_vit()
     small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]))
     small.blocks[0].attn.proj = torch.nn.Linear(3, 24)
-    with pytest.raises(ValueError, match="not as they were compacted"):
+    with pytest.raises(ValueError, match="the attn is not as it was compacted, so it cannot be padded"):
         in_form(small, "padded")
 
 

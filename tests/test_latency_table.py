@@ -190,9 +190,9 @@ def test_measuring_finds_a_growing_table_of_the_model_and_leaves_it_alone(monkey
     work = iter(range(10**6))
 
     def count(form, images, _):
-        """A clock that sees the parameters of a form, with some noise."""
+        """A clock that sees the kept parameters of a form, with some noise."""
         assert not form.training and len(images) == 2
-        return 1e-3 * sum(p.numel() for p in form.parameters()) * (1 + 0.01 * (next(work) % 3))
+        return 1e-3 * uvc.costs.cost(form).params * (1 + 0.01 * (next(work) % 3))
 
     monkeypatch.setattr(latency_table, "pass_ms", count)
     before = uvc.structure_of(model)
@@ -233,7 +233,7 @@ NARROW = dict(img_size=28, patch_size=14, depth=2, embed_dim=32, num_heads=4, nu
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_a_table_is_of_forms_that_the_layers_offer_and_prices_what_a_search_leaves(name, monkeypatch):
     model = KINDS[name]()
-    monkeypatch.setattr(latency_table, "pass_ms", lambda form, *_: sum(p.numel() for p in form.parameters()))
+    monkeypatch.setattr(latency_table, "pass_ms", lambda form, *_: uvc.costs.cost(form).params)
     table = measure(model, rounds=1)
     table.check(model)
     for kept in (Structure.dense(model), Structure.random(model, 0.5, seed=1)):

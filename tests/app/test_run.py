@@ -117,7 +117,7 @@ def test_a_latency_table_is_made_for_later(tmp_path, capsys):
 def test_saved_model_loads_and_is_what_was_measured(finished):
     small, figures = uvc.load(finished), summary(finished)
     assert uvc.cost(small).macs == figures["final_macs"]
-    assert sum(p.numel() for p in small.parameters()) == figures["final_params"]
+    assert uvc.cost(small).params == figures["final_params"]  # heads may be padded
     structure = uvc.Structure.from_json((finished / "structure.json").read_text())
     assert structure == uvc.structure_of(small)
     assert structure == uvc.Structure.from_json(json.dumps(figures["structure"]))

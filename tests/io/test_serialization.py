@@ -1,5 +1,6 @@
 """Models on disk: bit for bit the same after a round trip, and one clear line for whatever is wrong."""
 
+import hashlib
 import json
 import os
 import struct
@@ -14,9 +15,10 @@ from timm.layers import PatchEmbed
 
 import uvc
 import uvc.models
-from uvc.compaction import forms_of
+from uvc.compaction import forms_of, in_form
 from uvc.io.card import CARD, PICTURE
 from uvc.io.serialization import CONFIG, WEIGHTS, describe, rebuild
+from uvc.layers import FORMS
 from uvc.structure import Structure
 
 
@@ -84,6 +86,26 @@ def test_the_form_of_heads_survives(tmp_path):
     config = json.loads((tmp_path / CONFIG).read_text())
     with pytest.raises(ValueError, match="form must be one of grouped, padded"):
         rebuild({**config, "form": ["padded"]})
+
+
+def test_a_form_changes_no_weight_in_a_file(tmp_path):
+    model = pruned(small_vit())
+    for form in FORMS:
+        uvc.save(uvc.compact(model, form), tmp_path / form)
+    one, other = (load_file(tmp_path / form / WEIGHTS) for form in FORMS)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_folder_of_the_format_that_stored_the_zeros_of_padded_heads_loads(tmp_path):
+    model = pruned(small_vit())
+    forms = ["padded", "grouped", "padded"]
+    config = json.dumps({**describe(uvc.compact(model, forms)), "format": "uvc-4"})
+    (tmp_path / CONFIG).write_text(config)
+    tensors = in_form(uvc.compact(model), forms, ("attn",)).state_dict()
+    save_file(tensors, tmp_path / WEIGHTS, {"config": hashlib.sha256(config.encode()).hexdigest()})
+    loaded, x = uvc.load(tmp_path), images(model)
+    assert stored(loaded) == stored(uvc.compact(model, forms)) and forms_of(loaded) == tuple(forms)
+    assert error(loaded(x), model(x)) < TOLERANCE[x.dtype]
 
 
 def test_a_folder_of_the_format_before_forms_is_grouped():
@@ -266,7 +288,7 @@ FAULTS = {
     "config of another kind": (lambda f: (f / CONFIG).write_text("[1, 2]"), CONFIG),
     "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), CONFIG),
     "unknown field": (edit(lambda c: c.update(code="import os")), "fields"),
-    "unknown format": (edit(lambda c: c.update(format="uvc-9")), "format must be 'uvc-4', got 'uvc-9'"),
+    "unknown format": (edit(lambda c: c.update(format="uvc-9")), "format must be 'uvc-5', got 'uvc-9'"),
     "unknown class": (edit(lambda c: c.update({"class": "os.system"})), "class must be one of"),
     "a list for a class": (edit(lambda c: c.update({"class": ["x"]})), CONFIG),
     "unknown norm": (edit(lambda c: c["norm"].update(name="eval")), "norm must be one of"),

@@ -1,4 +1,4 @@
-"""A saved model for a place where it will run: the faster form of each layer's heads, measured here."""
+"""A saved model for a place where it will run: the faster form of each block, measured here."""
 
 import os
 import tempfile
@@ -38,7 +38,7 @@ def compact_run(
     if out is None and not is_compacted(model):
         raise ValueError(f"DIR: {str(folder)!r} holds a model in full size, which would be lost; give --out")
     check_runs(model)
-    choice = choose(model if is_compacted(model) else compact(model), batch)
+    choice = choose(model if is_compacted(model) else compact(model, "auto"), batch)
     target = make_folder(folder, "DIR") if out is None else make_folder(out, "--out")
     with tempfile.TemporaryDirectory(dir=target, prefix=".compact.") as draft:
         save(choice.model, draft)
@@ -73,14 +73,14 @@ def figures(choice: Choice, device: torch.device, batch: int) -> dict[str, Any]:
 
 
 def choice_table(choice: Choice) -> "Table":
-    """Both forms of each block's attention half beside each other, and the whole model before and after."""
+    """Both forms of each block beside each other, and the whole model before and after."""
     from rich.table import Table
 
     kept = cost(choice.model).macs
     title = f"{choice.ratio:.3f} of the time; {kept:,} MACs are kept, {choice.after_macs:,} executed"
     table = Table(title=title, min_width=len(title))
     columns = [f"{unit}\n{form}" for form in FORMS for unit in ("MACs", "ms")]
-    for name in ("attention of", "form", *columns):
+    for name in ("", "form", *columns):
         table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
     for i, (timed, form) in enumerate(zip(choice.blocks, forms_of(choice.model), strict=True)):
         cells = [(f"{timed.macs[f]:,}", f"{timed.ms[f]:.3f}") if timed.ms else ("", "") for f in FORMS]

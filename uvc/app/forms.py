@@ -1,11 +1,9 @@
-"""Which form of a compacted model's heads is faster on a device: measured block by block, in turns.
+"""Which form of a compacted model's blocks is faster on a device: measured block by block, in turns.
 
 B batch, N tokens, D width.
 """
 
-import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -22,9 +20,9 @@ from uvc.layers import FORMS, blocks_of, image_of, is_compacted
 
 
 class Timed(NamedTuple):
-    """The attention half of one block in each form: multiply-accumulates of the batch, milliseconds.
+    """One block in each form: multiply-accumulates of the batch, milliseconds.
 
-    `chosen` is None where the half is skipped or nothing differs; then there is nothing to measure.
+    `chosen` is None where nothing differs; then there is nothing to measure.
     """
 
     chosen: str | None
@@ -36,7 +34,7 @@ class Choice(NamedTuple):
     """A compacted model in its faster forms, and what was measured; times are of forward passes of a batch.
 
     `before`, `after`: milliseconds of the model as it was and as it is now, `ratio` the median over turns.
-    MACs are those executed on one image. Where the faster halves made no faster model, it is as it was.
+    MACs are those executed on one image. Where the faster blocks made no faster model, it is as it was.
     """
 
     model: nn.Module
@@ -49,7 +47,7 @@ class Choice(NamedTuple):
 
 
 def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 5.0) -> Choice:
-    """Times the attention half of each block of a compacted model in every form, and takes the faster.
+    """Times each block of a compacted model in every form, and takes the faster.
 
     On random images of the model's own size, on its device, with torch's present number of threads. Each
     measurement takes `rounds` turns, or ends after `seconds`. The model itself is untouched.
@@ -97,21 +95,16 @@ def _calls(model: nn.Module, images: Tensor) -> list[tuple[tuple, dict[str, Any]
 def _timed(
     blocks: Sequence[nn.Module], call: tuple[tuple, dict[str, Any]], rounds: int, seconds: float
 ) -> Timed:
-    """One block in all forms, of which the attention half alone runs."""
-    record, groups = blocks[0].record, [getattr(getattr(b, "attn", None), "groups", ()) for b in blocks]
-    if not record.attn or all(g == groups[0] for g in groups):
+    """One block in all forms."""
+    shapes = [[p.shape for p in block.parameters()] for block in blocks]
+    groups = [getattr(block._modules.get("attn"), "groups", ()) for block in blocks]
+    if all((g, s) == (groups[0], shapes[0]) for g, s in zip(groups, shapes, strict=True)):
         return Timed(None, {}, {})
-    halves = []
-    for block in blocks:
-        # A shallow copy, which shares the weights.
-        half = copy.copy(block)
-        half.record = replace(record, mlp=False)
-        halves.append(half)
-    times = _measured(halves, call, rounds, seconds)
+    times = _measured(blocks, call, rounds, seconds)
     macs = []
-    for half in halves:
+    for block in blocks:
         with flop_counter() as counter, torch.no_grad():
-            half(*call[0], **call[1])
+            block(*call[0], **call[1])
         macs.append(counter.get_total_flops() // 2)
     first, *others = times
     ratios = [1.0] + [median(a / b for a, b in zip(other, first, strict=True)) for other in others]

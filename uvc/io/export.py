@@ -56,7 +56,7 @@ def export(
     model = load(folder).eval().requires_grad_(False)
     check_runs(model)
     batches = [sample_images(model, batch) for batch in BATCHES]
-    small = model if is_compacted(model) else compact(model)
+    small = model if is_compacted(model) else compact(model, "auto")
     if calibration is not None:
         write = partial(write_onnx_int8, images=calibration)
         batches = [calibration[0][:batch] for batch in BATCHES]
@@ -64,7 +64,7 @@ def export(
     expected = _expected(model, batches, format)
     if dtype is not None:
         again = load(folder)  # as a compacted model may share its weights
-        small = (again if is_compacted(again) else compact(again)).to(given[0].dtype)
+        small = (again if is_compacted(again) else compact(again, "auto")).to(given[0].dtype)
     bound = INT8 if calibration is not None else max(TOLERANCE[x.dtype] for x in (given[0], batches[0]))
     readers = [read] + ([] if check is None else [CHECKS[format][check]])
     compare = partial(_compare, readers, given, expected, bound, format)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.models import create_model, is_model
 from torch import nn
 
-from uvc.compaction import compact, compacted, forms_of
+from uvc.compaction import compact, compacted, forms_of, in_form
 from uvc.elastic import make_elastic, set_budget, structures_from_data, structures_of, structures_to_data
 from uvc.io.card import Subject, write_card
 from uvc.io.files import one_line, write_tensors, write_text
@@ -43,13 +43,15 @@ from uvc.layers import (
 )
 from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
 
-WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-4"
+WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-5"
 # What older formats did not say, because they knew nothing else.
 OLDER = {
     "uvc-1": {"format": FORMAT, "architecture": None, "mlp": "Mlp", "preprocessing": None, "form": None},
     "uvc-2": {"format": FORMAT, "preprocessing": None, "form": None},
     "uvc-3": {"format": FORMAT, "form": None},
+    "uvc-4": {"format": FORMAT},
 }
+PADDED_HEADS = "uvc-4"  # had the zeros of padded heads in its files; since then weights are stored as kept
 # fmt: off
 FIELDS = {
     "format", "class", "architecture", "block", "norm", "mlp", "activation", "arguments", "compacted",
@@ -122,7 +124,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     metadata = {"config": hashlib.sha256(text.encode()).hexdigest()}
     folder = Path(folder)
     try:
-        write_tensors(folder / WEIGHTS, model.state_dict(), metadata)
+        write_tensors(folder / WEIGHTS, as_kept(model).state_dict(), metadata)
         write_text(folder / CONFIG, text)
         structure, plain = rebuild(config)  # without hooks and forwards of its own
         write_card(folder, Subject(name, plain, structure, config["preprocessing"] or {}, {}))
@@ -150,6 +152,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu", budget: float |
         structure, model = rebuild(config)
     except Exception as error:  # timm's constructors answer wrong values with whatever they run into
         raise ValueError(f"{config_path} does not describe a model: {one_line(error)}") from None
+    forms = forms_of(model) if is_compacted(model) else None
+    model, older = as_kept(model), config["format"] == PADDED_HEADS
+    if older and forms is not None:
+        model = in_form(model, forms, ("attn",))
     check_header(weights_path, model, hashlib.sha256(text.encode()).hexdigest())
     try:
         tensors = load_file(weights_path, device=str(device))
@@ -157,13 +163,25 @@ def load(folder: str | Path, device: str | torch.device = "cpu", budget: float |
         raise ValueError(f"cannot read {weights_path}: {one_line(error)}") from None
     model.load_state_dict(tensors, assign=True)
     fill_buffers(model, device)
+    if older and forms is not None:
+        model = in_form(model, "grouped", ("attn",))
+    if forms is not None and set(forms) != {"grouped"}:
+        model = in_form(model, forms)
     if not is_compacted(model):
         apply_structure(model, structure)
     if structures := structures_of(model):
         make_elastic(model, structures)
     if budget is not None:
-        model = compact(set_budget(model, budget))
+        model = compact(set_budget(model, budget), "auto")
     return model.eval()
+
+
+def as_kept(model: nn.Module) -> nn.Module:
+    """The model whose weights are stored: without padding, so that a form, which depends on where it runs,
+    changes no weight in a file.
+    """
+    padded = is_compacted(model) and set(forms_of(model)) != {"grouped"}
+    return in_form(model, "grouped") if padded else model
 
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:

@@ -12,7 +12,7 @@ from timm.models.beit import gen_relative_position_index
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactAttention, added
+from uvc.layers.compact_layers import CompactAttention, added, through_part
 from uvc.layers.heads import Heads, Source, with_biases
 
 
@@ -92,7 +92,7 @@ class _RelPosBias(nn.Module):
         self, q: Tensor, k: Tensor, heads: Sequence[int], dims: Tensor | None, **positions
     ) -> tuple[Tensor, Tensor]:
         """Positions add to the scores alone."""
-        return self.q_norm(q), self.k_norm(k)
+        return through_part(self, "q_norm", q), through_part(self, "k_norm", k)
 
 
 class CompactRelPos(_RelPosBias, CompactAttention):

@@ -164,8 +164,8 @@ def scaled(block: nn.Module, half: str, branch: Tensor) -> Tensor:
 
 def dropped(block: nn.Module, half: str, branch: Tensor) -> Tensor:
     """The branch of a half behind its stochastic depth, which some blocks share between halves."""
-    own = block._modules.get(f"drop_path{half}")
-    return (block.drop_path if own is None else own)(branch)
+    own = block._modules.get(f"drop_path{half}", block._modules.get("drop_path"))
+    return branch if own is None else own(branch)
 
 
 def gated(branch: Tensor, gate: Tensor | None) -> Tensor:

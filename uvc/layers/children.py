@@ -121,9 +121,9 @@ def linear_fault(layer: nn.Module, *names: str) -> str | None:
     return None
 
 
-def drop_rate(drop: nn.Module) -> float:
-    """The share that one of `DROPS` zeroes now."""
-    return drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+def drop_rate(drop: nn.Module | None) -> float:
+    """The share that one of `DROPS` zeroes now; None: none is there."""
+    return drop.p if type(drop) is nn.Dropout and drop.training else 0.0
 
 
 def say_called(layer: nn.Module, x: torch.Tensor) -> None:

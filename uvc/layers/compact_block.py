@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uvc.layers._surgery import meta_copy
 from uvc.layers.block import InARow, UVCBlock, dropped, norm_last, scaled
 from uvc.layers.children import carry_hooks, drop_hooks
+from uvc.layers.compact_layers import passes_on
 from uvc.layers.kinds import prunable
 from uvc.layers.token_pruning import Slimming, due, slim
 
@@ -18,7 +19,7 @@ from uvc.layers.token_pruning import Slimming, due, slim
 class CompactBlock(InARow):
     """The running halves of a block, with `record`, the structure's entry for the block they came from.
 
-    `form` is how its heads run, one of `FORMS`.
+    `form` is how its heads and neurons run, one of `FORMS`.
     """
 
     # What it is made from.
@@ -33,7 +34,7 @@ class CompactBlock(InARow):
         if record.attn:
             self._keep_half(dense, "1", "attn", prunable(dense.attn).compacted(record, form))
         if record.mlp:
-            self._keep_half(dense, "2", "mlp", prunable(dense.mlp).compacted(record.neurons))
+            self._keep_half(dense, "2", "mlp", prunable(dense.mlp).compacted(record, form))
         for name in self.FULL.stays(dense):
             if name not in self._modules:
                 self.add_module(name, copy.deepcopy(getattr(dense, name)))
@@ -44,30 +45,33 @@ class CompactBlock(InARow):
         carry_hooks(getattr(dense, name), small)
         self.add_module(name, small)
         for part in (f"norm{digit}", f"ls{digit}", f"drop_path{digit}", "drop_path"):
-            if (child := dense._modules.get(part)) is not None:
+            child = dense._modules.get(part)
+            if child is not None and (part.startswith("norm") or not passes_on(child)):
                 self.add_module(part, copy.deepcopy(child))
         if (gamma := dense._parameters.get(f"gamma_{digit}")) is not None:
             self.register_parameter(f"gamma_{digit}", copy.deepcopy(gamma))
 
-    def in_form(self, form: str) -> "CompactBlock":
-        """A copy whose heads run in one of `FORMS`; ValueError where their weights were replaced."""
-        memo = {} if form == self.form or not self.record.attn else {id(self.attn): self._attn_in_form(form)}
+    def in_form(self, form: str, halves: tuple[str, ...] = ("attn", "mlp")) -> "CompactBlock":
+        """A copy whose halves, of these, run in one of `FORMS`; ValueError where weights were replaced."""
+        halves = [h for h in halves if form != self.form and getattr(self.record, h)]
+        memo = {id(getattr(self, half)): self._half_in_form(half, form) for half in halves}
         new = copy.deepcopy(self, memo)
         new.form = form
         return new
 
-    def _attn_in_form(self, form: str) -> nn.Module:
+    def _half_in_form(self, half: str, form: str) -> nn.Module:
+        old = getattr(self, half)
         # Dense weights whose entries are their own numbers show where each is in either form; 0 is padding.
-        numbered = copy.deepcopy(prunable(self.origin.attn)).to_empty(device="cpu").double()
+        numbered = copy.deepcopy(prunable(getattr(self.origin, half))).to_empty(device="cpu").double()
         with torch.no_grad():
             for parameter in numbered.parameters():
                 parameter.copy_(torch.arange(1, parameter.numel() + 1).view(parameter.shape))
         before = dict(numbered.compacted(self.record, self.form).named_parameters())
         new = numbered.compacted(self.record, form)
-        mine = dict(self.attn.named_parameters())
+        mine = dict(old.named_parameters())
         if {n: p.shape for n, p in before.items()} != {n: p.shape for n, p in mine.items()}:
             raise ValueError(
-                f"form: the heads are not as they were compacted, so they cannot be {form}; compact again"
+                f"form: the {half} is not as it was compacted, so it cannot be {form}; compact again"
             )
         for path, module in new.named_modules():
             for name, numbers in module._parameters.items():
@@ -76,9 +80,9 @@ class CompactBlock(InARow):
                 full = f"{path}.{name}" if path else name
                 module._parameters[name] = _moved(mine[full], before[full].detach(), numbers.detach())
             for name in module._buffers:
-                module._buffers[name] = self.attn.get_submodule(path)._buffers[name]
-        carry_hooks(self.attn, new)
-        return new.train(self.attn.training)
+                module._buffers[name] = old.get_submodule(path)._buffers[name]
+        carry_hooks(old, new)
+        return new.train(old.training)
 
     @property
     def origin(self) -> UVCBlock:
@@ -89,7 +93,8 @@ class CompactBlock(InARow):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **positions
     ) -> Tensor:
         """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
-        slimming, scores = due(self.slimming, x, attn_mask, is_causal), None
+        slimming = None if self.slimming is None else due(self.slimming, x, attn_mask, is_causal)
+        scores = None
         residual = self.residual(x)
         if self.record.attn:
             y = x if self.norm_last else self.norm1(x)

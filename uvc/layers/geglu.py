@@ -16,6 +16,8 @@ from uvc.layers.prunable import Part, rows
 class CompactGeGluMlp(CompactMlp):
     """The kept neurons of a GeGluMlp: w0 the gate, w1 the value."""
 
+    GATED = True
+
     def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
         self.w0, self.w1 = smaller(dense.w0, rows=neurons), smaller(dense.w1, rows=neurons)
         self.norm_first = copy.deepcopy(dense.norm)

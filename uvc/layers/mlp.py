@@ -67,9 +67,9 @@ class Neurons(Prunable):
         """F, the hidden neurons of the dense layer."""
         return self.fc2.in_features
 
-    def compacted(self, neurons: tuple[int, ...]) -> nn.Module:
-        """A copy of the kept neurons in plain torch."""
-        return self.SMALL(self, neurons)
+    def compacted(self, record, form: str = "grouped") -> nn.Module:
+        """A copy of what `record`, a structure's entry, keeps, in plain torch, in one of `FORMS`."""
+        return self.SMALL(self, record.neurons, form)
 
     def prepared(self, x: Tensor) -> Tensor:
         """What the first layers read of x [B, N, D]."""

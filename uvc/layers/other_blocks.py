@@ -14,6 +14,7 @@ from uvc.layers._surgery import take_over
 from uvc.layers.block import UVCBlock, gated
 from uvc.layers.children import HOOKS
 from uvc.layers.compact_block import CompactBlock
+from uvc.layers.compact_layers import passes_on, through_part
 from uvc.layers.other_layers import SeenAttention, SeenGatedMlp, SeenMlp, SeenMultihead, SeenRotaryAttention
 from uvc.layers.prunable import Prunable
 
@@ -155,14 +156,19 @@ class CompactOtherBlock(CompactBlock):
         norm, *after = dense.half(int(digit) - 1)
         self.add_module(f"norm{digit}", copy.deepcopy(norm))
         self.add_module(name, small)
-        self.add_module(f"after{digit}", nn.Sequential(*map(copy.deepcopy, after)))
+        after = [part for part in after if not passes_on(part)]
+        if after:
+            self.add_module(f"after{digit}", nn.Sequential(*map(copy.deepcopy, after)))
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [B, N, D] -> [B, N, D]; masks and positions go to the attention."""
         mask, positions = read(*args, **kwargs)
         if self.record.attn:
-            x = x + self.after1(self.attn(self.norm1(x), attn_mask=mask, **positions))
-        return x + self.after2(self.mlp(self.norm2(x))) if self.record.mlp else x
+            branch = self.attn(self.norm1(x), attn_mask=mask, **positions)
+            x = x + through_part(self, "after1", branch)
+        if self.record.mlp:
+            x = x + through_part(self, "after2", self.mlp(self.norm2(x)))
+        return x
 
 
 def read(

@@ -10,7 +10,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactAttention, heads_of_mask
+from uvc.layers.compact_layers import CompactAttention, heads_of_mask, through_part
 from uvc.layers.heads import Heads, Source, with_biases
 
 
@@ -29,7 +29,7 @@ class _Rotary(nn.Module):
 
         dims [h, E]: which of the K dims, those of a pair side by side; None: all, as they come.
         """
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = through_part(self, "q_norm", q), through_part(self, "k_norm", k)
         if rope is None or q.shape[-1] == 0:
             return q, k
         rope = heads_of_mask(rope, list(heads), self.num_heads)

@@ -10,13 +10,13 @@ from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
 
 from uvc.layers.biased import Unmasked
-from uvc.layers.compact_layers import CompactAttention, without_inputs
+from uvc.layers.compact_layers import CompactAttention, through_part, without_inputs
 
 
 def talk(attn: nn.Module, scores: Tensor) -> Tensor:
     """What each head of `attn` gives each value, from the scores [B, H, N, N] of all heads."""
     weights = attn.proj_l(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(dim=-1)
-    return attn.attn_drop(attn.proj_w(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    return through_part(attn, "attn_drop", attn.proj_w(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 class CompactTalkingHeads(CompactAttention):
@@ -32,7 +32,7 @@ class CompactTalkingHeads(CompactAttention):
         if not self.groups:
             # What stays whatever is removed is computed, as the cost counts it.
             talk(self, x.new_zeros(B, self.num_heads, N, N))
-            return self.proj_drop(without_inputs(self.proj, x)), None
+            return through_part(self, "proj_drop", without_inputs(self.proj, x)), None
         scores, values = x.new_zeros(B, self.num_heads, N, N), []
         for group, parts in zip(self.groups, self._projected(x), strict=True):
             q, k, v = (part.reshape(B, N, len(group.heads), -1).transpose(1, 2) for part in parts)
@@ -44,7 +44,7 @@ class CompactTalkingHeads(CompactAttention):
             (weights[:, list(group.heads)] @ v).transpose(1, 2).reshape(B, N, -1)
             for group, v in zip(self.groups, values, strict=True)
         ]
-        return self.proj_drop(self.proj(torch.cat(outputs, dim=-1))), None
+        return through_part(self, "proj_drop", self.proj(torch.cat(outputs, dim=-1))), None
 
 
 class UVCTalkingHeads(Unmasked, TalkingHeadAttn):
