@@ -58,6 +58,10 @@ PROBLEMS = {
         "holds no images; fill or remove it",
     ),
     "classes that differ": (lambda f: (f / "val/dog").rename(f / "val/cow"), "'cow' is only in val/"),
+    "one class": (
+        lambda f: [shutil.rmtree(f / split / "dog") for split in ("train", "val")],
+        "there is one class",
+    ),
     "no validation split": (lambda f: shutil.rmtree(f / "val"), "has no folder val or validation/"),
     "no splits": (lambda f: [shutil.rmtree(f / split) for split in ("train", "val")], "has no folder train/"),
     "floating-point pixels": (

@@ -169,7 +169,8 @@ def test_data_of_one_class_are_refused(tmp_path):
 def test_a_class_of_nothing_but_other_files_says_what_they_are(folder):
     for path in (folder / "train" / "b").iterdir():
         path.rename(path.with_suffix(".dat"))
-    with pytest.raises(ValueError, match=r"b' holds no images; .* 4 files ending in '\.dat'"):
+    (folder / "train" / ".hidden").write_bytes(b"of another folder")
+    with pytest.raises(ValueError, match=r"b' holds no images; .* \(it holds 4 files ending in '\.dat'"):
         load(folder)
 
 

@@ -67,6 +67,8 @@ def check_folder(folder: Path, workers: int | None = None) -> Checked:
             readers[names[0]] = FolderReader(split_folder(folder, *names), own)
         except (OSError, ValueError) as error:
             done.problems.append(str(error).removeprefix("data: "))
+    if any(len(reader.class_to_idx) == 1 for reader in readers.values()):
+        done.problems.append("there is one class; nothing is to be told apart")
     seen: dict[bytes, list[tuple[str, Seen]]] = {}
     for name, reader in readers.items():
         split = Split(name, list(reader.class_to_idx), unused=str(reader.unused))

@@ -28,9 +28,9 @@ class Unused:
 
     found: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def add(self, reason: str, path: str) -> None:
-        count, first = self.found.get(reason, (0, path))
-        self.found[reason] = (count + 1, first)
+    def add(self, reason: str, path: str, count: int = 1) -> None:
+        before, first = self.found.get(reason, (0, path))
+        self.found[reason] = (before + count, first)
 
     def __str__(self) -> str:
         parts = (f"{count} {reason}, first {first!r}" for reason, (count, first) in self.found.items())
@@ -71,20 +71,20 @@ class FolderReader(Reader):
         self.class_to_idx = class_to_idx or {name: i for i, name in enumerate(classes)}
         known = endings()
         for name in classes:
-            label, before = self.class_to_idx[name], len(self.samples)
-            for path in _files(root / name, self.unused):
+            label, before, unused = self.class_to_idx[name], len(self.samples), Unused()
+            for path in _files(root / name, unused):
                 ending = os.path.splitext(path)[1].lower()
                 if ending in known:
                     self.samples.append((path, label))
                 else:
-                    self.unused.add(
-                        f"files ending in {ending!r}" if ending else "files without an ending", path
-                    )
+                    unused.add(f"files ending in {ending!r}" if ending else "files without an ending", path)
             if len(self.samples) == before:
                 raise ValueError(
                     f"data: class folder {str(root / name)!r} holds no images; fill or remove it"
-                    + (f" (it holds {self.unused})" if self.unused.found else "")
+                    + (f" (it holds {unused})" if unused.found else "")
                 )
+            for reason, (count, first) in unused.found.items():
+                self.unused.add(reason, first, count)
         self.samples.sort(key=lambda sample: natural_key(sample[0]))
 
     def __len__(self) -> int:
