@@ -16,6 +16,15 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
       "Tensor qk_offsets, Tensor v, Tensor v_offsets, float scale, Tensor qkv, Tensor heads, Tensor stats, int needs) "
       "-> (Tensor x, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias)");
   m.def(
+      "attention_with_positions(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, "
+      "Tensor? bias, Tensor qk, Tensor qk_offsets, Tensor v, Tensor v_offsets, Tensor? turn, Tensor? partner, "
+      "float scale, bool recompute=False) -> (Tensor out, Tensor qkv, Tensor heads, Tensor stats)");
+  m.def(
+      "attention_with_positions_backward(Tensor grad, Tensor x, Tensor qkv_weight, Tensor? qkv_bias, "
+      "Tensor proj_weight, Tensor? bias, Tensor qk, Tensor qk_offsets, Tensor v, Tensor v_offsets, Tensor? turn, "
+      "Tensor? partner, float scale, Tensor qkv, Tensor heads, Tensor stats, int needs) "
+      "-> (Tensor x, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight, Tensor proj_bias, Tensor bias)");
+  m.def(
       "mlp(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gate_weight, "
       "Tensor? gate_bias, Tensor neurons, int activation, bool recompute=False) -> (Tensor out, Tensor hidden)");
   m.def(

@@ -4,8 +4,9 @@ from importlib import import_module
 
 from . import dense as dense
 from . import self_check as self_check
-from ._dispatch import backend, packs_ahead, provide_later, select
+from ._dispatch import backend, kernel_serves, packs_ahead, provide_later, select
 from .attention import attention, attention_packing
+from .attention_with_positions import Positions, attention_with_positions, turn_of
 from .gather import gather
 from .group_scores import group_scores
 from .indices import KeptHeads, KeptNeurons, kept_heads, kept_neurons
@@ -15,18 +16,22 @@ from .prox_shrink import prox_shrink
 __all__ = [
     "KeptHeads",
     "KeptNeurons",
+    "Positions",
     "attention",
     "attention_packing",
+    "attention_with_positions",
     "backend",
     "gather",
     "group_scores",
     "kept_heads",
     "kept_neurons",
+    "kernel_serves",
     "mlp",
     "mlp_packing",
     "packs_ahead",
     "prox_shrink",
     "select",
+    "turn_of",
 ]
 
 provide_later("triton", lambda: import_module("uvc_kernels.triton"))

@@ -159,6 +159,12 @@ def serves(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
     return provider == "cpu" or _proven(op, provider, device, dtype)
 
 
+def kernel_serves(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel serves `op` here: the one that the user asked for, or any."""
+    name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
+    return any(serves(op, p, device, dtype) for p in PROVIDERS[1:] if name in (None, p))
+
+
 def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """The providers that can serve `op` and passed their self-check, in the order of preference.
 

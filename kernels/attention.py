@@ -47,7 +47,7 @@ def _attention_cpu(
     return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale, recompute)[0]
 
 
-def _fake(x, *arguments):
+def fake(x, *arguments):
     weights = AttentionWeights(*arguments[:4])
     # torch leaves out the last argument where it has its default.
     qk, _, v, v_offsets, _, recompute = (*arguments[4:], False)[:6]
@@ -61,14 +61,14 @@ def _fake(x, *arguments):
     )
 
 
-def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
+def fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
     qkv_bias, proj_bias = qkv_weight.new_empty(len(qkv_weight)), proj_weight.new_empty(len(proj_weight))
     return _autograd.empty_gradients((x, qkv_weight, qkv_bias, proj_weight, proj_bias), rest[-1])
 
 
 if _dispatch.extension_error is None:
-    torch.library.register_fake("uvc_kernels::attention", _fake)
-    torch.library.register_fake("uvc_kernels::attention_backward", _fake_backward)
+    torch.library.register_fake("uvc_kernels::attention", fake)
+    torch.library.register_fake("uvc_kernels::attention_backward", fake_backward)
     _backward = torch.ops.uvc_kernels.attention_backward
     # The backward pass needs no proj_bias.
     _autograd.differentiate("uvc_kernels::attention", "attention", _backward, 5, constants=1, unused=4)
@@ -94,6 +94,22 @@ def attention_packing(
     )
 
 
+def check_shapes(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, kept: KeptHeads) -> None:
+    """ValueError unless x, weights and what is kept fit one another."""
+    if x.dim() != 3:
+        raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")
+    if qkv_weight.shape != (3 * proj_weight.shape[1], x.shape[2]):
+        raise ValueError(
+            f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
+            f"proj_weight, got {tuple(qkv_weight.shape)}"
+        )
+    if kept.whole_columns.numel() != proj_weight.shape[1]:
+        raise ValueError(
+            f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
+            f"{proj_weight.shape[1]}"
+        )
+
+
 def attention(
     x: Tensor,
     qkv_weight: Tensor,
@@ -114,18 +130,7 @@ def attention(
     [B, N, Dout] in the dtype of x. Gradients are full-size, zero where removed. Zero kept heads leave the
     bias alone. ValueError on shapes that do not fit.
     """
-    if x.dim() != 3:
-        raise ValueError(f"attention: x must be [batch, tokens, width], got shape {tuple(x.shape)}")
-    if qkv_weight.shape != (3 * proj_weight.shape[1], x.shape[2]):
-        raise ValueError(
-            f"attention: qkv_weight must be [{3 * proj_weight.shape[1]}, {x.shape[2]}] to fit x and "
-            f"proj_weight, got {tuple(qkv_weight.shape)}"
-        )
-    if kept.whole_columns.numel() != proj_weight.shape[1]:
-        raise ValueError(
-            f"attention: kept is of {kept.whole_columns.numel()} dims, but proj_weight has "
-            f"{proj_weight.shape[1]}"
-        )
+    check_shapes(x, qkv_weight, proj_weight, kept)
     weights = AttentionWeights(qkv_weight, qkv_bias, proj_weight, proj_bias)
     _dtypes.check_dtypes("attention", x, *weights)
     x = _dtypes.autocast(x)

@@ -29,7 +29,7 @@ def attention(given: Arguments, asked: set[str] | None) -> int:
     if asked is None:
         return 2 * B * N * (qkv + N * (Q + V) + projection)
     macs = qkv * len(asked & {"x", "qkv_weight"}) + projection * ("proj_weight" in asked)
-    if asked & {"x", "qkv_weight", "qkv_bias"}:
+    if asked & {"x", "qkv_weight", "qkv_bias", "bias"}:
         macs += projection + N * (3 * Q + 2 * V) + (0 if len(given["qkv"]) else qkv)
     return 2 * B * N * macs
 
@@ -70,3 +70,5 @@ for _formula, (_name, _packed) in _NAMES.items():
             _register(f"{_packed}{_kind}_{_suffix}", _formula)
         if _dispatch.extension_error is None:
             _register(f"{_name}{_kind}", _formula)
+for _kind in ("", "_backward") if _dispatch.extension_error is None else ():
+    _register(f"attention_with_positions{_kind}", attention)

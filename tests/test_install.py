@@ -32,8 +32,9 @@ def test_both_packages_and_the_command_are_installed_under_their_names():
 def test_the_public_names_of_uvc_kernels_are_these():
     assert uvc_kernels.__all__ == sorted(uvc_kernels.__all__)
     assert set(uvc_kernels.__all__) == {
-        "KeptHeads", "KeptNeurons", "attention", "attention_packing", "backend", "gather", "group_scores",
-        "kept_heads", "kept_neurons", "mlp", "mlp_packing", "packs_ahead", "prox_shrink", "select",
+        "KeptHeads", "KeptNeurons", "Positions", "attention", "attention_packing", "attention_with_positions",
+        "backend", "gather", "group_scores", "kept_heads", "kept_neurons", "kernel_serves", "mlp",
+        "mlp_packing", "packs_ahead", "prox_shrink", "select", "turn_of",
     }  # fmt: skip
 
 

@@ -334,6 +334,7 @@ enum Need : int64_t {
   kNeedBias1 = 4,
   kNeedWeight2 = 8,
   kNeedBias2 = 16,
+  kNeedScoreBias = 32,
   kNeedGateWeight = 32,
   kNeedGateBias = 64
 };

@@ -29,6 +29,28 @@ using Accumulator = typename AccumulatorOf<T>::type;
 
 enum class Activation : int64_t { kGelu, kGeluTanh, kRelu, kSilu, kQuickGelu };
 
+// Tables that the loops read have rows of a multiple of kTableUnit entries, whole registers of every instruction set, and
+// kRowsBehind rows more than are used.
+constexpr int64_t kTableUnit = 16, kRowsBehind = 8;
+
+// Rotary positions of q and k: channel d becomes x[d] * cosine[row[d]] + x[other[d]] * sine[row[d]]. row: null where nothing
+// is turned; other: the channel that d is turned with; rows of both tables have `length` entries, one for each token.
+template <class A>
+struct Turn {
+  const int32_t *row, *other;
+  const A *cosine, *sine;
+  int64_t length;
+};
+
+// What is added to the scores, or null: rows of `length` entries, one for each key (forward) or each query (backward), whose
+// entries are the queries or the keys. grad: the gradient is added to it, by query; or null.
+template <class A>
+struct ScoreBias {
+  const A* values;
+  A* grad;
+  int64_t length;
+};
+
 // One head of one image. q, k, v, out point at (first channel, first token); a step of `stride` is one channel.
 template <class T>
 struct Head {
@@ -40,6 +62,8 @@ struct Head {
   Accumulator<T>*top, *inverse;  // [tokens] each: largest score, and 1 / sum of exp(score - largest)
   const T* grad_out;                               // backward only, like the next three
   T *grad_q, *grad_k, *grad_v;
+  Turn<Accumulator<T>> turn;
+  ScoreBias<Accumulator<T>> bias;
 };
 
 template <class T>

@@ -56,12 +56,13 @@ def run_under(isa, *arguments):
 
 @pytest.mark.parametrize("isa", SETS)
 def test_attention_and_sums_are_exact_under(isa):
-    cases = "sums or (ragged and 197 and float32)"
+    cases = "sums or (ragged and 197 and float32) or (exact and halves and 33 and float32)"
     run_under(
         isa,
         "-k",
         cases,
         "test_attention.py",
+        "test_attention_with_positions.py",
         "test_instruction_sets.py::test_sums_over_many_tokens_are_made_in_blocks",
     )
 

@@ -1,11 +1,14 @@
 """What kinds of attention and block need of the rest: pairs, stages, blocks of several sizes."""
 
 import copy
+import warnings
 from dataclasses import replace
 
+import other_models
 import pytest
 import timm
 import torch
+import uvc_kernels
 from oracle import absent, error, gradient_error, gradients, images, structures
 from served import SIZES, made
 from timm.models.vision_transformer import VisionTransformer
@@ -34,6 +37,22 @@ def test_children_that_are_more_than_linear_layers_are_called_on_all_heads(name)
             linear.register_forward_hook(lambda module, inputs, out: out * 1.5)
     truth = absent(model, structure)(x)
     assert error(uvc.apply_structure(copy.deepcopy(model), structure)(x), truth) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["eva02", "dinov3", "beit", "relative positions", "swin", "torchvision"])
+def test_positions_are_part_of_the_kernel_on_a_cpu_and_elsewhere_plain_torch_says_so(name, monkeypatch):
+    monkeypatch.setattr("uvc_kernels.warn_once.said", set())
+    model = other_models.made(name) if name == "torchvision" else made(name)
+    x = images(model) if name != "torchvision" else other_models.images(model)
+    uvc.apply_structure(model, Structure.random(model, 0.5, seed=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = model(x)
+    with (
+        uvc_kernels.backend("reference"),
+        pytest.warns(UserWarning, match="is outside the fast op; plain torch computes the kept heads"),
+    ):
+        assert error(model(x), out) < 1e-5
 
 
 def test_tokens_stay_where_positions_are_part_of_the_attention():

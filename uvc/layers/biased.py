@@ -7,6 +7,7 @@ import copy
 from collections.abc import Sequence
 
 import torch.nn.functional as F
+import uvc_kernels
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import gen_relative_position_index
 from timm.models.vision_transformer_relpos import RelPosAttention
@@ -23,6 +24,14 @@ class Unmasked(Heads):
 
     def _dense(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **positions) -> Tensor:
         return super(Heads, self).forward(x, **positions)
+
+
+class Biased(Unmasked):
+    """Heads with a bias of the scores alone."""
+
+    def placed(self, x: Tensor, heads: list[int], **positions) -> uvc_kernels.Positions:
+        """The bias of these heads."""
+        return uvc_kernels.Positions(bias=self.bias(heads, **positions))
 
 
 class _BeitBias(nn.Module):
@@ -59,7 +68,7 @@ class CompactBeit(_BeitBias, CompactAttention):
         self.relative_position_index.copy_(gen_relative_position_index(self.window_size))
 
 
-class UVCBeitAttention(_BeitBias, Unmasked, BeitAttention):
+class UVCBeitAttention(_BeitBias, Biased, BeitAttention):
     """timm's attention of BEiT, of which heads, q/k dims and v dims can be left out."""
 
     SMALL = CompactBeit
@@ -103,7 +112,7 @@ class CompactRelPos(_RelPosBias, CompactAttention):
         self.rel_pos = copy.deepcopy(dense.rel_pos)
 
 
-class UVCRelPosAttention(_RelPosBias, Unmasked, RelPosAttention):
+class UVCRelPosAttention(_RelPosBias, Biased, RelPosAttention):
     """timm's RelPosAttention, of which heads, q/k dims and v dims can be left out."""
 
     SMALL = CompactRelPos

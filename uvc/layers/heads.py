@@ -206,9 +206,31 @@ class Heads(Prunable):
         if x.is_meta or not self.gathers:
             say_called(self, x)
             return self._called(x, attn_mask, is_causal, **positions)
+        if attn_mask is None and not is_causal and (placed := self._placed(x, **positions)) is not None:
+            weights = (*fused(self.sources(), self.dims), self.proj.weight, self.proj.bias)
+            kept = self.kept(weights[0].device)
+            return self.proj_drop(
+                uvc_kernels.attention_with_positions(x, *weights, kept, self.scale, placed, self._recompute)
+            )
         outside = f"{self.OUTSIDE} is outside the fast op"
         warn_once(f"{type(self).__name__}: {outside}; plain torch computes the kept heads")
         return self._gathered(x, attn_mask, is_causal, **positions)
+
+    def _placed(self, x: Tensor, **positions) -> uvc_kernels.Positions | None:
+        """What the op that knows of positions takes of them; None where it does not serve."""
+        norms = [self._modules.get(name) for name in ("q_norm", "k_norm", "norm")]
+        if (
+            self._gate is not None
+            or any(norm is not None and type(norm) is not nn.Identity for norm in norms)
+            or drop_rate(self.attn_drop)
+            or not uvc_kernels.kernel_serves("attention_with_positions", x.device, x.dtype)
+        ):
+            return None
+        return self.placed(x, self._masks[1].any(1).nonzero().flatten().tolist(), **positions)
+
+    def placed(self, x: Tensor, heads: list[int], **positions) -> uvc_kernels.Positions | None:
+        """What positions do to q, k and scores of these heads, as the op takes it; None: it cannot."""
+        return None
 
     def _dense(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **positions) -> Tensor:
         return super().forward(x, attn_mask=attn_mask, is_causal=is_causal, **positions)
@@ -290,6 +312,23 @@ class Heads(Prunable):
                 out * F.linear(x, gate.weight[v[0]], None if gate.bias is None else gate.bias[v[0]]).sigmoid()
             )
         return self.proj_drop(F.linear(out, self.proj.weight[:, v[0]], self.proj.bias))
+
+
+def fused(sources: tuple[Source, ...], A: int) -> tuple[Tensor, Tensor | None]:
+    """Weight [3A, D] and bias [3A] of q, k and v, in one piece."""
+    weight = joined([(s.weight, s.row) for s in sources], A)
+    if all(s.bias is None for s in sources):
+        return weight, None
+    none = weight.new_zeros(A)
+    return weight, joined([(none, 0) if s.bias is None else (s.bias, s.bias_row) for s in sources], A)
+
+
+def joined(parts: list[tuple[Tensor, int]], A: int) -> Tensor:
+    """A rows of each tensor from a first row on; a tensor that is all of them is not copied."""
+    whole = parts[0][0]
+    if [(t is whole, row) for t, row in parts] == [(True, i * A) for i in range(3)]:
+        return whole
+    return torch.cat([t[row : row + A] for t, row in parts])
 
 
 def with_biases(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ B images, N tokens, W units of them, D width; s tokens give one query; H heads, 
 
 from typing import Self
 
+import uvc_kernels
 from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
@@ -57,6 +58,10 @@ class UVCMaskUnitAttention(_InUnits, Unmasked, MaskUnitAttention):
         new._modules = dict(new._modules)
         new.attn_drop, new.proj_drop = nn.Identity(), nn.Identity()
         return new
+
+    def placed(self, x: Tensor, heads: list[int], **positions) -> uvc_kernels.Positions | None:
+        """There are no positions; queries that are pooled are outside the op."""
+        return uvc_kernels.Positions() if self.q_stride == 1 else None
 
     @property
     def num_heads(self) -> int:

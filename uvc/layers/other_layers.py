@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import timm.layers
 import torch
 import torch.nn.functional as F
+import uvc_kernels
 from torch import Tensor, nn
 
 from uvc.layers.compact_layers import CompactSwiGLU
@@ -78,6 +79,10 @@ class _SeenHeads(_Seen):
     def _dense(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, **positions) -> Tensor:
         return self._seen[0](x, attention_mask=attn_mask, **positions)[0]
 
+    def placed(self, x: Tensor, heads: list[int], **positions) -> uvc_kernels.Positions | None:
+        """There are no positions."""
+        return uvc_kernels.Positions()
+
 
 class SeenAttention(_SeenHeads, Heads):
     """The attention of transformers: q, k and v of a linear layer each."""
@@ -99,6 +104,11 @@ class SeenAttention(_SeenHeads, Heads):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
+def rope_of(position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Sine and cosine [N, 2K], as timm has them, of cosine and sine [N, K]."""
+    return None if position_embeddings is None else torch.cat(position_embeddings[::-1], dim=-1)
+
+
 class _Turned(nn.Module):
     """Rotary positions as transformers gives them: cosine and sine [N, K] of the patches, which come last."""
 
@@ -111,11 +121,7 @@ class _Turned(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """q and k of these heads [B, h, N, E], turned."""
-        rope = None
-        if position_embeddings is not None:
-            cosine, sine = position_embeddings
-            rope = torch.cat([sine, cosine], dim=-1)
-        return super().positioned(q, k, heads, dims, rope=rope)
+        return super().positioned(q, k, heads, dims, rope=rope_of(position_embeddings))
 
     def _patches(self, x: Tensor, turn: Callable[..., Tensor], *positions) -> Tensor:
         """x with its patch tokens turned."""
@@ -134,6 +140,12 @@ class SeenRotaryAttention(_Turned, SeenAttention, RotaryHeads):
     OUTSIDE = "attention with rotary positions"
     num_prefix_tokens, rotate_half = 0, True
     slims = False
+
+    def placed(
+        self, x: Tensor, heads: list[int], position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> uvc_kernels.Positions | None:
+        """What the positions turn."""
+        return RotaryHeads.placed(self, x, heads, rope_of(position_embeddings))
 
 
 class SeenMultihead(_SeenHeads, Heads):

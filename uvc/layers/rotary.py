@@ -6,6 +6,7 @@ B batch, N tokens, H heads, K head dim; h kept heads.
 from collections.abc import Sequence
 
 import torch
+import uvc_kernels
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
@@ -79,6 +80,25 @@ class RotaryHeads(_Rotary, Heads):
     def free_bases(self) -> tuple[str, ...]:
         """Only v dims can be mixed."""
         return tuple(family for family in super().free_bases if family != "qk")
+
+    def placed(self, x: Tensor, heads: list[int], rope: Tensor | None = None) -> uvc_kernels.Positions | None:
+        """What `rope` turns; positions that are trained are outside the op."""
+        if rope is None:
+            return uvc_kernels.Positions()
+        if rope.requires_grad:
+            return None
+        partner = self.partner(x.device)
+        sine, cosine = rope.chunk(2, dim=-1)
+        return uvc_kernels.Positions(
+            uvc_kernels.turn_of(sine, cosine, partner, x.shape[1] - rope.shape[-2]), partner
+        )
+
+    def partner(self, device: torch.device) -> Tensor:
+        """The dim that each q/k dim of a head is turned with [K]."""
+        pairs = self.pairs()
+        other = torch.empty(self.head_dim, dtype=torch.int64, device="cpu")
+        other[pairs] = pairs.flip(1)
+        return other.to(device)
 
     def sources(self) -> tuple[Source, Source, Source]:
         """Where q, k and v come from."""

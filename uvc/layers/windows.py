@@ -7,6 +7,7 @@ import copy
 import math
 
 import torch.nn.functional as F
+import uvc_kernels
 from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
@@ -20,9 +21,12 @@ class InWindow(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B * W, N, D] -> [B * W, N, D]; mask [W, N, N] is added to the scores."""
-        if mask is not None:
-            mask = mask.repeat(x.shape[0] // mask.shape[0], 1, 1)[:, None]
-        return super().forward(x, attn_mask=mask)
+        return super().forward(x, mask=mask, windows=x.shape[0])
+
+    def bias(self, heads: list[int], mask: Tensor | None = None, windows: int = 1) -> Tensor:
+        """What positions, and the mask of each window, add to the scores of these heads."""
+        own = super().bias(heads)
+        return own if mask is None else own + mask.repeat(windows // mask.shape[0], 1, 1)[:, None]
 
 
 class Windowed(InWindow):
@@ -54,6 +58,12 @@ class UVCWindowAttention(Windowed, _BeitBias, Unmasked, swin_transformer.WindowA
 
     SMALL = CompactWindowAttention
     OUTSIDE = "attention in windows"
+
+    def placed(
+        self, x: Tensor, heads: list[int], mask: Tensor | None = None, windows: int = 1
+    ) -> uvc_kernels.Positions:
+        """The bias of these heads, and the mask of each window; images that follow have the same."""
+        return uvc_kernels.Positions(bias=self.bias(heads, mask, 1 if mask is None else len(mask)))
 
 
 class UnitLength(nn.Module):
