@@ -123,6 +123,21 @@ def choose(
     return _run_of(op, name)
 
 
+def recall(device: torch.device, key: str) -> str | None:
+    """What `remember` kept for this device under a key, in any process; None: nothing that holds."""
+    path = cache_file(device)
+    if path not in _known:
+        _known[path] = _read(path)
+    return _known[path].get(key, {}).get("fastest")
+
+
+def remember(device: torch.device, key: str, found: str) -> None:
+    """Keeps another choice that was measured on this device beside those of ops, as long as them."""
+    path = cache_file(device)
+    _known.setdefault(path, {})[key] = {"fastest": found, "ms": {}, "at": int(time.time())}
+    _write(path)
+
+
 def _run_of(op: str, name: str) -> Callable:
     return _variants.get((op, name)) or _dispatch.run_of(op, name)
 

@@ -85,13 +85,15 @@ def _resume(_context: click.Context, _option: click.Parameter, value: str | None
     return True if value == "yes" else value
 
 
-def _multiples(_context: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
-    if value is None:
-        return None
+def _multiples(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> list[int] | str | None:
+    if value in (None, "auto"):
+        return value
     parts = value.split(",")
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.UsageError(
-            f"--round-to: {value!r}; give two multiples, of dims and of neurons, as in 16,64"
+            f"--round-to: {value!r}; give two multiples, of dims and of neurons, as in 16,64, or auto"
         )
     return [int(part) for part in parts]
 
@@ -236,7 +238,7 @@ def _data_options(command: Callable) -> Callable:
     "round_to",
     cls=Renamed,
     callback=_multiples,
-    help="Keep head dims and neurons in multiples, as in 16,64: what hardware runs well.",
+    help="Keep head dims and neurons in multiples, as in 16,64; auto: those measured to run well here.",
 )
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation.")
 @click.option("--recipe", help="Named settings: default, digits, deit_small_50; a wrong name lists them.")

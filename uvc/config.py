@@ -103,8 +103,9 @@ class SolverConfig:
     balance: bool = True
     tokens: UpToThree = 0  # blocks at which the search may drop patch tokens; 0 keeps all
     # Dims of a head and neurons of an MLP are kept in multiples of these, as in (16, 64), since hardware runs
-    # finer structures slower than they count; each divides the whole.
-    round_to: tuple[Size, Size] = (1, 1)
+    # finer structures slower than they count; each divides the whole. "auto": what a curve of sizes, measured
+    # with one image, says of this machine.
+    round_to: tuple[Size, Size] | Literal["auto"] = (1, 1)
     skip: Literal["none", "blocks", "halves"] = "halves"  # what a skip gate governs
     gate_every: Size = 4  # training steps per gate update; only there all branches run
     gate_rate: Weight = 0.1

@@ -105,7 +105,10 @@ KINDS = {
 def _check_any(value: Any, kinds: tuple[Any, ...]) -> Any:
     if value is None and type(None) in kinds:
         return value
-    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    words = [part for kind in kinds if typing.get_origin(kind) is Literal for part in typing.get_args(kind)]
+    if isinstance(value, str) and value in words:
+        return value
+    kinds = tuple(k for k in kinds if k is not type(None) and typing.get_origin(k) is not Literal)
     if len(kinds) == 1:
         return check(value, kinds[0])
     for kind in kinds:

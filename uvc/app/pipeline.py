@@ -38,6 +38,7 @@ from uvc.training.compress import Plan, Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
+from uvc.training.multiples import settle
 from uvc.training.processes import Alone, here
 from uvc.training.trackers import check_trackers
 
@@ -86,7 +87,7 @@ def compress_run(
     )
     with processes.in_turn():
         open_out(out, run)
-    for line in reachable(model, plan.latency, run.training.solver.round_to):
+    for line in reachable(model, plan.latency, plan.config.solver.round_to):
         say(f"reachable {line}")
     aim = AIMS.get(run.recipe)
     if aim and aim.model == run.model:
@@ -124,16 +125,20 @@ def measure_run(
     device: str | None = None,
     threads: int | None = None,
     batch_size: int | None = None,
-    round_to: tuple[int, int] | None = None,
+    round_to: tuple[int, int] | str | None = None,
 ) -> LatencyTable:
-    """Measure the latency table of a timm model and write it to a file; None: one image, multiples of 1."""
+    """Measure the latency table of a timm model and write it to a file; None: one image, multiples of 1.
+
+    round_to: "auto": multiples that are measured first.
+    """
     if not to.absolute().parent.is_dir() or to.is_dir():
         raise ValueError(f"FILE: {str(to)!r} cannot be written; name a file in a folder that exists")
     place = choose_device(device, threads)
     made = timm.create_model(known_model(model)).to(place)
-    multiples = (1, 1) if round_to is None else round_to
+    batch = 1 if batch_size is None else batch_size
+    multiples = settle(made, batch)[:2] if round_to == "auto" else round_to or (1, 1)
     check_multiples(made, multiples)
-    table = measure(made, 1 if batch_size is None else batch_size, multiples)
+    table = measure(made, batch, multiples)
     write_text(to, table.to_json())
     return table
 

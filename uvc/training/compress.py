@@ -28,6 +28,7 @@ from uvc.layers import check, check_children, convert, set_tokens
 from uvc.solver import Joint, NestedSearch, Pruner, method_of
 from uvc.solver.elastic import from_bytes
 from uvc.structure import Structure, apply_structure, structure_of
+from uvc.training import multiples
 from uvc.training.checkpoint import check_room, has_run, set_seed
 from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
@@ -131,6 +132,7 @@ class Plan:
     # What each budget comes to, largest first; None, where there is but one.
     stages: dict[float | None, tuple[Limit, ...]] = field(init=False)
     precision: Precision = field(init=False)
+    sizes: multiples.Multiples | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         model, config = self.model, self.config
@@ -145,6 +147,8 @@ class Plan:
         check(model)
         check_children(model)  # what the final compaction would refuse
         check_dtype(model, "model")
+        if config.solver.round_to == "auto":
+            config = self._with_multiples()
         check_multiples(model, config.solver.round_to)
         check_loader(self.train_loader)
         if self.val_loader is None and self.evaluate is None:
@@ -195,6 +199,14 @@ class Plan:
             return NestedSearch(model, self.stages, steps, solver, seed)
         return method_of(solver.method)(model, self.stages[None], steps, solver, seed)
 
+    def _with_multiples(self) -> Config:
+        """The config with multiples that were measured here, or that the run to resume has."""
+        out, batch = self.out if self.resume else None, self.latency_batch or 1
+        told = self.processes.told(lambda: json.dumps(multiples.settle(self.model, batch, out)._asdict()))
+        object.__setattr__(self, "sizes", multiples.Multiples.from_data(json.loads(told)))
+        object.__setattr__(self, "config", multiples.with_multiples(self.config, self.sizes))
+        return self.config
+
     def _settled(self) -> Precision:
         if self.loss is not None:  # its steps are not those that are measured
             return Precision(self.config.precision, self.config.precision)
@@ -217,6 +229,11 @@ class Plan:
         log.configure({"budget": self.budget, "metric": self.metric, **asdict(self.config)})
         if self.latency is not None and out:
             write_text(out / LATENCY, self.latency.to_json())
+        if self.sizes is not None:
+            if out:
+                multiples.save(self.sizes, out)
+            log.note(event="multiples", **self.sizes._asdict())
+            log.say(self.sizes.line)
         if precision.asked == "float32" or (self.resume and out and (out / PRECISION).exists()):
             return
         if out:
