@@ -7,6 +7,7 @@ from . import self_check as self_check
 from ._dispatch import backend, kernel_serves, packs_ahead, provide_later, select
 from .attention import attention, attention_packing
 from .attention_with_positions import Positions, attention_with_positions, turn_of
+from .autotune import by_preference
 from .gather import gather
 from .group_scores import group_scores
 from .indices import KeptHeads, KeptNeurons, kept_heads, kept_neurons
@@ -21,6 +22,7 @@ __all__ = [
     "attention_packing",
     "attention_with_positions",
     "backend",
+    "by_preference",
     "gather",
     "group_scores",
     "kept_heads",

@@ -12,9 +12,10 @@ torch, for a day.
 While torch.compile traces and while a CUDA graph is captured nothing is measured, but what was measured
 before decides. A graph takes only what has run before, as loading the code of a kernel would break the
 capture. The order of preference decides under UVC_MEASURE=0, with torch's deterministic algorithms, while
-torch.export traces, and where the traced sizes of x are symbolic.
+torch.export traces, where the traced sizes of x are symbolic, and in traces `by_preference`.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -24,7 +25,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -56,11 +57,25 @@ _known: dict[Path | None, dict[str, dict]] = {}
 _variants: dict[tuple[str, str], Callable] = {}
 # What has run in this process, by device and case, and so can be captured in a CUDA graph.
 _ran: dict[tuple, set[str]] = {}
+# Not empty inside `by_preference`.
+_preferring: list[bool] = []
 
 
 def provide_variant(op: str, name: str, run: Callable) -> None:
     """Let `run` compete with the providers of `op`; it takes any arguments of that op."""
     _variants[op, name] = run
+
+
+@contextlib.contextmanager
+def by_preference() -> Iterator[None]:
+    """What torch.compile traces inside takes no measurement, so that one trace serves all kept counts instead
+    of one for each eighth.
+    """
+    _preferring.append(True)
+    try:
+        yield
+    finally:
+        _preferring.pop()
 
 
 def choose(
@@ -149,6 +164,8 @@ def _compares(x: Tensor) -> bool:
     if x.device.type not in TOKENS:
         return False
     if torch.compiler.is_compiling():
+        if _preferring:
+            return False
         static = torch.fx.experimental.symbolic_shapes.has_static_value
         return not _exporting() and all(static(n) for n in x.shape)
     # A flop counter or a tracer must not see the calls of a measurement.

@@ -33,8 +33,8 @@ def test_the_public_names_of_uvc_kernels_are_these():
     assert uvc_kernels.__all__ == sorted(uvc_kernels.__all__)
     assert set(uvc_kernels.__all__) == {
         "KeptHeads", "KeptNeurons", "Positions", "attention", "attention_packing", "attention_with_positions",
-        "backend", "gather", "group_scores", "kept_heads", "kept_neurons", "kernel_serves", "mlp",
-        "mlp_packing", "packs_ahead", "prox_shrink", "select", "turn_of",
+        "backend", "by_preference", "gather", "group_scores", "kept_heads", "kept_neurons", "kernel_serves",
+        "mlp", "mlp_packing", "packs_ahead", "prox_shrink", "select", "turn_of",
     }  # fmt: skip
 
 

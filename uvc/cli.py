@@ -274,6 +274,13 @@ def _data_options(command: Callable) -> Callable:
 @click.option(
     "--grad-checkpointing", is_flag=True, default=None, help="Keep less for the backward pass, compute again."
 )
+@click.option(
+    "--compile",
+    is_flag=False,
+    flag_value="inductor",
+    metavar="[BACKEND]",
+    help="Run blocks in training as torch.compile makes them, by inductor if no backend is named.",
+)
 @click.option("--fsdp", is_flag=True, default=None, help="Spread weights and moments over the processes.")
 @click.option("--checkpoint-every", type=int, help="Steps between checkpoints inside an epoch; 0: none.")
 @click.option("--checkpoint-minutes", type=float, help="Minutes between checkpoints, as well; 0: none.")

@@ -156,6 +156,9 @@ class Config:
     # Weights, gradients and moments are spread over the processes by rows (FSDP2), for models that one device
     # does not hold with them.
     fsdp: bool = False
+    compile: str | None = (
+        None  # a backend of torch.compile, as "inductor", which then runs blocks in training
+    )
     checkpoint_every: Count = 0  # training steps, beside the checkpoint after each epoch; 0: that alone
     checkpoint_minutes: Weight = 0.0  # as well; 0: none
     # So many steps whose loss or gradient is not finite are left out before such a one ends the run.

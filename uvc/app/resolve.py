@@ -36,7 +36,7 @@ TABLES = ("images", "model_args", "training", "training.distill", "training.solv
 PLACES = ("device", "workers", "data_root", "teacher_cache", "trackers")
 PLACES += tuple(
     f"training.{name}"
-    for name in ("threads", "checkpoint_every", "checkpoint_minutes", "skip_not_finite", "fsdp")
+    for name in ("threads", "checkpoint_every", "checkpoint_minutes", "skip_not_finite", "fsdp", "compile")
 )
 
 

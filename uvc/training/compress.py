@@ -30,6 +30,7 @@ from uvc.solver.elastic import from_bytes
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training import multiples
 from uvc.training.checkpoint import check_room, has_run, set_seed
+from uvc.training.compiling import check_compile
 from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
 from uvc.training.losses import Classification, Distillation
@@ -167,6 +168,7 @@ class Plan:
             describe(model)  # what could not be saved is refused now, not after the training
             # An average, and the weights at each budget but the last.
             check_room(self.out, model, bool(config.ema_decay) + len(budgets) - 1)
+        check_compile(config.compile, next(model.parameters()).device)
         if config.fsdp:
             check_spread(config, len(budgets))
         with frozen(model, config.freeze):

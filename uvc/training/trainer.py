@@ -23,6 +23,7 @@ from uvc.solver.rows import is_spread, local, whole
 from uvc.structure import structure_of
 from uvc.training.batches import moved, rows_of
 from uvc.training.checkpoint import has_run, load_optimizer_tensors, optimizer_tensors, parts_of
+from uvc.training.compiling import Compiled
 from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, unpack
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
@@ -69,7 +70,7 @@ class Trainer:
         self.average: ModelEmaV3 | None = None  # of the weights, in the phases that have one
         # A checkpoint belongs to one set of them; how often one is written, and what may fail, is none of it.
         self.settings = _json_like({**asdict(config), **settings})
-        for name in ("checkpoint_every", "checkpoint_minutes", "skip_not_finite", "fsdp"):
+        for name in ("checkpoint_every", "checkpoint_minutes", "skip_not_finite", "fsdp", "compile"):
             del self.settings[name]
         processes.compare(lambda: {"the version of torch": torch.__version__, **self.settings})
         processes.settle("before training")
@@ -77,7 +78,8 @@ class Trainer:
         if config.grad_checkpointing:
             set_checkpointing(model, True)
         self.reduction = processes.reduction(model)
-        self.captured = Captured.on(model, alone=processes.count == 1)
+        self.compiled = Compiled(model, config.compile)
+        self.captured = Captured.on(model, alone=processes.count == 1 and config.compile is None)
         self.feed = Feed(self.train_loader, self.device)
         self.history: list[dict[str, Any]] = []
         self.steps, self.saved = 0, time.monotonic()
@@ -124,7 +126,7 @@ class Trainer:
                     step = epoch * steps + i
                     scheduler.step_update(before * steps + step)
                     check.at(epoch, i)
-                    with self.reduction.guard():
+                    with self.reduction.guard(), self.compiled.step():
                         loss, also = self._train_step(task, batch, optimizer, pruner, check)
                     if self.average:
                         self.average.update(self.model, step=step + 1)
