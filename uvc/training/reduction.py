@@ -1,9 +1,11 @@
 """Gradients of the global batch: means over the processes, of kept rows alone.
 
 Gradients of what is removed are exactly zero in every process, and there are none of a half that is skipped,
-so neither is sent. Gradients are packed in the order in which the backward pass produces them, which is the
-same in every process as they run the same structure, and a bucket is on its way while the pass goes on. No
-list of what must come is kept: a half that does not run is nothing to wait for.
+so neither is sent. Gradients are packed block by block in the order in which the backward pass comes to the
+blocks, which is the same in every process as they run the same structure, and a bucket is on its way while
+the pass goes on. Inside of a block they have the model's order: each process may have measured another kernel
+to be the fastest, which gives them in another one. No list of what must come is kept: a half that does not
+run is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -59,10 +61,14 @@ class Reduction(NoReduction):
         self.count, self.bucket = count, bucket
         self.blocks = [b for b in blocks_of(model) if hasattr(b, "skip_attn")]
         self._names = {p: name for name, p in model.named_parameters()}
+        self._places = {p: i for i, p in enumerate(self._names)}
+        blocks = blocks_of(model)
+        self._block_of = {p: i for i, block in enumerate(blocks) for p in block.parameters()}
         self._kept: dict[nn.Parameter, _Kept] = {}
         self._seen: dict[nn.Module, int] = {}  # a digest of each half's masks
         self._open = False
         self._next: list[nn.Parameter] = []
+        self._block: list[nn.Parameter] = []  # what has come of the block that the backward pass is in
         self._bytes = self._order = 0
         self._sent: list[tuple[list[nn.Parameter], Sequence[Tensor], Tensor, Any]] = []
         self._watch()
@@ -105,11 +111,19 @@ class Reduction(NoReduction):
         """Called by the backward pass when a gradient is whole."""
         if not self._open:
             return
-        self._next.append(parameter)
-        self._order = crc32(self._names[parameter].encode(), self._order)
-        self._bytes += parameter.grad.nbytes
-        if self._bytes >= self.bucket:
-            self._send(())
+        if self._block and self._block_of.get(parameter) != self._block_of.get(self._block[0]):
+            self._close()
+            if self._bytes >= self.bucket:
+                self._send(())
+        self._block.append(parameter)
+
+    def _close(self) -> None:
+        """The backward pass has left a block."""
+        for parameter in sorted(self._block, key=self._places.get):
+            self._next.append(parameter)
+            self._order = crc32(self._names[parameter].encode(), self._order)
+            self._bytes += parameter.grad.nbytes
+        self._block = []
 
     def _send(self, also: Sequence[Tensor]) -> None:
         parts = [self._packed(p) for p in self._next]
@@ -122,6 +136,7 @@ class Reduction(NoReduction):
 
     def finish(self, also: Sequence[Tensor]) -> None:
         self._open = False
+        self._close()
         # Gradients that an earlier pass of this step gave, and the last one did not add to.
         taken = {p for parameters, *_ in self._sent for p in parameters} | set(self._next)
         self._next += [p for p in self._names if p.requires_grad and p.grad is not None and p not in taken]
