@@ -6,11 +6,16 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #ifndef __x86_64__
@@ -85,6 +90,39 @@ inline bool asked(const char* variable, const char* value) {
   const char* found = std::getenv(variable);
   return found != nullptr && std::strcmp(found, value) == 0;
 }
+
+// The GPU that is current, as tests ask for it.
+inline int device() {
+  const char* found = std::getenv("UVC_HOST_DEVICE");
+  return found == nullptr ? 0 : std::atoi(found);
+}
+
+// How much shared memory each kernel may ask for on each GPU; a slow one lets other threads come in between.
+class Driver {
+ public:
+  std::atomic<int64_t> calls{0};
+
+  void allow(const void* kernel, int device, int64_t bytes) {
+    ++calls;
+    const bool slow = asked("UVC_HOST_DRIVER", "slow");
+    const auto wait = [&] { std::this_thread::sleep_for(std::chrono::milliseconds(slow ? 100 : 0)); };
+    wait();
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      most_[{kernel, device}] = bytes;
+    }
+    wait();
+  }
+  int64_t allowed(const void* kernel, int device) {
+    const std::lock_guard<std::mutex> hold(mutex_);
+    return most_[{kernel, device}];
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<const void*, int>, int64_t> most_;
+};
+inline Driver driver;
 
 // One block after the other.
 class Machine {

@@ -8,9 +8,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/device.h"
@@ -54,6 +57,20 @@ auto for_type(const Tensor& t, const char* op, F&& work) {
   }
 }
 
+// What every kernel may ask for without being allowed to.
+constexpr int64_t kFreeSharedMemory = 48 * 1024;
+// Lets a kernel have all the shared memory that a block of a device can have, once: a bound that followed each launch
+// would be another thread's. Who comes second waits, as the kernel cannot be launched before.
+template <class Allow>
+void allow_once(const void* kernel, int device, Allow&& allow) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> hold(mutex);
+  if (allowed.count({kernel, device}) != 0) return;
+  allow();
+  allowed.insert({kernel, device});
+}
+
 #ifdef __CUDACC__
 
 inline void check_cuda(cudaError_t status, const char* what) {
@@ -87,10 +104,11 @@ class Device {
   void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
     if (blocks == 0) return;
     check(blocks <= INT32_MAX, std::string(op) + ": " + std::to_string(blocks) + " blocks are too many for one launch");
-    // All that a block may have, whatever this launch asks for: what one thread allows no other thread takes back.
-    if (shared > 48 * 1024)
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_memory())), op);
+    if (shared > kFreeSharedMemory)
+      allow_once(reinterpret_cast<const void*>(kernel), index_, [&] {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_memory())), op);
+      });
     kernel<<<static_cast<unsigned>(blocks), threads, shared, current_stream(index_)>>>(arguments...);
     check_cuda(cudaGetLastError(), op);
   }
@@ -104,12 +122,16 @@ class Device {
 
 class Device {
  public:
-  explicit Device(const Tensor&) {}
+  explicit Device(const Tensor&) : index_(host::device()) {}
   // As on a GPU of compute capability 9.0.
   int64_t shared_memory() const { return 227 * 1024; }
   template <class... P, class... A>
   void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
     check(threads <= 1024 && shared <= shared_memory(), std::string(op) + ": a block is too large for any GPU");
+    const auto* name = reinterpret_cast<const void*>(kernel);
+    if (shared > kFreeSharedMemory) allow_once(name, index_, [&] { host::driver.allow(name, index_, shared_memory()); });
+    check(shared <= std::max(kFreeSharedMemory, host::driver.allowed(name, index_)),
+          std::string(op) + ": the driver refuses a launch with more shared memory than its kernel is allowed");
     host::last_launch[0] = blocks, host::last_launch[1] = threads, host::last_launch[2] = shared;
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       Machine machine;
@@ -121,6 +143,9 @@ class Device {
       running = before;
     });
   }
+
+ private:
+  int index_;
 };
 
 #endif
