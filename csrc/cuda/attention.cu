@@ -94,8 +94,11 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
   using A = Wide<T>;
   constexpr int R = kTiles<T, W>, TOKENS = kSlotTokens<T>;
   const Head<T> head(call, static_cast<int>(blockIdx.x) / groups);
-  const int N = call.tokens, warps = static_cast<int>(blockDim.x) / WARP;
-  const int group = static_cast<int>(blockIdx.x) % groups, first = 16 * R * (group * warps + warp_index());
+  const int N = call.tokens;
+  const auto first_of = [&](int block) {
+    return 16 * R * (block % groups * (static_cast<int>(blockDim.x) / WARP) + warp_index());
+  };
+  const int block = static_cast<int>(blockIdx.x), first = first_of(block);
   T* const ring = reinterpret_cast<T*>(shared_memory());
   const int parts = (N + TOKENS - 1) / TOKENS;
   const auto tile = [&](int part, int which) {
@@ -139,19 +142,22 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
     }
   };
   with_steps<T, W>(head, meet_keys);
+  // read again rather than kept in registers all the way
+  const int again = computed_again(block), from = first_of(again);
+  const Head<T> same(call, again / groups);
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     A inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       inverse[half] = 1 / sum_of_lanes<4>(my.total[r][half]);
-      const int token = first + 16 * r + 8 * half + lane_index() / 4;
+      const int token = from + 16 * r + 8 * half + lane_index() / 4;
       if (lane_index() % 4 == 0 && token < N) {
-        head.top()[token] = my.top[r][half];
-        head.inverse()[token] = inverse[half];
+        same.top()[token] = my.top[r][half];
+        same.inverse()[token] = inverse[half];
       }
     }
-    put<T, W>(head.out(), call.heads_stride, first + 16 * r, N, head.v_width, my.out[r], inverse[0], inverse[1]);
+    put<T, W>(same.out(), call.heads_stride, from + 16 * r, N, same.v_width, my.out[r], inverse[0], inverse[1]);
   }
 }
 

@@ -191,6 +191,14 @@ __device__ inline float power_of_two(float x) {
 #endif
 }
 
+// The same number, but what follows from it is computed where it is used, not kept in registers from before.
+__device__ inline int computed_again(int v) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % WARP; }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / WARP; }
 

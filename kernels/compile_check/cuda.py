@@ -24,8 +24,6 @@ UNITS = {
 }
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 SHARED = 48 * 1024  # bytes of static shared memory that a block may have on any target
-# Bytes: what a kernel with all registers in use may save once, around its loops and not in them.
-TOLERATED = 64
 _TYPES = {"4Bf16": "bf16", "4Fp16": "fp16", "f": "fp32", "d": "fp64"}
 
 
@@ -115,17 +113,12 @@ def _row(name: str, report: str, target: str, code: str) -> Row:
     instruction = next((found for found in ("HMMA", "mma.sync") if found in code), "")
     multiplies = kernel in ("forward", "whole", "stream") and "fp32" not in configuration
     faults = [
-        (spilled > TOLERATED or _spills_in_a_loop(code)) and f"spills {spilled} bytes",
+        spilled and f"spills {spilled} bytes",
         shared > SHARED and f"wants {shared} bytes shared",
         multiplies and not instruction and "no HMMA",
     ]
     fault = ", ".join(fault for fault in faults if fault)
     return Row(f"cuda.{kernel}", configuration, target, registers, spilled, shared, instruction, fault)
-
-
-def _spills_in_a_loop(code: str) -> bool:
-    """Whether machine code touches local memory in an innermost loop that multiplies on tensor cores."""
-    return any(re.search(r"\b(LDL|STL)\b", " ".join(body)) for body in loops_that_multiply(code))
 
 
 def loops_that_multiply(code: str) -> list[list[str]]:

@@ -6,8 +6,8 @@ Compiles csrc/cuda's attention for sm_90a, reads the innermost loops that multip
 one head on the host build for what a launch asks for and for the banks that matrix loads meet, and models the
 time on one H200 (the device of the limits below). The model: every resource of a multiprocessor, and memory,
 is busy for so long; the kernel takes between the longest of these (all overlap) and their sum (none does).
-Exit code 1 where a kernel is worse than in the stored table; --write stores the new one. It is a model:
-nothing of it was measured.
+Exit code 1 where a kernel spills or is worse than in the stored table; --write stores the new one. It is a
+model: nothing of it was measured.
 """
 
 import argparse
@@ -132,11 +132,11 @@ def launches(tokens: int, dims: int) -> dict[str, Launch]:
     top, inverse = torch.empty(1, tokens), torch.empty(1, tokens)
     _C.host_record()
     ops.cuda_attention_core(qkv, kept.table, counts, tokens, 0.125, heads, top, inverse)
-    forward, grads = Launch(*_C.host_record()), torch.empty_like(qkv)
+    forward, grads = Launch(*_C.host_record()[:5]), torch.empty_like(qkv)
     ops.cuda_attention_core_backward(
         qkv, heads, heads, top, inverse, kept.table, counts, tokens, 0.125, grads
     )
-    return {"forward": forward, "backward": Launch(*_C.host_record())}
+    return {"forward": forward, "backward": Launch(*_C.host_record()[:5])}
 
 
 def facts() -> list[Fact]:
@@ -193,7 +193,7 @@ def read(file: Path = STORED) -> list[Fact]:
 
 
 def worse(found: Sequence[Fact], stored: Sequence[Fact]) -> list[str]:
-    """A line for every figure that is worse than the stored one."""
+    """A line for every figure that is worse than the stored one, and for what spills."""
     before = {fact[:3]: fact for fact in stored}
     lines = []
     for new in found:
@@ -201,11 +201,13 @@ def worse(found: Sequence[Fact], stored: Sequence[Fact]) -> list[str]:
         if old is None:
             lines.append(f"{' '.join(map(str, new[:3]))}: not in the stored table; --write stores it")
             continue
+        if new.spilled:
+            lines.append(f"{' '.join(map(str, new[:3]))}: spills {new.spilled} bytes")
         for name in Fact._fields[3:-1]:
             was, now = getattr(old, name), getattr(new, name)
             less_is_worse = name in ("blocks_per_processor", "multiplies_per_load")
             bad = now * TOLERANCE < was if less_is_worse else now > was * TOLERANCE
-            if name != "threads" and bad:
+            if name not in ("threads", "spilled") and bad:
                 lines.append(f"{' '.join(map(str, new[:3]))}: {name} was {was} and is {now}")
     return lines
 

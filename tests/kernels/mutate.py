@@ -45,7 +45,8 @@ HARMLESS = {
     "attention.h: if (images * count > 0) work.template operator()<T, W>(call, images * count);": "a launch "
     "of no block is none",
     "attention_backward.cu: if (n >= steps) break;": "sums of dims that a head does not have are not written",
-    "attention_backward.cu: if (first + 16 > N) {": "the loop inside passes over every key that exists",
+    "attention_backward.cu: if (first + 16 * kOwned > N) {": "the loop inside passes over every key that "
+    "exists",
     "attention_backward.cu: if (part < parts) {": "a part behind the last has no token to bring",
     "group_scores.cu: if (lane == 0) out[row] = sum;": ALIKE,
     "mma.h: if (running->shuffles) return multiply_by_shuffles(sums, a, b);": "shuffles multiply alike",

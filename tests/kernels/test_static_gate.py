@@ -54,7 +54,6 @@ def test_the_model_is_the_longest_resource_at_best_and_their_sum_at_worst():
     ("name", "value"),
     [
         ("registers", 176),
-        ("spilled", 8),
         ("shared", 60000),
         ("blocks_per_processor", 2),
         ("multiplies_per_load", 2.0),
@@ -66,6 +65,11 @@ def test_the_model_is_the_longest_resource_at_best_and_their_sum_at_worst():
 def test_a_worse_kernel_is_named_with_both_figures(name, value):
     (line,) = static.worse([FACT._replace(**{name: value})], [FACT])
     assert line == f"forward 197 64: {name} was {getattr(FACT, name)} and is {value}"
+
+
+def test_what_spills_fails_whatever_is_stored():
+    spilling = FACT._replace(spilled=8)
+    assert static.worse([spilling], [spilling]) == ["forward 197 64: spills 8 bytes"]
 
 
 def test_an_equal_or_better_kernel_passes_and_an_unknown_one_does_not():

@@ -64,7 +64,7 @@ def test_the_gate_sees_a_kernel_that_does_not_compile(monkeypatch):
         (255, 0, 100, "mma.sync", "no wgmma"),
         (255, 0, 100, "ld.global.b16 wgmma.mma_async", "loads 2 bytes at a time"),
         (255, 0, 100, "wgmma.mma_async", ""),
-        (80, gate.TOLERATED, 100, "wgmma.mma_async", ""),
+        (80, 4, 100, "wgmma.mma_async", "spills 4 bytes"),
     ],
 )
 def test_the_gate_names_what_is_wrong(monkeypatch, registers, spilled, shared, ptx, fault):
