@@ -352,3 +352,14 @@ def test_files_of_two_saves_are_not_taken_for_one_model(tmp_path):
     os.replace(tmp_path / "a" / CONFIG, tmp_path / "b" / CONFIG)
     with pytest.raises(ValueError, match=r"was saved with another config\.json"):
         uvc.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_cr_tiny_ns_224"])
+def test_a_swin_of_a_timm_that_does_not_keep_its_windows_is_refused_in_one_line(name, tmp_path):
+    stages = dict(embed_dim=16, depths=(1, 1), num_heads=(2, 2))
+    model = uvc.convert(timm.create_model(name, img_size=32, window_size=4, num_classes=2, **stages))
+    if hasattr(model, "_ref_window_sizes"):
+        del model._ref_window_sizes
+    with pytest.raises(ValueError, match="a Swin is made again with timm 1"):
+        uvc.save(model, tmp_path / "swin")
+    assert not (tmp_path / "swin").exists()

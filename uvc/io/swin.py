@@ -7,11 +7,16 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from uvc.io.arguments import Arguments, Maker, is_there, ratio_of
 
 
+def windows_of(dense: SwinTransformer | SwinTransformerV2 | SwinTransformerV2Cr) -> list[list[int]]:
+    """[height, width] of each stage's windows, as asked for; ValueError where timm does not keep them."""
+    if not hasattr(dense, "_ref_window_sizes"):
+        raise ValueError("a Swin is made again with timm 1.0.31 and later alone; update timm")
+    return [list(size) for size in dense._ref_window_sizes]
+
+
 def of_stages(dense: SwinTransformer | SwinTransformerV2) -> Arguments:
     """Arguments of both classes of Swin Transformers."""
     firsts, stem = [stage.blocks[0] for stage in dense.layers], dense.patch_embed
-    if not hasattr(dense, "_ref_window_sizes"):
-        raise ValueError("a Swin is made again with timm 1.0.31 and later alone; update timm")
     return {
         "img_size": stem.img_size,
         "patch_size": stem.patch_size,
@@ -21,7 +26,7 @@ def of_stages(dense: SwinTransformer | SwinTransformerV2) -> Arguments:
         "embed_dim": dense.embed_dim,
         "depths": [len(stage.blocks) for stage in dense.layers],
         "num_heads": [block.attn.num_heads for block in firsts],
-        "window_size": [list(size) for size in dense._ref_window_sizes],
+        "window_size": windows_of(dense),
         "always_partition": firsts[0].always_partition,
         "strict_img_size": stem.strict_img_size,
         "drop_rate": dense.head.drop.p,
@@ -69,7 +74,7 @@ def of_swin_cr(dense: SwinTransformerV2Cr) -> Arguments:
         "embed_dim": firsts[0].dim,
         "depths": [len(stage.blocks) for stage in dense.stages],
         "num_heads": [block.attn.num_heads for block in firsts],
-        "window_size": [list(size) for size in dense._ref_window_sizes],
+        "window_size": windows_of(dense),
         "always_partition": firsts[0].always_partition,
         "strict_img_size": stem.strict_img_size,
         "drop_rate": dense.head.drop.p,
