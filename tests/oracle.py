@@ -13,7 +13,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.naflexvit import NaFlexVitCfg
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -112,6 +112,9 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
     def run(x: Tensor, **arguments) -> Tensor:
         parameters, handles = dict(model.named_parameters()), []
         for (name, block), kept in zip(named_blocks(model).items(), structure.blocks, strict=True):
+            if isinstance(block, ParallelScalingBlock):
+                handles += without(name, block, kept, parameters)
+                continue
             A = block.attn.proj.in_features
             K = A // getattr(block.attn, "heads", getattr(block.attn, "num_heads", 1))
             q, v, neurons = torch.zeros(3 * A), torch.zeros(A), torch.zeros(second(block.mlp).in_features)
@@ -141,6 +144,26 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         return out
 
     return run
+
+
+def without(
+    name: str, block: ParallelScalingBlock, kept: BlockStructure, parameters: dict[str, Tensor]
+) -> list:
+    """Takes contributions of a block of parallel halves out of `parameters`; gives hooks that skip halves."""
+    A, F, K = block.attn_out_proj.in_features, block.mlp_out_proj.in_features, block.head_dim
+    first, v, neurons = torch.ones(F + 3 * A), torch.zeros(A), torch.zeros(F)
+    first[F : F + A] = 0
+    for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
+        first[[F + head * K + d for d in qk_dims]] = 1
+        v[[head * K + d for d in v_dims]] = 1
+    neurons[list(kept.neurons)] = 1
+    masks = {"in_proj.weight": first[:, None], "in_proj.bias": first}
+    masks |= {"attn_out_proj.weight": v, "mlp_out_proj.weight": neurons}
+    for part, mask in masks.items():
+        if (path := f"{name}.{part}") in parameters:
+            parameters[path] = parameters[path] * mask.to(parameters[path])
+    halves = ((kept.attn, block.attn_out_proj), (kept.mlp, block.mlp_out_proj))
+    return [half.register_forward_hook(lambda *given: given[2] * 0.0) for runs, half in halves if not runs]
 
 
 def second(mlp: nn.Module) -> nn.Linear:

@@ -23,7 +23,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
@@ -135,6 +135,12 @@ KINDS = {
         Hiera,
         dict(UNITS, mask_unit_attn=(False, False, False), use_expand_proj=False, init_values=0.5, q_pool=1),
         FREE,
+    ),
+    "parallel halves": (VisionTransformer, dict(block_fn=ParallelScalingBlock, init_values=0.5), FREE),
+    "parallel halves, q/k norms": (
+        VisionTransformer,
+        dict(block_fn=ParallelScalingBlock, qk_norm=True, qkv_bias=False),
+        {**FREE, "qk": 0},
     ),
     "qwen3": ("qwen3_vit", dict(img_size=(16, 24), pos_embed_grid_size=3, out_features=6), TURNED),
     "deepseek": ("deepseek_vit", dict(img_size=(16, 24), out_features=6), TURNED),

@@ -182,7 +182,7 @@ def _rest(blocks: nn.Sequential | nn.ModuleList, tokens: int | None) -> nn.Modul
     left = [kind_of_block(block).take_over(meta_copy(block)) for block in dense]
     for block in left:
         block.set_skip(True, True)
-    return nn.ModuleList(left)
+    return nn.Sequential(*left) if isinstance(blocks, nn.Sequential) else nn.ModuleList(left)
 
 
 def _sdpa(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **_) -> int:

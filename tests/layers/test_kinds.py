@@ -63,7 +63,9 @@ def test_tokens_stay_where_positions_are_part_of_the_attention():
         uvc.apply_structure(uvc.convert(model), Structure.dense(model).with_tokens(model, 0.5))
 
 
-@pytest.mark.parametrize("name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads", "swin", "hiera"])
+@pytest.mark.parametrize(
+    "name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads", "swin", "hiera", "parallel halves"]
+)
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):
     model = made(name)

@@ -12,7 +12,12 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.cait import Cait, LayerScaleBlock
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
@@ -28,7 +33,7 @@ class Maker(NamedTuple):
     read: arguments that are plain values. optional: those that `read` gives only where they say something, as
     older files know nothing of them. parts: arguments that other fields of a file tell, of "norm_layer",
     "act_layer", "mlp_layer", "block_fn", "weight_init" and "depth". blocks: the block that normalises first,
-    and the one last.
+    the one last, and if there is one that whose halves are parallel.
     """
 
     make: type[nn.Module]
@@ -36,7 +41,7 @@ class Maker(NamedTuple):
     arguments: frozenset[str]
     optional: frozenset[str]
     parts: tuple[str, ...]
-    blocks: tuple[type[nn.Module] | None, type[nn.Module] | None]
+    blocks: tuple[type[nn.Module] | None, ...]
 
 
 def is_there(module: nn.Module | None) -> bool:
@@ -88,11 +93,13 @@ def of_vit(dense: VisionTransformer) -> Arguments:
     """Arguments of timm's VisionTransformer and of classes after it."""
     block, stem = dense.blocks[0], dense.patch_embed
     has_fc_norm = is_there(dense.fc_norm)
-    scale = block if block.norm_last else block.ls1
+    parallel = isinstance(block, ParallelScalingBlock)
+    scale = block.ls if parallel else block if block.norm_last else block.ls1
     return {
         **of_all(dense),
+        **({"proj_drop_rate": block.mlp.drop1.p} if parallel else {}),
         "mlp_ratio": mlp_ratio(dense),
-        "qkv_bias": block.attn.qkv.bias is not None,
+        "qkv_bias": block.attn.sources()[0].bias is not None,
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": getattr(scale, "init_values", None),
         "class_token": dense.has_class_token,
@@ -272,7 +279,7 @@ CAIT = (ALL - {"init_values"}) | {"pos_drop_rate", "depth_token_only", "mlp_rati
 CAIT_PARTS = ("norm_layer", "act_layer", "depth")
 
 VIT_PARTS = ("weight_init", "norm_layer", "mlp_layer", "act_layer", "block_fn", "depth")
-VIT_BLOCKS = (Block, ResPostBlock)
+VIT_BLOCKS = (Block, ResPostBlock, ParallelScalingBlock)
 MAKERS = {
     maker.make.__name__: maker
     for maker in (

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import create_model, is_model
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
 from uvc.compaction import compact, compacted, forms_of, in_form
@@ -59,7 +60,7 @@ FIELDS = {
 }
 # fmt: on
 
-BLOCKS = ("Block", "ResPostBlock")
+BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock")
 NORMS = {
     "LayerNorm": nn.LayerNorm,
     "timm.LayerNorm": timm.layers.LayerNorm,
@@ -244,10 +245,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def parts_of(block: nn.Module, name: str) -> dict[str, Any]:
     """The classes of a block's parts; ValueError, naming the part, for one that is not known."""
+    parallel = isinstance(block, ParallelScalingBlock)
+    norm = "in_norm" if parallel else "norm1"
+    first = getattr(block, norm)
     return {
-        "block": "ResPostBlock" if block.norm_last else "Block",
-        "norm": {"name": name_of(block.norm1, f"{name}.norm1", NORMS), "eps": block.norm1.eps},
-        "mlp": name_of(block.mlp, f"{name}.mlp", MLPS),
+        "block": BLOCKS[2] if parallel else BLOCKS[1] if block.norm_last else BLOCKS[0],
+        "norm": {"name": name_of(first, f"{name}.{norm}", NORMS), "eps": first.eps},
+        "mlp": "Mlp" if parallel else name_of(block.mlp, f"{name}.mlp", MLPS),
         "activation": name_of(block.mlp.act, f"{name}.mlp.act", ACTIVATIONS),
     }
 
@@ -292,6 +296,9 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {config['norm']['name']!r}")
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config["arguments"].items()}
     maker, name = MAKERS[config["class"]], config["architecture"]
+    block = BLOCKS.index(config["block"])
+    if block >= len(maker.blocks):
+        raise ValueError(f"block: a {config['class']} has no {config['block']}")
     for argument in sorted(maker.arguments ^ (arguments.keys() - maker.optional)):
         raise ValueError(f"{'missing' if argument in maker.arguments else 'unknown'} argument {argument}")
     make = maker.make
@@ -306,7 +313,7 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
             "norm_layer": functools.partial(NORMS[config["norm"]["name"]], eps=config["norm"]["eps"]),
             "mlp_layer": MLPS[config["mlp"]],
             "act_layer": ACTIVATIONS[config["activation"]],
-            "block_fn": maker.blocks[BLOCKS.index(config["block"])],
+            "block_fn": maker.blocks[block],
             "depth": depth,
         }
         model = make(**arguments, **{part: parts[part] for part in maker.parts})

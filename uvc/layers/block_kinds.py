@@ -10,7 +10,8 @@ from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.hiera_block import CompactHieraBlock
 from uvc.layers.kinds import NORM_FIRST, NORM_LAST
-from uvc.layers.other_blocks import LAYOUTS, CompactOtherBlock, layout_of
+from uvc.layers.other_blocks import CompactOtherBlock, layout_of
+from uvc.layers.parallel import LAYOUTS
 from uvc.layers.stages import KNOWN
 from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinCrBlock, CompactSwinV2Block
 
@@ -29,8 +30,8 @@ KNOWN.update(LAYOUTS, (("timm", kind.__name__) for kind in BLOCKS))
 
 def compact_kind(block: nn.Module) -> type[CompactBlock]:
     """The compact form of one of timm's blocks, or of what takes its place."""
-    if layout_of(block) is not None:
-        return CompactOtherBlock
+    if (layout := layout_of(block)) is not None:
+        return layout.small or CompactOtherBlock
     return next((small for kind, small in COMPACT.items() if isinstance(block, kind)), CompactBlock)
 
 

@@ -30,7 +30,8 @@ GLOBAL_HOOKS = tuple(
 )
 # fmt: off
 LINEARS = (
-    "qkv", "q_proj", "k_proj", "v_proj", "proj", "gate", "fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2",
+    "qkv", "in_proj", "q_proj", "k_proj", "v_proj", "proj", "gate",
+    "fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2",
 )
 # fmt: on
 # The second is torch's own under nn.MultiheadAttention, and computes the same.

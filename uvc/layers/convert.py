@@ -22,7 +22,6 @@ SUPPORTED = (
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
     "DiffAttention": "it subtracts two attention maps of one head; whole heads and neurons could go",
-    "ParallelScalingBlock": "its attention and MLP are one layer; heads, v dims and neurons could go",
     "DiffParallelScalingBlock": "its attention and MLP are one layer; whole heads and neurons could go",
     "ParallelThingsBlock": "it adds several attentions and MLPs; heads, dims and neurons of each could go",
     "CLIPModel": "it has blocks for text, too; give its vision_model, of which all could go",
@@ -87,8 +86,9 @@ def check(model: nn.Module) -> None:
         theirs = needs_names(block)
         if not ours and not theirs and type(block) not in BLOCKS:
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
-        attn = layout_of(block).attn if theirs else "attn"
-        halves = [(f"{name}.{half}", getattr(block, half)) for half in (attn, "mlp")]
+        layout = layout_of(block) if theirs else None
+        halves = ("attn", "mlp") if layout is None else (layout.attn, layout.mlp)
+        halves = [(f"{name}.{half}", getattr(block, half)) for half in halves]
         for path, module in ((name, block), *halves):
             if not ours and ("forward" in vars(module) or module._compiled_call_impl):
                 raise ValueError(

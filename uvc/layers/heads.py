@@ -324,10 +324,10 @@ def fused(sources: tuple[Source, ...], A: int) -> tuple[Tensor, Tensor | None]:
 
 
 def joined(parts: list[tuple[Tensor, int]], A: int) -> Tensor:
-    """A rows of each tensor from a first row on; a tensor that is all of them is not copied."""
-    whole = parts[0][0]
-    if [(t is whole, row) for t, row in parts] == [(True, i * A) for i in range(3)]:
-        return whole
+    """A rows of each tensor from a first row on; rows that follow one another are not copied."""
+    whole, first = parts[0]
+    if [(t is whole, row) for t, row in parts] == [(True, first + i * A) for i in range(3)]:
+        return whole[first : first + 3 * A]
     return torch.cat([t[row : row + A] for t, row in parts])
 
 

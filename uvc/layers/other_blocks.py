@@ -1,4 +1,6 @@
-"""Blocks of transformers and torchvision: what is dense runs as theirs, and their state_dict keys stay.
+"""Blocks whose layers lie elsewhere than in timm's usual ones, as those of transformers and torchvision do.
+
+What is dense runs as theirs, and their state_dict keys stay.
 
 B batch, N tokens, D width.
 """
@@ -22,7 +24,9 @@ from uvc.layers.prunable import Prunable
 class Layout(NamedTuple):
     """Names in a block: its norms, its attention, and what follows attention and MLP inside their branches.
 
-    prefix: tokens before the patches in a model of such blocks, registers aside.
+    prefix: tokens before the patches in a model of such blocks, registers aside. mlp: where the MLP is.
+    block, small: what takes the place of such a block, on the fly and compact, where it is laid out in a way
+    of its own.
     """
 
     norms: tuple[str, str]
@@ -30,6 +34,9 @@ class Layout(NamedTuple):
     after: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     prefix: int = 1
     kind: type[Prunable] = SeenAttention
+    mlp: str = "mlp"
+    block: "type[OtherBlock] | None" = None
+    small: "type[CompactOtherBlock] | None" = None
 
 
 _SCALED = Layout(
@@ -72,7 +79,7 @@ class OtherBlock(UVCBlock):
     @classmethod
     def take_over(cls, block: nn.Module) -> Self:
         """One of these on the parameters, children and hooks of `block`, with nothing left out."""
-        kind = type(block) if isinstance(block, OtherBlock) else _kind(type(block), layout_of(block))
+        kind = kind_of(block)
         new = take_over(kind, block)
         attention, mlp = (new._modules[name] for name in (kind.layout.attn, "mlp"))
         seen_mlp = SeenGatedMlp if "gate_proj" in mlp._modules else SeenMlp
@@ -131,17 +138,22 @@ def say_not_run(layer: Prunable) -> None:
 
 def seen(block: nn.Module) -> nn.Module:
     """A block whose attention and MLP can be asked for as `attn` and `mlp`; for timm's, the block itself."""
-    return OtherBlock.take_over(block) if needs_names(block) else block
+    return kind_of(block).take_over(block) if needs_names(block) else block
 
 
 def needs_names(block: nn.Module) -> bool:
-    """Whether a block is one of transformers or torchvision as these made it."""
+    """Whether a block is one of these as its package made it."""
     return not isinstance(block, OtherBlock) and layout_of(block) is not None
+
+
+def kind_of(block: nn.Module) -> type[OtherBlock]:
+    """The class that takes the place of one of these blocks; its own if it did."""
+    return type(block) if isinstance(block, OtherBlock) else _kind(type(block), layout_of(block))
 
 
 @cache
 def _kind(theirs: type[nn.Module], layout: Layout) -> type[OtherBlock]:
-    return type(f"UVC{theirs.__name__}", (OtherBlock, theirs), {"layout": layout})
+    return type(f"UVC{theirs.__name__}", (layout.block or OtherBlock, theirs), {"layout": layout})
 
 
 class CompactOtherBlock(CompactBlock):

@@ -60,7 +60,7 @@ class _Seen:
             self.add_module(name, nn.Dropout(rate))
 
 
-class _SeenHeads(_Seen):
+class SeenHeads(_Seen):
     """Heads of an attention that says its number of heads in one of two ways."""
 
     def __init__(self, module: nn.Module):
@@ -84,7 +84,7 @@ class _SeenHeads(_Seen):
         return uvc_kernels.Positions()
 
 
-class SeenAttention(_SeenHeads, Heads):
+class SeenAttention(SeenHeads, Heads):
     """The attention of transformers: q, k and v of a linear layer each."""
 
     LINEARS = ("q_proj", "k_proj", "v_proj", "proj")
@@ -148,7 +148,7 @@ class SeenRotaryAttention(_Turned, SeenAttention, RotaryHeads):
         return RotaryHeads.placed(self, x, heads, rope_of(position_embeddings))
 
 
-class SeenMultihead(_SeenHeads, Heads):
+class SeenMultihead(SeenHeads, Heads):
     """torch's nn.MultiheadAttention, as torchvision calls it."""
 
     LINEARS = ("proj",)
@@ -175,7 +175,7 @@ class SeenMultihead(_SeenHeads, Heads):
         return self._seen[0](x, x, x, need_weights=False)[0]
 
 
-class _SeenNeurons(_Seen):
+class SeenNeurons(_Seen):
     """Neurons of another module, without a norm over them."""
 
     def __init__(self, module: nn.Module):
@@ -189,7 +189,7 @@ class _SeenNeurons(_Seen):
         return self._seen[0](x) if self.is_dense else super().forward(x)
 
 
-class SeenMlp(_SeenNeurons, Neurons):
+class SeenMlp(SeenNeurons, Neurons):
     """Two linear layers."""
 
     def _named(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -205,7 +205,7 @@ class SeenMlp(_SeenNeurons, Neurons):
         return found | {"act": activation_of(found["act"])}
 
 
-class SeenGatedMlp(_SeenNeurons, Neurons):
+class SeenGatedMlp(SeenNeurons, Neurons):
     """A gated MLP of two first layers."""
 
     LINEARS = UVCSwiGLU.LINEARS
