@@ -25,6 +25,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
@@ -142,6 +143,13 @@ KINDS = {
         dict(block_fn=ParallelScalingBlock, qk_norm=True, qkv_bias=False),
         {**FREE, "qk": 0},
     ),
+    "sam": (
+        VisionTransformerSAM,
+        # Windows at the edge are padded; the second block attends to all.
+        dict(img_size=(20, 20), use_rel_pos=True, window_size=3, global_attn_indexes=(1,), neck_chans=6),
+        {**FREE, "qk": 0},
+    ),
+    "sam without relative positions": (VisionTransformerSAM, dict(window_size=0, neck_chans=0), FREE),
     "qwen3": ("qwen3_vit", dict(img_size=(16, 24), pos_embed_grid_size=3, out_features=6), TURNED),
     "deepseek": ("deepseek_vit", dict(img_size=(16, 24), out_features=6), TURNED),
     "relative positions, q/k norms": (VisionTransformerRelPos, dict(qk_norm=True), {**FREE, "qk": 0}),

@@ -147,14 +147,15 @@ def macs_at(s: Sizes, tokens: Sequence[tuple[float, float]], fixed: float) -> Pr
     """The prices in MACs where so many patch tokens reach each block and go on from its attention half."""
     rows = []
     for i, (pair, (arriving, leaving)) in enumerate(zip(s.layers, tokens, strict=True)):
-        N, pairs, queries, M = s.reads(i, arriving, leaving)
+        N, pairs, queries, M, terms = s.reads(i, arriving, leaving)
         qk, v, neuron = unit_costs(*pair)
         # A v dim: rows, a product for each pair, a column. A q/k dim: rows, a term of the dot product of each
-        # pair, and where tokens are dropped one more row of them, which ranks the tokens.
+        # pair, terms of positions that are read off queries, and where tokens are dropped one more row of
+        # them, which ranks the tokens.
         rank = N if leaving < arriving else 0
         halves = pair[0].half_macs(N), pair[1].half_macs(M)
         v_macs = N * v.rows + queries * v.columns + pairs
-        rows.append((*halves, N * qk.macs + pairs + rank, v_macs, M * neuron.macs))
+        rows.append((*halves, N * qk.macs + pairs + terms + rank, v_macs, M * neuron.macs))
     return Prices(fixed, *zip(*rows, strict=True))
 
 

@@ -5,6 +5,11 @@ from uvc.io.encoders import ENCODERS
 from uvc.io.hiera import HIERA
 from uvc.io.naflex import NAFLEX
 from uvc.io.others import OTHERS
+from uvc.io.sam import SAM
 from uvc.io.swin import SWIN
 
-MAKERS = {**PLAIN, **{maker.make.__name__: maker for maker in (NAFLEX, *SWIN, HIERA, *ENCODERS)}, **OTHERS}
+MAKERS = {
+    **PLAIN,
+    **{maker.make.__name__: maker for maker in (NAFLEX, *SWIN, HIERA, SAM, *ENCODERS)},
+    **OTHERS,
+}

@@ -16,13 +16,15 @@ class Reads(NamedTuple):
     """What the halves of a block read of an image.
 
     tokens: those that the attention makes q, k and v of; pairs: of a query and a key, in one head; queries:
-    tokens that the attention gives; hidden: tokens in the MLP.
+    tokens that the attention gives; hidden: tokens in the MLP; terms: products of a q/k dim beside those of
+    pairs.
     """
 
     tokens: float
     pairs: float
     queries: float
     hidden: float
+    terms: float = 0
 
 
 class InARow(nn.Module):

@@ -1,5 +1,6 @@
 """Which block takes the place of which of timm's, on the fly and compact."""
 
+from timm.models import vision_transformer_sam
 from timm.models.hiera import HieraBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
@@ -12,6 +13,7 @@ from uvc.layers.hiera_block import CompactHieraBlock
 from uvc.layers.kinds import NORM_FIRST, NORM_LAST
 from uvc.layers.other_blocks import CompactOtherBlock, layout_of
 from uvc.layers.parallel import LAYOUTS
+from uvc.layers.sam_block import CompactSamBlock
 from uvc.layers.stages import KNOWN
 from uvc.layers.window_blocks import CompactSwinBlock, CompactSwinCrBlock, CompactSwinV2Block
 
@@ -21,6 +23,7 @@ COMPACT: dict[type[nn.Module], type[CompactBlock]] = {
     SwinTransformerV2Block: CompactSwinV2Block,
     SwinTransformerV2CrBlock: CompactSwinCrBlock,
     HieraBlock: CompactHieraBlock,
+    vision_transformer_sam.Block: CompactSamBlock,
 }
 BLOCKS = (*NORM_FIRST, *NORM_LAST)
 

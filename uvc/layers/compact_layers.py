@@ -107,6 +107,10 @@ class CompactAttention(nn.Module):
         """What positions add to the scores of these heads, [..., h, N, N]; None: nothing."""
         return None
 
+    def relative(self, q: Tensor, **positions) -> Tensor | None:
+        """What positions add to the scores of queries [B, h, N, dq], read off these; None: nothing."""
+        return None
+
     def _projected(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """q, k and v of each group, [B, N, h * dims]."""
         if hasattr(self, "qkv"):
@@ -163,6 +167,7 @@ class CompactAttention(nn.Module):
                 row = row_scores((reader @ k.detach().transpose(-2, -1)).squeeze(2))
                 scores = row if scores is None else scores + row
             mask = heads_of_mask(attn_mask, list(group.heads), self.num_heads)
+            mask = added(mask, self.relative(q, **positions))
             out = attend(q, k, v, self.scale, added(mask, bias), is_causal, dropout)
             outputs.append(out.transpose(1, 2).flatten(2))
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

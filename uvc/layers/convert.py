@@ -16,7 +16,8 @@ from uvc.layers.stages import blocks_of, lists_of, named_blocks
 
 SUPPORTED = (
     "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
-    "SwinTransformer (V2) and Hiera with blocks of two halves, their attention and Mlp, GluMlp or SwiGLU; "
+    "SwinTransformer (V2), Hiera and VisionTransformerSAM with blocks of two halves, their attention, Mlp, "
+    "GluMlp and SwiGLU; "
     "transformers' and torchvision's ViT, DeiT, DINOv2, DINOv3, CLIP vision and SigLIP vision"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
@@ -32,7 +33,6 @@ WHY = {
     "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",
     "pit": "its tokens are pooled between stages; heads, dims and neurons of its blocks could go",
     "tnt": "it holds a transformer for each patch; heads, dims and neurons of both could go",
-    "vision_transformer_sam": "its attention adds relative positions in windows; v dims and neurons could go",
     "xcit": "it attends between channels, not tokens; whole heads and neurons could go",
 }
 

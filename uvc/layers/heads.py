@@ -91,6 +91,10 @@ class Heads(Prunable):
         """What positions add to the scores of these heads, [..., h, N, N]; None: nothing."""
         return None
 
+    def relative(self, q: Tensor, **positions) -> Tensor | None:
+        """What positions add to the scores of queries [B, h, N, E], read off these; None: nothing."""
+        return None
+
     def set_kept(self, qk: Tensor | None, v: Tensor | None) -> None:
         """Keep the q/k dims and v dims marked in the bool masks [H, K] `qk` and `v`; None keeps all.
 
@@ -262,6 +266,7 @@ class Heads(Prunable):
         """Every child is called on all heads, and what is removed is zero: no faster than dense."""
         q, k, v = self._heads(x, **positions)
         mask = added(attn_mask, self.bias(list(range(self.num_heads)), **positions))
+        mask = added(mask, self.relative(q, **positions))
         out = self.attended_by_children(q, k, v, mask, is_causal)
         out = out.transpose(1, 2).flatten(2)
         out = self.norm(out) if "norm" in self._modules else out
@@ -302,7 +307,7 @@ class Heads(Prunable):
         dims = None if pairs is None else qk[0].view(len(names), -1) % self.head_dim
         q, k = self.positioned(q, k, names, dims, **positions)
         mask = heads_of_mask(attn_mask, names, self.num_heads)
-        mask = added(mask, self.bias(names, **positions))
+        mask = added(added(mask, self.bias(names, **positions)), self.relative(q, **positions))
         out = self.attended(q, k, v_values, mask, is_causal)
         out = out.transpose(1, 2).flatten(2)
         out = self.norm(out) if "norm" in self._modules else out

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
-from timm.models import beit
+from timm.models import beit, vision_transformer_sam
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention
@@ -34,6 +34,7 @@ from uvc.layers.mask_units import UVCMaskUnitAttention
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
 from uvc.layers.rotary import UVCAttentionRope, UVCEvaAttention
+from uvc.layers.sam import UVCSamAttention
 from uvc.layers.talking import UVCTalkingHeads
 from uvc.layers.windows import UVCCosineAttention, UVCWindowAttention
 from uvc.layers.windows_cr import UVCCrAttention
@@ -58,6 +59,7 @@ MODELS = (
     SwinTransformer,
     SwinTransformerV2,
     Hiera,
+    vision_transformer_sam.VisionTransformerSAM,
     SwinTransformerV2Cr,
     *timm_classes("qwen3_vit", "Qwen3VitEncoder"),
     *timm_classes("deepseek_vit", "DeepseekVitEncoder"),
@@ -71,6 +73,7 @@ NORM_FIRST = (
     LayerScaleBlock,
     SwinTransformerBlock,
     HieraBlock,
+    vision_transformer_sam.Block,
     *timm_classes("deepseek_vit", "DeepseekVitBlock"),
 )
 NORM_LAST = (
@@ -91,6 +94,7 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     SwinV2Attention: UVCCosineAttention,
     MaskUnitAttention: UVCMaskUnitAttention,
     WindowMultiHeadAttention: UVCCrAttention,
+    vision_transformer_sam.Attention: UVCSamAttention,
 }
 MLPS: dict[type[nn.Module], type[Prunable]] = {
     Mlp: UVCMlp,
