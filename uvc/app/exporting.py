@@ -1,7 +1,7 @@
 """`uvc export`: a program for another runtime, its size, its time beside the dense model's, int8's top-1."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from uvc.environment import choose_device
 from uvc.io.dtypes import input_dtype
 from uvc.io.export import check_request, export
 from uvc.io.runtimes import FORMATS, Program
-from uvc.io.serialization import describe, fill_buffers, load, rebuild_dense
+from uvc.io.serialization import describe, fill_buffers, load, load_shapes, rebuild_dense
 from uvc.layers import image_of
 from uvc.training.data import Data
 
@@ -51,7 +51,7 @@ def export_run(
     choose_device("cpu", threads)
     opened, images = None, None
     if int8:
-        opened, _, _ = data_of(folder, load(folder), data, data_root, threads=threads)
+        opened, _, _ = data_of(folder, load_shapes(folder), data, data_root, threads=threads)
         images = calibration(opened)
     target, difference = export(folder, format, to, dtype=dtype, calibration=images, check=check)
     figures = {
@@ -65,7 +65,7 @@ def export_run(
             figures["top1"], figures["images"] = top1(read(target), opened.val)
             figures["float32_top1"], _ = top1(model, opened.val)
     if time:
-        figures |= times(folder, format, target, batch_size, dtype)
+        figures |= times(folder, format, target, batch_size, dtype, int8)
     return figures
 
 
@@ -96,7 +96,9 @@ def top1(program: Program, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[fl
     return 100.0 * right / count, count
 
 
-def times(folder: Path, format: str, target: Path, batch: int, dtype: str | None) -> dict[str, Any]:
+def times(
+    folder: Path, format: str, target: Path, batch: int, dtype: str | None, int8: bool = False
+) -> dict[str, Any]:
     """Milliseconds of the program, of the same model in float32 where it is not, and of the dense model."""
     model, cpu = load(folder), torch.device("cpu")
     images = torch.randn(batch, *image_of(model))
@@ -108,18 +110,38 @@ def times(folder: Path, format: str, target: Path, batch: int, dtype: str | None
             write(dense_like(model), torch.randn(2, *images.shape[1:]), dense)
         size = size_of(dense)
         programs = {"dense": (read(dense), images), "this": (read(target), given)}
+        if int8 or dtype not in (None, "float32"):
+            plain = export(folder, format, Path(draft, f"float32-{target.name}"), dtype="float32")[0]
+            programs["float32"] = (read(plain), images)
         timers = {
             name: lambda program=program, x=x: milliseconds(lambda: program(x), cpu)
             for name, (program, x) in programs.items()
         }
         with torch.inference_mode():
             samples = take_turns(timers, 30, 3, 8.0)
-    ratio = median(a / b for a, b in zip(samples["this"], samples["dense"], strict=True))
     ms = {name: median(samples[name]) for name in samples}
-    return {
+    found = {
         "batch": batch, "threads": torch.get_num_threads(), "ms": ms["this"], "dense_ms": ms["dense"],
-        "ratio": ratio, "dense_bytes": size,
+        "ratio": ratio(samples["this"], samples["dense"]), "dense_bytes": size,
     }  # fmt: skip
+    if "float32" in samples:
+        of = ratio(samples["this"], samples["float32"])
+        found |= {"float32_ms": ms["float32"], "float32_ratio": of, "instructions": instructions()}
+    return found
+
+
+def ratio(parts: Sequence[float], wholes: Sequence[float]) -> float:
+    """The median over turns."""
+    return median(a / b for a, b in zip(parts, wholes, strict=True))
+
+
+def instructions() -> str:
+    """Products of 8-bit numbers that this processor has, as Linux names them; "" where it tells none."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return ""
+    return ", ".join(n for n in ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm") if n in flags)
 
 
 def dense_like(model: nn.Module) -> nn.Module:
@@ -149,4 +171,8 @@ def lines(figures: dict[str, Any]) -> list[str]:
         place = f"batch {figures['batch']}, {figures['threads']} threads"
         says = f"{figures['ms']:.2f} ms, dense {figures['dense_ms']:.2f} ms"
         found.append(f"{place}: {says}, {figures['ratio']:.3f} of its time")
+    if "float32_ms" in figures:
+        says = f"beside it in float32 {figures['float32_ms']:.2f} ms, {figures['float32_ratio']:.3f} of that"
+        known = figures["instructions"] or "no products of 8-bit numbers"
+        found.append(f"{says}; this processor has {known}")
     return found

@@ -114,18 +114,26 @@ def write_onnx_int8(model: nn.Module, x: Tensor, path: Path, images: Sequence[Te
         plain, ready = Path(draft, "plain.onnx"), Path(draft, "ready.onnx")
         write_onnx(model, x, plain)
         tools.shape_inference.quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
+        kinds = ["MatMul", "Gemm", "Conv"]
+        # Results stay in float32: else what follows is of 8-bit numbers, too, and softmax is slow in them.
+        rest = {"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": kinds}
         tools.quantize_static(
             str(ready), str(path), Reader(),
             quant_format=tools.QuantFormat.QDQ, per_channel=True,
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+            op_types_to_quantize=kinds, nodes_to_exclude=_without_weights(onnx.load(ready)),
+            activation_type=tools.QuantType.QUInt8, weight_type=tools.QuantType.QInt8, extra_options=rest,
         )  # fmt: skip
         program = onnx.load(path)
         onnx.helper.set_model_props(
             program, {k: json.dumps(v) for k, v in (preprocessing_of(model) or {}).items()}
         )
         onnx.save(program, path)
+
+
+def _without_weights(program: Any) -> list[str]:
+    """The names of an ONNX program's products of two activations."""
+    weights = {tensor.name for tensor in program.graph.initializer}
+    return [n.name for n in program.graph.node if n.op_type == "MatMul" and n.input[1] not in weights]
 
 
 def read_onnx(path: Path) -> Program:

@@ -143,16 +143,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", budget: float |
     anything is allocated.
     """
     budget = None if budget is None else float(budget)
-    config_path, weights_path = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-    try:
-        text = config_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {config_path}: {one_line(error)}") from None
-    try:
-        config = json.loads(text)
-        structure, model = rebuild(config)
-    except Exception as error:  # timm's constructors answer wrong values with whatever they run into
-        raise ValueError(f"{config_path} does not describe a model: {one_line(error)}") from None
+    weights_path = Path(folder) / WEIGHTS
+    text, config, structure, model = _described(folder)
     forms = forms_of(model) if is_compacted(model) else None
     model, older = as_kept(model), config["format"] == PADDED_HEADS
     if older and forms is not None:
@@ -183,6 +175,25 @@ def as_kept(model: nn.Module) -> nn.Module:
     """
     padded = is_compacted(model) and set(forms_of(model)) != {"grouped"}
     return in_form(model, "grouped") if padded else model
+
+
+def load_shapes(folder: str | Path) -> nn.Module:
+    """The model in `folder` without its weights, on the meta device; ValueError as of `load`."""
+    return _described(folder)[3]
+
+
+def _described(folder: str | Path) -> tuple[str, dict[str, Any], Structure, nn.Module]:
+    """The text of a folder's config, the config, and the structure and the model that it describes."""
+    path = Path(folder) / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from None
+    try:
+        config = json.loads(text)
+        return text, config, *rebuild(config)
+    except Exception as error:  # timm's constructors answer wrong values with whatever they run into
+        raise ValueError(f"{path} does not describe a model: {one_line(error)}") from None
 
 
 def fill_buffers(model: nn.Module, device: str | torch.device) -> None:
