@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
 from uvc.config import Config, DistillConfig
-from uvc.training.graphs import Captured
+from uvc.training.graphs import Captured, CapturedUpdate
 from uvc.training.losses import Classification, Distillation
 
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal")
@@ -223,6 +223,101 @@ def test_hooks_of_others_are_called_in_every_step():
     assert len(seen) == 6
 
 
+def updater(model, captured, update, optimizer):
+    """Runs whole steps of training, their gradients and updates by graphs where there are some."""
+    step = stepper(model, captured)
+
+    def run(images, labels, rate):
+        loss, *_ = step(images, labels)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        norm = None if update is None else update.step(optimizer, captured.static)
+        if norm is None:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return [loss, norm]
+
+    return run
+
+
+def adamw(model, **settings):
+    one, other = torch.chunk(torch.arange(len(list(model.parameters()))), 2)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [parameters[i] for i in one], "weight_decay": 0.0},
+        {"params": [parameters[i] for i in other], "lr_scale": 0.25},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05, **settings)
+
+
+def moments(optimizer):
+    return [t for state in optimizer.state.values() for t in state.values()]
+
+
+def test_weights_and_moments_from_captured_updates_equal_plain_ones_through_rates_and_structures():
+    model, other = vit(), vit()
+    captured, update = Captured(model, Recorded), CapturedUpdate(Recorded, 0.5)
+    optimizer, plain = (adamw(m, fused=True) for m in (model, other))
+    run, expected = updater(model, captured, update, optimizer), updater(other, None, None, plain)
+    for keep in (1.0, 0.5, 0.7):
+        for m in (model, other):
+            uvc.apply_structure(m, uvc.Structure.random(m, keep=keep, seed=0))
+        for i, batch in enumerate(batches(8)):
+            rate = 1e-3 * (1 + i) / 7
+            assert same(run(*batch, rate), expected(*batch, rate))
+            assert [group["lr"] for group in optimizer.param_groups] == [rate, rate * 0.25]
+    assert same(list(model.parameters()), list(other.parameters()))
+    assert same(moments(optimizer), moments(plain)) and moments(optimizer)
+    assert captured.captures == update.captures == 3 and Recorded.made == 6
+
+
+def test_a_new_optimiser_is_captured_once_it_has_begun_and_another_kind_or_a_watched_one_never():
+    model = vit()
+    captured, update = Captured(model, Recorded), CapturedUpdate(Recorded, 0.5)
+    for settings, hook, captures in (
+        ({"fused": True}, None, 1),
+        ({"fused": True}, None, 2),
+        ({"foreach": True}, None, 2),
+        ({"fused": True}, lambda *_: None, 2),
+    ):
+        optimizer = adamw(model, **settings)
+        if hook:
+            optimizer.register_step_post_hook(hook)
+        run = updater(model, captured, update, optimizer)
+        for batch in batches(6):
+            run(*batch, 1e-3)
+        assert update.captures == captures
+
+
+@pytest.mark.parametrize("fault", ["computes something else", "cannot be captured"])
+def test_an_update_that_is_not_the_plain_one_is_left_plain_with_one_warning(fault):
+    class Wrong(Recorded):
+        @contextmanager
+        def recording(self):
+            if fault == "cannot be captured":
+                raise RuntimeError("out of memory\nand more")
+            with super().recording():
+                yield
+
+        @torch.no_grad()
+        def replay(self):
+            super().replay()
+            fused = next(args for func, args, *_ in self.calls if "fused_adamw" in func.name())
+            fused[0][0].add_(1.0)  # a weight
+
+    model, other = vit(), vit()
+    captured, update = Captured(model, Recorded), CapturedUpdate(Wrong, 0.5)
+    optimizer, plain = (adamw(m, fused=True) for m in (model, other))
+    run, expected = updater(model, captured, update, optimizer), updater(other, None, None, plain)
+    with pytest.warns(RuntimeWarning, match="optimiser's step is not captured") as said:
+        for batch in batches(8):
+            assert same(run(*batch, 1e-3), expected(*batch, 1e-3))
+    assert len(said) == 1 and update.captures == 0 and captured.captures == 1
+    assert same(list(model.parameters()), list(other.parameters()))
+    assert same(moments(optimizer), moments(plain))
+
+
 def test_a_whole_run_is_the_same_from_graphs(monkeypatch):
     images, labels = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
 
@@ -244,7 +339,8 @@ def test_a_whole_run_is_the_same_from_graphs(monkeypatch):
     assert found == structure and same(weights, others)
     # the teacher, the warm-up, and what of the search and after it stays for some steps
     assert all(captured.graphs is Recorded for captured in made)
-    assert sum(captured.captures for captured in made) >= 3
+    captures = sum(captured.captures for captured in made)
+    assert captures >= 3 and Recorded.made > captures  # updates, too
 
 
 def test_only_a_model_on_a_gpu_that_one_process_trains_is_captured(monkeypatch):

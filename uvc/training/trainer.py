@@ -28,7 +28,7 @@ from uvc.training.evaluation import check_size, evaluate, input_dtype, targets, 
 from uvc.training.feed import Feed
 from uvc.training.finite import FiniteCheck
 from uvc.training.freezing import train_mode
-from uvc.training.graphs import Captured
+from uvc.training.graphs import Captured, CapturedUpdate
 from uvc.training.logger import Rate, RunLog
 from uvc.training.loss_scale import LossScale
 from uvc.training.losses import Classification, Distillation, Mixing
@@ -80,6 +80,7 @@ class Trainer:
         self.reduction = processes.reduction(model)
         self.compiled = Compiled(model, config.compile)
         self.captured = Captured.on(model, alone=processes.count == 1 and config.compile is None)
+        self.update = CapturedUpdate(self.captured.graphs, config.clip_grad)
         self.feed = Feed(self.train_loader, self.device)
         self.history: list[dict[str, Any]] = []
         self.steps, self.saved = 0, time.monotonic()
@@ -195,9 +196,13 @@ class Trainer:
             return loss, also
         pruner.observe(self.scale.value)
         self.scale.unscale(self.model.parameters())
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad))
+        norm = self.update.step(optimizer, self.captured.static)
+        updated = norm is not None
+        if not updated:
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad))
         check.see(loss, norm, images)
-        optimizer.step()
+        if not updated:
+            optimizer.step()
         pruner.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         return loss, also

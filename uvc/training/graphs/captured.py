@@ -75,6 +75,11 @@ class Captured:
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._loss: Tensor | None = None
 
+    @property
+    def static(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters with what the graph writes their gradients to; a new list for every graph."""
+        return self._gradients
+
     def gradients(
         self, inputs: tuple[Tensor, ...], settings: tuple, run: Callable[..., Tensor]
     ) -> Tensor | None:
