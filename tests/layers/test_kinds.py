@@ -113,6 +113,15 @@ def test_a_vit_with_blocks_of_several_sizes_is_pruned_compacted_and_compressed()
     assert 0.56 < result.cost.macs / result.dense_cost.macs <= 0.6
 
 
+@pytest.mark.filterwarnings("ignore:UVC")
+@pytest.mark.parametrize("form", ["on the fly", "compacted"])
+def test_a_vit_whose_blocks_no_constructor_makes_is_not_saved_and_the_block_is_named(form, tmp_path):
+    model = uvc.apply_structure(uneven(), Structure.random(uneven(), 0.5, seed=1))
+    with pytest.raises(ValueError, match=r"cannot save: blocks\.1\.attn has num_heads 2, timm makes 4"):
+        uvc.save(model if form == "on the fly" else uvc.compact(model), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_latency_table_and_the_published_method_say_that_they_know_one_size():
     model = uvc.convert(made("swin"))
     with pytest.raises(ValueError, match="latency table: the model has several stages"):

@@ -133,7 +133,15 @@ class CompactAttention(nn.Module):
         found = []
         for (heads, dq, dv), parts in zip(self.groups, self._projected(x), strict=True):
             sized = zip(parts, (dq, dq, dv), strict=True)
-            found.append(tuple(part.reshape(B, N, len(heads), d).transpose(1, 2) for part, d in sized))
+            # A view of no dims is nothing that ONNX could express.
+            found.append(
+                tuple(
+                    part.reshape(B, N, len(heads), d).transpose(1, 2)
+                    if d
+                    else x.new_zeros(B, len(heads), N, 0)
+                    for part, d in sized
+                )
+            )
         return found
 
     def forward(
@@ -188,10 +196,14 @@ def attend(
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
         )
-    (B, h, N, _), M = q.shape, k.shape[2]
-    q, k, v = (t.reshape(B * h, t.shape[2], t.shape[3]) for t in (q, k, v))
-    # One call per product: at batch 1 the overhead of calls is what a small model's latency is made of.
-    scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    (B, h, N, dq), M = q.shape, k.shape[2]
+    v = v.reshape(B * h, M, v.shape[3])
+    if dq:
+        q, k = q.reshape(B * h, N, dq), k.reshape(B * h, M, dq)
+        # One call per product: at batch 1 the overhead of calls is what a small model's latency is made of.
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    else:
+        scores = v.new_zeros(B * h, N, M)
     if is_causal or mask is not None:
         scores = masked(scores.view(B, h, N, M), mask, is_causal).view(B * h, N, M)
     weights = scores.softmax(dim=-1)
