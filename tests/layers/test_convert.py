@@ -40,10 +40,10 @@ UNSUPPORTED = {
         "blocks.0.attn.qkv", OfAnotherClass(24, 72)
     ),
     r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
-    r"the model is a ResNet without lists of transformer blocks": lambda: timm.create_model("resnet18"),
+    r"the model is a ResNet of resnet, without lists of transformer blocks": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a Block of convit": lambda: timm.create_model("convit_tiny"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
-    r"the model is a Sequential without lists of transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
+    r"the model is a Sequential of container, without lists of transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
 }
 
 

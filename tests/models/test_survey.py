@@ -72,6 +72,8 @@ SERVED = {
 REFUSED = {
     "convit_tiny": r"blocks\.0 is a Block of convit, and its attention adds gated positions",
     "crossvit_9_240": r"blocks\.0 is a MultiScaleBlock of crossvit, and it has branches of several widths",
+    "vit_large_patch16_sapiens2": r"blocks\.\d+\.attn\.k_proj gives keys that several heads share; the",
+    "gemma4_vit_167m": r"the model is a .* of gemma4_vit, and rotary positions tie its .*; neurons",
     "sam2_hiera_tiny": r"blocks\.0 is a MultiScaleBlock of hieradet_sam2, and its width grows",
     "mixer_s16_224": r"blocks\.0 is a MixerBlock of mlp_mixer, and it mixes tokens without attention",
     "pit_ti_224": r"the model is a PoolingVisionTransformer of pit, and its tokens are pooled .*; heads",
@@ -79,7 +81,7 @@ REFUSED = {
     "vit_base_patch16_18x2_224": r"blocks\.0 is a ParallelThingsBlock of vision_transformer, and it adds",
     "vit_dpwee_patch16_reg1_gap_256": r"blocks\.0 is a DiffParallelScalingBlock of .*, and its attention",
     "vit_dwee_patch16_reg1_gap_256": r"blocks\.0\.attn is a DiffAttention of .*, and it subtracts two",
-    "volo_d1_224": r"the model is a VOLO without lists of transformer blocks",
+    "volo_d1_224": r"the model is a VOLO of volo, and its first stage attends by outlook",
     "xcit_nano_12_p16_224": r"blocks\.0 is a XCABlock of xcit, and it attends between channels, not tokens",
 }
 
@@ -124,6 +126,8 @@ def test_a_served_model_works_from_end_to_end(name, tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_served_is_refused_with_the_layer_and_the_reason(name):
+    if name not in timm.list_models():
+        pytest.skip("this timm has no such model")
     with torch.device("meta"):
         model = timm.create_model(name)
     keys = list(model.state_dict())

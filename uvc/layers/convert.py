@@ -33,6 +33,7 @@ WHY = {
     "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",
     "pit": "its tokens are pooled between stages; heads, dims and neurons of its blocks could go",
     "tnt": "it holds a transformer for each patch; heads, dims and neurons of both could go",
+    "volo": "its first stage attends by outlook, in a window around each token; neurons could go",
     "xcit": "it attends between channels, not tokens; whole heads and neurons could go",
 }
 
@@ -73,9 +74,7 @@ def check(model: nn.Module) -> None:
     """ValueError, naming the layer, unless `convert` can serve `model`."""
     blocks = named_blocks(model)
     if not blocks:
-        raise ValueError(
-            f"the model is a {type(model).__name__} without lists of transformer blocks; {SUPPORTED}"
-        )
+        raise ValueError(f"the model is {described(model)}, without lists of transformer blocks; {SUPPORTED}")
     if is_compacted(model):
         raise ValueError(
             f"{next(iter(blocks))} is a CompactBlock: the model is compacted, so its structure can no longer "

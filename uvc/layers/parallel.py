@@ -36,7 +36,7 @@ class SeenParallelAttention(SeenHeads, Heads):
     def fault(cls, attn: nn.Module) -> str | None:
         """Beside other children: one product for the outputs of both halves."""
         if attn.proj is None:
-            return "out_proj is of attention and MLP at once, so neither's bias can be left out with it"
+            return "out_proj is of attention and MLP at once; heads, v dims and neurons could go"
         return super().fault(attn)
 
     def sources(self) -> tuple[Source, Source, Source]:

@@ -120,7 +120,7 @@ class UVCAttentionRope(RotaryHeads, AttentionRope):
     def fault(cls, attn: nn.Module) -> str | None:
         """Beside other children: heads that share keys and values."""
         if getattr(attn, "num_kv_groups", 1) > 1:
-            return "k_proj gives keys that several heads share (grouped queries)"
+            return "k_proj gives keys that several heads share; the neurons beside them could go"
         return super().fault(attn)
 
 
