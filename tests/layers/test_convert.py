@@ -1,11 +1,13 @@
 """Models that `convert` cannot serve: one line that names the layer, and the model stays as it was."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from oracle import small_vit
 from timm.layers import LayerNorm
-from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
 import uvc
@@ -39,11 +41,14 @@ UNSUPPORTED = {
     r"blocks\.0\.attn\.qkv is a OfAnotherClass": lambda: with_child(
         "blocks.0.attn.qkv", OfAnotherClass(24, 72)
     ),
-    r"blocks\.0 is a ParallelScalingBlock": lambda: small_vit(block_fn=ParallelScalingBlock),
-    r"the model is a ResNet of resnet, without lists of transformer blocks": lambda: timm.create_model("resnet18"),
+    r"blocks\.0 is a ParallelThingsBlock": lambda: small_vit(block_fn=ParallelThingsBlock),
+    r"blocks\.0\.attn\.out_proj is of attention and MLP at once": lambda: small_vit(
+        block_fn=partial(ParallelScalingBlock, fuse_out_proj=True)
+    ),
+    r"the model is a ResNet of resnet, without lists of transformer": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a Block of convit": lambda: timm.create_model("convit_tiny"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),
-    r"the model is a Sequential of container, without lists of transformer blocks": lambda: nn.Sequential(nn.Linear(2, 2)),
+    r"the model is a Sequential of container, without lists": lambda: nn.Sequential(nn.Linear(2, 2)),
 }
 
 

@@ -30,7 +30,7 @@ class SeenParallelAttention(SeenHeads, Heads):
         children = module._modules
         names = ("in_proj", "q_norm", "k_norm", "attn_drop")
         found = {name: children[name] for name in names} | {"norm": nn.Identity()}
-        return found | {"proj": children["attn_out_proj"]}
+        return found | {"proj": children.get("attn_out_proj")}
 
     @classmethod
     def fault(cls, attn: nn.Module) -> str | None:
@@ -79,7 +79,7 @@ class SeenParallelMlp(SeenNeurons, Neurons):
         self._drops = ("drop2",)
         self._parameters["mlp_bias"] = module._parameters["mlp_bias"]
         names = {"in_proj": "in_proj", "act": "mlp_act", "drop1": "mlp_drop", "fc2": "mlp_out_proj"}
-        return {name: children[own] for name, own in names.items()}
+        return {name: children.get(own) for name, own in names.items()}
 
     def _rows(self) -> list[Part]:
         weight, bias = self.in_proj.weight, self.in_proj.bias if self.mlp_bias is None else self.mlp_bias
