@@ -16,9 +16,9 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 def messages() -> dict[str, list[str]]:
-    """What uvc says when it refuses, by file; what is filled in stands as `...`."""
+    """What uvc and its kernels say when they refuse, by file; what is filled in stands as `...`."""
     found: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "uvc").rglob("*.py")):
+    for path in (path for room in ("uvc", "kernels") for path in sorted((ROOT / room).rglob("*.py"))):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for scope in ast.walk(tree):
             if not isinstance(scope, ast.FunctionDef):
@@ -37,6 +37,13 @@ def messages() -> dict[str, list[str]]:
                     known = found.setdefault(path.relative_to(ROOT).as_posix(), [])
                     if len(re.findall(r"[A-Za-z]{3,}", text)) > 1 and text not in known:
                         known.append(text)
+    for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h")):
+        for call in re.findall(r"\bcheck\((.*?)\);", path.read_text(encoding="utf-8"), re.DOTALL):
+            start, *pieces = re.split(r'"([^"]*)"', call)
+            text = ("..." if start.rstrip().endswith("+") else "") + "...".join(pieces[::2])
+            known = found.setdefault(path.relative_to(ROOT).as_posix(), [])
+            if pieces and text not in known:
+                known.append(text)
     return {path: texts for path, texts in found.items() if texts}
 
 

@@ -56,6 +56,8 @@ def test_messages_are_read_out_of_the_sources():
     texts = [text for texts in found.values() for text in texts]
     assert len(texts) > 200
     assert "--out: ... is a file; name a folder" in found["uvc/app/run_dir.py"]
+    assert "mlp: unknown activation ...; use one of ..." in found["kernels/mlp.py"]
+    assert "...: M must be a multiple of the tokens" in found["csrc/cuda/attention.h"]
     said = CliRunner().invoke(cli, ["compact", ".", "--for", "cpu,threads=0"]).output
     assert any(
         text.split("...; ")[-1] in " ".join(said.split()) for text in found["uvc/cli.py"] if "--for" in text

@@ -52,6 +52,9 @@ def folder_of(path, **changes):
         "dense_params": 30_000, "final_params": 15_100, "teacher_top1": 97.25, "final_top1": 96.5,
         "steps": 77, "device": "cpu", "structure": json.loads(structure),
         "latency": [{"batch": 1, "teacher_ms": 4.0, "compressed_ms": 2.98}],
+        "block_ms": {
+            "batch": 1, "compressed": [[0.5, 0.25, 0.125]] * 3, "teacher": [[1.0, 0.5, 0.25]] * 3,
+        },
         "versions": {"torch": "9.8.7"},
         "budgets": [{"budget": 0.25, "macs_ratio": 0.2497, "final_top1": 91.75}],
     }  # fmt: skip
@@ -91,7 +94,7 @@ def test_the_page_of_several_runs_stands_alone_and_holds_their_figures(tmp_path,
     ):
         assert figure in page.text, figure
     # Accuracy over cost and latency; per run a structure, its MACs and three charts.
-    assert page.tags.count("svg") == 2 + 2 * 5 and "Not in the folder" in page.text
+    assert page.tags.count("svg") == 2 + 2 * 6 and "Not in the folder" in page.text
     assert page.text.count("attention skipped") == 4 and str(first) in page.text
 
 
@@ -141,3 +144,17 @@ def test_a_page_that_cannot_be_written_is_one_line(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run(["report", str(folder), "--html", str(tmp_path / place)]) == 2
     assert "--html" in capsys.readouterr().err
+
+
+def test_the_milliseconds_of_each_block_stand_beside_its_macs(tmp_path):
+    write_page([folder_of(tmp_path / "a")], tmp_path / "page.html")
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "Where the MACs go" in text and "Where the milliseconds go" in text
+    assert text.count("50%") >= 3 and "the milliseconds of each block" not in text
+
+
+@pytest.mark.parametrize("found", [None, [], {"compressed": [[1, 2, "x"]], "teacher": [[1, 2, 3]]}], ids=str)
+def test_milliseconds_that_are_not_there_are_said_to_be_missing(found, tmp_path):
+    write_page([folder_of(tmp_path / "a", block_ms=found)], tmp_path / "page.html")
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "Where the milliseconds go" not in text and "the milliseconds of each block" in text

@@ -192,7 +192,28 @@ def _pictures(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> l
         missing.append(f"the MACs of each block ({error})")
         return pictures
     legend = "Blue: attention, green: MLP, rest: patch embedding and head; grey: removed."
-    return [*pictures, ("Where the MACs go", shares(rows, "MACs of each block"), legend)]
+    pictures.append(("Where the MACs go", shares(rows, "MACs of each block"), legend))
+    if rows := _times(summary.get("block_ms")):
+        legend = (
+            "Blue: attention, green: MLP, then norms and sums; grey: saved. One image, on the run's device."
+        )
+        pictures.append(("Where the milliseconds go", shares(rows, "Milliseconds of each block"), legend))
+    else:
+        missing.append("the milliseconds of each block")
+    return pictures
+
+
+def _times(found: object) -> list[Share]:
+    """The milliseconds of each block, compressed and of the teacher; none unless all of them are numbers."""
+    if not isinstance(found, Mapping):
+        return []
+    sides = [found.get(name) for name in ("compressed", "teacher")]
+    if not all(isinstance(side, list) and side for side in sides) or len(sides[0]) != len(sides[1]):
+        return []
+    blocks = [block for side in sides for block in side]
+    if not all(isinstance(b, list) and len(b) == 3 and None not in map(_number, b) for b in blocks):
+        return []
+    return [Share(str(i), *now, sum(was)) for i, (now, was) in enumerate(zip(*sides, strict=True))]
 
 
 def _shares(model: nn.Module, kept: Structure, dense: Structure) -> list[Share]:

@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from uvc.app.block_times import PARTS, block_times
 from uvc.app.resolve import known_model, stored_run
 from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, open_out, read_json
 from uvc.app.summary import draw_structure
@@ -371,6 +372,7 @@ def _summary(
         "precision": result.precision,
         "device": device_name(device) if device.type == "cuda" else "cpu",
         "latency": _latency(result.teacher, small, data, device),
+        "block_ms": _block_ms(result.teacher, small, data, device),
         **({"latency_budget": _latency_check(plan.latency, result.teacher, small)} if plan.latency else {}),
         "versions": versions(),
         "structure": json.loads(result.structure.to_json()),
@@ -403,6 +405,12 @@ def _latency_check(table: LatencyTable, teacher: nn.Module, small: nn.Module) ->
         "teacher_ms": check.dense_ms,
         "compressed_ms": check.compacted_ms,
     }
+
+
+def _block_ms(teacher: nn.Module, small: nn.Module, data: Data, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of each block with one image; hooks on blocks are none of a teacher's or a model's own."""
+    images = torch.randn(1, *data.input_size, device=device)
+    return {"batch": 1, "parts": PARTS, **block_times({"teacher": teacher, "compressed": small}, images)}
 
 
 def _latency(
