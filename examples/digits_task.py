@@ -16,7 +16,7 @@ def loaders(batch_size=128):
     return DataLoader(train, batch_size, shuffle=True, drop_last=True), DataLoader(val, batch_size)
 
 
-def trained_vit(train, epochs=12):
+def trained_vit(train, epochs=8):
     """A small timm ViT after some epochs; any trained timm ViT takes its place."""
     torch.manual_seed(0)
     model = timm.create_model(

@@ -32,13 +32,14 @@ def interrupt(loader, after):
 
 with tempfile.TemporaryDirectory() as folder:
     train, val = loaders()
-    model = trained_vit(train)
+    model = trained_vit(train, epochs=4)
     try:
         uvc.compress(model, interrupt(train, after=3), val, budget=0.5, config=config, out=folder)
     except Interrupted:
         print("interrupted in the search")
     train, val = loaders()
-    result = uvc.compress(trained_vit(train), train, val, budget=0.5, config=config, out=folder, resume=True)
+    model = trained_vit(train, epochs=4)
+    result = uvc.compress(model, train, val, budget=0.5, config=config, out=folder, resume=True)
     small = uvc.load(folder)
 share = uvc.cost(small).macs / result.dense_cost.macs
 print(f"finished after {result.steps} steps with {share:.4f} of the MACs")
