@@ -7,6 +7,8 @@ removed with its last v dim.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +18,9 @@ from uvc_kernels import group_scores, prox_shrink
 
 from uvc.layers import blocks_of, families_of
 from uvc.solver.rows import add_up, held, is_spread, local
-from uvc.solver.state import FAMILIES, Factors, Geometry, Masks
+from uvc.solver.state import FAMILIES, Factors, Geometry, Masks, sent
 
+KEPT_PLACES = 64  # of sets of parts that have gradients
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
@@ -77,20 +80,29 @@ class Groups:
         layers = [(i, half) for i, block in enumerate(self.blocks) for half in (block.attn, block.mlp)]
         self.parts = [_Part(*part, layer) for layer, half in layers for part in half.parts()]
         self.gated = [part for part in self.parts if part.gates]
+        self._places: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are. Norms and scores are given on the CPU, by one copy: there is the solver."""
+        """Where the weights are. The solver is on the CPU."""
         return self.parts[0].parameter.device
 
     def norms(self) -> dict[str, Tensor]:
-        """Squared joint norm of every group, [S, G] per family, float32."""
+        """Squared joint norm of every group, [S, G] per family, float32, on the CPU."""
+        return here(self.norms_there())
+
+    def first_order(self) -> dict[str, Tensor]:
+        """`first_order_there`, on the CPU."""
+        return here(self.first_order_there())
+
+    def norms_there(self) -> dict[str, Tensor]:
+        """`norms`, where the weights are."""
         weights = [part.of(part.parameter.detach()) for part in self.parts]
         return self._families(self.parts, weights, weights)
 
-    def first_order(self) -> dict[str, Tensor]:
-        """w . dloss/dw over each group = dloss/dgate of a gate of 1 on it; zero in halves that no gradient
-        reached.
+    def first_order_there(self) -> dict[str, Tensor]:
+        """w . dloss/dw over each group = dloss/dgate of a gate of 1 on it, where the weights are; zero in
+        halves that no gradient reached.
         """
         parts = [part for part in self.gated if part.parameter.grad is not None]
         weights = [part.of(part.parameter.detach()) for part in parts]
@@ -170,17 +182,57 @@ class Groups:
         return found
 
     def _families(self, parts: list[_Part], a: list[Tensor], b: list[Tensor]) -> dict[str, Tensor]:
-        scores = group_scores(a, b, [part.dim for part in parts]).cpu()
-        geo, held_here = self.geometry, [part.units for part in parts]
-        rows = {n: [scores.new_zeros(geo.size(n, i)) for i in range(geo.layers)] for n in FAMILIES}
-        sizes = [units.stop - units.start for units in held_here]
-        for part, units, values in zip(parts, held_here, scores.split(sizes), strict=True):
-            rows[part.family][part.layer][units] += values
-        sums = {name: geo.stacked(name, each) for name, each in rows.items()}
-        if parts:
-            for values in sums.values():
+        scores, geo = group_scores(a, b, [part.dim for part in parts]), self.geometry
+        spread = bool(parts) and is_spread(parts[0].parameter)
+        if spread:
+            scores = scores.cpu()
+        # One entry more, of zero, for what no part has; the sides of a group are added in the order of parts.
+        sides = torch.cat([scores.new_zeros(1), scores])[self._places_of(parts).to(scores.device)]
+        sums = sides[0]
+        for side in sides[1:]:
+            sums = sums + side
+        shapes = [geo.shape(name) for name in FAMILIES]
+        each = dict(zip(FAMILIES, sums.split([math.prod(shape) for shape in shapes]), strict=True))
+        if spread:
+            for values in each.values():
                 add_up(parts[0].parameter, values)
-        return {name: self.geometry.gathered(name, values) for name, values in sums.items()}
+        pairs = zip(each.items(), shapes, strict=True)
+        sums = {name: geo.gathered(name, values.view(shape)) for (name, values), shape in pairs}
+        return {name: values.to(self.device) for name, values in sums.items()} if spread else sums
+
+    def _places_of(self, parts: list[_Part]) -> Tensor:
+        """int64 [sides, groups of all families]: where in the scores of these parts each side of a group
+        stands, after a first entry that stands for none.
+        """
+        key = tuple(map(id, parts))
+        if (found := self._places.get(key)) is not None:
+            return found
+        geo, seen, sides, start = self.geometry, Counter(), [], 1
+        for part in parts:
+            side = seen[part.family, part.layer]
+            seen[part.family, part.layer] += 1
+            if side == len(sides):
+                sizes = {n: [geo.size(n, i) for i in range(geo.layers)] for n in FAMILIES}
+                none = {
+                    n: [torch.zeros(size, dtype=torch.int64, device="cpu") for size in all_]
+                    for n, all_ in sizes.items()
+                }
+                sides.append(none)
+            units = part.units
+            size = units.stop - units.start
+            sides[side][part.family][part.layer][units] = torch.arange(start, start + size, device="cpu")
+            start += size
+        if not sides:
+            sizes = sum(math.prod(geo.shape(name)) for name in FAMILIES)
+            return torch.zeros(1, sizes, dtype=torch.int64, device="cpu")
+        places = torch.stack(
+            [torch.cat([geo.stacked(n, rows[n]).flatten() for n in FAMILIES]) for rows in sides]
+        )
+        if len(self._places) == KEPT_PLACES:
+            self._places.clear()
+        # sent once: while the same halves have gradients, nothing is copied
+        self._places[key] = places if is_spread(parts[0].parameter) else sent(places, self.device)
+        return self._places[key]
 
     def _scale(self, parts: Sequence[_Part], tensors: Sequence[Tensor], factors: Factors) -> None:
         geo = self.geometry
@@ -189,4 +241,11 @@ class Groups:
         }
         flat = torch.cat([rows[part.family][part.layer][part.units] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
-        prox_shrink(slices, flat.to(self.device), [part.dim for part in parts])
+        prox_shrink(slices, sent(flat, self.device), [part.dim for part in parts])
+
+
+def here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one dtype on the CPU, by one copy."""
+    flat = torch.cat([t.flatten() for t in tensors.values()]).cpu()
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {name: part.view(t.shape) for part, (name, t) in zip(parts, tensors.items(), strict=True)}

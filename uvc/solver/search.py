@@ -7,6 +7,7 @@ importance is collected.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from uvc.layers import convert
 from uvc.solver import skip_gates
 from uvc.solver.head_basis import balance_heads
 from uvc.solver.objective import hard_cost, marginal, soft_cost
-from uvc.solver.param_groups import Groups
+from uvc.solver.param_groups import Groups, here
 from uvc.solver.pruner import Pruner, method
 from uvc.solver.rounding import round_to_budget
-from uvc.solver.state import ALWAYS, Factors, Masks, State
+from uvc.solver.state import ALWAYS, Factors, Masks, State, sent
 from uvc.solver.step import dual, primal, prox, snap
 from uvc.solver.token_groups import check_tokens, tokens_of
 from uvc.structure import sizes_of
@@ -64,6 +65,8 @@ class Search(Pruner):
         ]
         self._last_targets = list(self._start)
         self._gates: tuple[Tensor, Tensor] | None = None
+        # What a step has seen and the CPU does not know yet: by family, and of gates.
+        self._changes: dict[str, Tensor] = {}
         self._run = torch.ones_like(self.state.theta, dtype=torch.bool)  # halves that ran in this step
 
     @staticmethod
@@ -147,20 +150,58 @@ class Search(Pruner):
         return [*(gate.grad for gate in self._gates or ()), *self.tokens.evidence()]
 
     def observe(self, scale: float = 1.0) -> None:
-        """Reads gradients: first-order importance of every group, and of the gates."""
-        config, state = self.config, self.state
+        """Reads gradients: first-order importance of every group, and of the gates. `step` copies it."""
+        self._changes = {}
         if self._waiting:
             self._open()
         if self._gates is not None:
             grads = [g.grad if g.grad is not None else torch.zeros_like(g) for g in self._gates]
-            skip_gates.update(state, torch.stack(grads, 1).cpu() / scale, config)
-        if self.count % config.every == 0:
-            rate = (1.0 - config.importance_decay) * self._run.to(state.theta.dtype)
-            for name, value in self.groups.first_order().items():
-                family = state.families[name]
-                ran = rate[:, 1 if name == "neuron" else 0].repeat_interleave(len(family.s) // len(rate))
-                family.importance.lerp_((value / scale).square(), ran[:, None])
-        self.tokens.observe(scale, config.importance_decay)
+            self._changes["gates"] = torch.stack(grads, 1) / scale
+        if self.count % self.config.every == 0:
+            self._rate = (1.0 - self.config.importance_decay) * self._run.to(self.state.theta.dtype)
+            for name, value in self.groups.first_order_there().items():
+                self._changes[name] = (value / scale).square()
+        self.tokens.observe(scale, self.config.importance_decay)
+
+    def _rates(self, name: str) -> Tensor:
+        """[S, 1]: how far the importance of a family follows what a step has seen."""
+        rate = self._rate[:, 1 if name == "neuron" else 0]
+        return rate.repeat_interleave(len(self.state.families[name].s) // len(rate))[:, None]
+
+    def _receive(self) -> None:
+        """What the last step has seen, in one copy."""
+        if not self._changes:
+            return
+        changes = here(self._changes)
+        if (gradients := changes.pop("gates", None)) is not None:
+            skip_gates.update(self.state, gradients, self.config)
+        for name, change in changes.items():
+            self.state.families[name].importance.lerp_(change, self._rates(name))
+        self._changes = {}
+
+    def _prox(self) -> dict[str, Tensor]:
+        """Shrinks what is on its way out, where the weights are, and reads in one copy what the step has seen
+        and the squared norms that are left, which are returned.
+
+        What is least important is known there before it is here, so the same function runs there.
+        """
+        state, device, changes = self.state, self.groups.device, self._changes
+        families = {name: family.on(device) for name, family in state.families.items()}
+        for name in families.keys() & changes.keys():
+            family = families[name]
+            moved = torch.lerp(family.importance, changes[name], sent(self._rates(name), device))
+            families[name] = replace(family, importance=moved)
+        self.groups.shrink(prox(replace(state, families=families), self.config))
+        found = {("norms", name): norms for name, norms in self.groups.norms_there().items()}
+        found |= {name: family.importance for name, family in families.items() if name in changes}
+        found |= {name: changes[name] for name in ("gates",) if name in changes}
+        self._changes, found = {}, here(found)
+        if "gates" in found:
+            skip_gates.update(state, found["gates"], self.config)
+        for name in families.keys() & found.keys():
+            state.families[name].importance.copy_(found[name])
+        state.check_finite()
+        return {name: found["norms", name] for name in families}
 
     def forget(self) -> None:
         """What halves have read of tokens in this step is not finite either."""
@@ -179,14 +220,14 @@ class Search(Pruner):
         self.count += 1
         self._run_all()
         if not state.hard and self.progress >= config.gate_freeze:
+            self._receive()
             self.freeze_gates(optimizer)
         if state.settled or (self.count - 1) % config.every or self.progress < config.anneal[0]:
-            return
-        state.check_finite()
-        self.groups.shrink(prox(state, config))
+            return self._receive()
+        norms = self._prox()
         self.tokens.reprice(state, self.limits)
         primal(state, marginal(state, self.limits), config)
-        norms, targets = self.groups.norms(), self.targets()
+        targets = self.targets()
         tightened = [last - now for last, now in zip(self._last_targets, targets, strict=True)]
         dual(state, norms, self.limits, targets, tightened, config)
         self._last_targets = targets

@@ -5,7 +5,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -97,6 +97,17 @@ class Geometry:
 
 
 FAMILIES = ("qk", "v", "neuron")
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; where it comes from the CPU nothing waits for the copy."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 ALWAYS = 100.0  # logit of a probability that is 1 in floating point
 NAMES = {"qk": "q/k dims", "v": "v dims", "neuron": "neurons"}
 
@@ -141,6 +152,17 @@ class Family:
             absent=torch.zeros(segments, groups, dtype=torch.bool, device=device),
             multiple=multiple,
         )
+
+    def on(self, device: torch.device) -> Family:
+        """The same where the weights are, its tensors sent as one; on the CPU they are these."""
+        if device.type == "cpu":
+            return self
+        names = ("importance", "s", "y", "dead", "some", "absent")
+        tensors = [getattr(self, name) for name in names]
+        flat = sent(torch.cat([t.to(self.s.dtype).flatten() for t in tensors]), device)
+        parts = flat.split([t.numel() for t in tensors])
+        there = {n: p.view(t.shape).to(t.dtype) for n, p, t in zip(names, parts, tensors, strict=True)}
+        return replace(self, **there)
 
     def lack(self, absent: Tensor) -> None:
         """There are no such groups, bool [S, G]."""
