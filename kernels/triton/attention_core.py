@@ -156,12 +156,12 @@ def _block(dtype: torch.dtype, width: int) -> int:
 def _options(kernel, width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
     # AMD's warps are twice as wide, and its threads have twice the registers.
     options = {"num_warps": 8 if width * dtype.itemsize > 128 and not hip else 4, "num_stages": 2}
-    # Left to itself ptxas stops at 80 or 96 registers on some targets, and spills.
+    # Left to itself ptxas stops at 72 to 96 registers on some targets, and spills.
     half, most = dtype.itemsize == 2, None
     if kernel is _forward and width * dtype.itemsize == 64:
         most = 128 if half else 168
-    elif kernel is _backward and width == 64 and half:
-        most = 255
+    elif kernel is _backward and (width == 64 or not half):
+        most = 255 if width in (32, 64) else 128
     return options if hip or most is None else options | {"maxnreg": most}
 
 
