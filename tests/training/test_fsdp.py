@@ -5,16 +5,25 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 
 import pytest
+import torch
 from gang import gang
 from short_runs import run
 from test_checkpoints import spoil
 from test_compress import digits_model
 from test_processes import REACH, SHORT, digits, farthest, meddle, search
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvc.config import SolverConfig
+from uvc.costs import cost
+from uvc.layers import convert
+from uvc.solver.rows import whole
+from uvc.structure import Structure, apply_structure
+from uvc.training import checkpoint
 from uvc.training.compress import compress
+from uvc.training.processes import Several
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,85 @@ def test_spread_processes_have_the_structures_of_one_process_in_every_step(chang
     print(f"farthest weight {farthest(ranks[0][1], alone[1]):.1e}")
     assert farthest(ranks[0][1], alone[1]) < 0.05 * REACH
     assert ranks[0][2] == alone[2] and ranks[0][3] == alone[3]
+
+
+class Bytes(TorchDispatchMode):
+    """Counts what a process hands over or gets in collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = [t for a in args for t in (a if isinstance(a, list) else [a]) if torch.is_tensor(t)]
+            self.of[func._overloadpacket.__name__] += max(t.nbytes for t in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def traffic():
+    """Of some structures what is kept of the parameters, what is gathered and what is scattered of their
+    bytes, and how far gradients are from those of a model that is whole, relative to their norm.
+    """
+    torch.manual_seed(0)
+    processes, model = Several(cpu=True), convert(digits_model(embed_dim=64, depth=3, num_heads=4))
+    torch.nn.init.normal_(model.head.weight)
+    twin, dense, images = processes.spread(model), 4 * cost(model).params, torch.randn(8, 1, 8, 8)
+    reduction, found = processes.reduction(twin), []
+    for structure in (
+        Structure.dense(model),
+        Structure.random(model, keep=0.5, seed=0),
+        Structure.random(model, keep=0.25, seed=0),
+        Structure.uniform(model, heads=0.5, neurons=0.5),
+        Structure.uniform(model, blocks=0.67),
+    ):
+        for each in (model, twin):
+            apply_structure(each, structure)
+            each.zero_grad()
+        with reduction.guard(), Bytes() as counted:
+            twin(images).square().mean().backward()
+        model(images).square().mean().backward()
+        whole_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        far = [
+            (whole(twin.get_parameter(name).grad) - p.grad).norm()
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        ]
+        kept, sent = 4 * cost(model).params / dense, {name: size / dense for name, size in counted.of.items()}
+        found.append((kept, sent, float(torch.stack(far).norm() / whole_norm)))
+    return found
+
+
+def test_what_is_sent_follows_the_structure():
+    found, other = gang(2, traffic)
+    assert found == other
+    for kept, sent, far in found:
+        gathered, scattered = sorted(sent.values(), reverse=True)
+        print(f"{kept:.3f} of the parameters, {gathered:.3f} gathered, {scattered:.3f} scattered")
+        assert far < 1e-5
+    for number, (kept, sent, _) in enumerate(found):
+        # Heads and neurons that are kept in the rows of one process alone are the worst case.
+        most = 1.5 if number == 3 else 1.15
+        assert 1 <= sent["_allgather_base_"] / (2 * kept) < most
+        assert 1 <= sent["_reduce_scatter_base_"] / kept < most
+
+
+def on_a_small_disk(folder):
+    """What a process says that is to write its half of the weights where two thirds of them fit."""
+    processes, model = Several(cpu=True), convert(digits_model())
+    twin, free = processes.spread(model), 2 * sum(p.nbytes for p in model.parameters()) // 3
+    checkpoint._free = lambda folder: free
+    try:
+        processes.checkpoints(folder / "checkpoint.safetensors", twin).save(
+            {"model": twin.state_dict()}, {"steps": 1}
+        )
+    except OSError as error:
+        return str(error)
+
+
+def test_the_disk_must_hold_the_parts_of_all_processes(tmp_path):
+    for said in gang(2, on_a_small_disk, tmp_path):
+        assert "checkpoint.safetensors cannot be written: 0." in said
 
 
 SPREAD = {"fsdp": True}

@@ -70,6 +70,13 @@ def is_compacted(model: nn.Module) -> bool:
     return any(isinstance(block, CompactBlock) for block in blocks_of(model))
 
 
+def _served(half: nn.Module, kinds: dict[type, type], ours: bool) -> bool:
+    """Whether a half is of a class in `kinds`, or takes the place of one; in a block of ours FSDP2 may have
+    given it a class of its own.
+    """
+    return type(half) in (*kinds, *kinds.values()) or (ours and isinstance(half, Prunable))
+
+
 def check(model: nn.Module) -> None:
     """ValueError, naming the layer, unless `convert` can serve `model`."""
     blocks = named_blocks(model)
@@ -81,7 +88,7 @@ def check(model: nn.Module) -> None:
             "change"
         )
     for name, block in blocks.items():
-        ours = isinstance(block, UVCBlock)  # of a class of its own, where FSDP2 spreads it
+        ours = isinstance(block, UVCBlock)
         theirs = needs_names(block)
         if not ours and not theirs and type(block) not in BLOCKS:
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
@@ -96,9 +103,9 @@ def check(model: nn.Module) -> None:
                 )
         if layout_of(block) is not None:
             block = seen(block)
-        elif type(block.attn) not in (*ATTENTIONS, *ATTENTIONS.values()):
+        elif not _served(block.attn, ATTENTIONS, ours):
             raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
-        elif type(block.mlp) not in (*MLPS, *MLPS.values()):
+        elif not _served(block.mlp, MLPS, ours):
             raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
         if fault := kind_of_layer(block.attn).fault(block.attn):
             raise ValueError(f"{name}.attn.{fault}")

@@ -47,7 +47,7 @@ class NoReduction:
         """Gradients, and the tensors `also`, become means over the processes."""
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """Which rows (dim 0) or columns (dim 1) of a parameter are kept."""
 
     dim: int
@@ -64,7 +64,7 @@ class Reduction(NoReduction):
         self._places = {p: i for i, p in enumerate(self._names)}
         blocks = blocks_of(model)
         self._block_of = {p: i for i, block in enumerate(blocks) for p in block.parameters()}
-        self._kept: dict[nn.Parameter, _Kept] = {}
+        self._kept: dict[nn.Parameter, Kept] = {}
         self._seen: dict[nn.Module, int] = {}  # a digest of each half's masks
         self._open = False
         self._next: list[nn.Parameter] = []
@@ -102,7 +102,7 @@ class Reduction(NoReduction):
         for parameter, (dim, line) in lines.items():
             self._kept.pop(parameter, None)
             if not line.all():
-                self._kept[parameter] = _Kept(dim, line.nonzero().flatten().to(parameter.device))
+                self._kept[parameter] = Kept(dim, line.nonzero().flatten().to(parameter.device))
 
     def begin(self) -> None:
         self._open, self._order, self.sent = True, 0, 0

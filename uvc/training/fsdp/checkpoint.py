@@ -50,7 +50,9 @@ class SpreadCheckpoints(Checkpoints):
             group: {name: tensor for name, tensor in part.items() if not isinstance(tensor, DTensor)}
             for group, part in tensors.items()
         }
-        check_space(self.path, sum(t.to_local().nbytes for t in parts.values()))
+        # One folder holds the parts of all processes, and the file of the rest.
+        written = (*parts.values(), *(t for part in rest.values() for t in part.values()))
+        check_space(self.path, sum(t.numel() * t.element_size() for t in written))
         replaces, self.damaged = self.damaged, False
         arguments = (parts, _Copy.of(rest, facts), replaces, facts["steps"])
         self._thread = threading.Thread(target=self._write_parts, args=arguments, name="checkpoint")

@@ -1,7 +1,8 @@
 """A model whose weights, gradients and moments are spread over the processes by rows (`fully_shard`).
 
-A block's weights are gathered for its forward and its backward pass, and its gradients become means over the
-processes as they are spread again. A half that does not run has no gradient anywhere, and so takes no part.
+The weights of each half are gathered for its forward and its backward pass, and its gradients become means
+over the processes as they are spread again; of both only what is kept is sent (`kept_parts.py`). A half that
+does not run takes no part.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from uvc.layers import UVCBlock, blocks_of
 from uvc.solver.rows import whole
 from uvc.structure import apply_structure, structure_of
 from uvc.training.exchange import lost
+from uvc.training.fsdp.kept_parts import Gathers, KeptParts, Reduces
 from uvc.training.reduction import Reduction
 
 
@@ -31,10 +34,19 @@ def spread(model: nn.Module) -> nn.Module:
     if device.type != "cpu":
         model.to("cpu")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in twin.blocks:
+    for block in blocks_of(twin):
+        # A half that is skipped is not gathered. Other kinds of blocks may read what is a half's elsewhere.
+        for half in (block.attn, block.mlp) if type(block) is UVCBlock else ():
+            fully_shard(half, mesh=mesh, reshard_after_forward=True)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # Without a backward pass to follow, torch would leave what stands outside of the blocks gathered.
     return fully_shard(twin, mesh=mesh, reshard_after_forward=True)
+
+
+def gathered(block: nn.Module) -> list[nn.Module]:
+    """What of a block is gathered as it is called: its halves, or the whole."""
+    halves = [block.attn, block.mlp]
+    return halves if isinstance(block.attn, FSDPModule) else [block]
 
 
 @torch.no_grad()
@@ -61,11 +73,21 @@ class SpreadReduction(Reduction):
 
     early = True
 
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__(model, count)
+        halves = [half for block in self.blocks for half in (block.attn, block.mlp)]
+        self._parts = {half: KeptParts(half, count) for half in halves if isinstance(half, FSDPModule)}
+        for half, parts in self._parts.items():
+            half.set_custom_all_gather(Gathers(parts))
+            half.set_custom_reduce_scatter(Reduces(parts))
+
     def _watch(self) -> None:
         pass
 
     def _lay_out(self, half: nn.Module, masks: dict[str, Tensor]) -> None:
-        pass
+        super()._lay_out(half, masks)
+        if (parts := self._parts.get(half)) is not None:
+            parts.take([self._kept.get(parameter) for parameter in half.parameters()])
 
     def begin(self) -> None:
         pass
@@ -80,6 +102,7 @@ class SpreadReduction(Reduction):
 
     @contextmanager
     def guard(self) -> Iterator[None]:
+        self.facts()  # what is gathered follows the structure
         with warnings.catch_warnings():
             # Of a block that is skipped whole; nothing changes what it returns in place.
             warnings.filterwarnings("ignore", message=".*returned a view tensor")

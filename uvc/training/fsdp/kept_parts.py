@@ -1,0 +1,151 @@
+"""What FSDP sends of a half that has lost rows or columns: the rest.
+
+Weights of what is removed are read by nobody and its gradients are zero, so neither is sent; where they would
+stand, processes that gather find zeros. The buffers of `fully_shard` are [W, S]: for each of W processes its
+rows of all parameters of the half, one after the other. Processes have lost unequally many of their rows; all
+send as many of a parameter as the one that has kept most, filled up with rows that are removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from uvc.training.reduction import Kept
+
+# torch 2.10 has the second names alone.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class KeptParts:
+    """Where the kept rows and columns of a half stand in the buffers of `fully_shard`."""
+
+    def __init__(self, half: nn.Module, count: int) -> None:
+        """half: after `fully_shard`, whose buffers have its parameters in their order."""
+        self.count = count
+        self._shapes = [p.shape for p in half.parameters()]
+        self._trained = [p.requires_grad for p in half.parameters()]
+        self._kept: list[tuple[int, Tensor] | None] = []
+        self.sent = 0  # bytes of this process
+
+    def take(self, kept: Sequence[Kept | None]) -> None:
+        """What is kept of each parameter from now on; None: all."""
+        self._kept = []
+        if any(kept):
+            self._kept = [
+                None
+                if one is None
+                else (one.dim, self._by_process(one.index, shape[0]) if one.dim == 0 else one.index)
+                for one, shape in zip(kept, self._shapes, strict=True)
+            ]
+
+    def _by_process(self, rows: Tensor, size: int) -> Tensor:
+        """[W, k]: of each process the places, among its own rows, of those that are kept."""
+        chunk = -(-size // self.count)
+        places = [rows[(rows // chunk) == rank] - rank * chunk for rank in range(self.count)]
+        most = max(map(len, places))
+        return torch.stack([torch.cat([p, p.new_zeros(most - len(p))]) for p in places])
+
+    def packs(self, size: int, trained: bool) -> bool:
+        """Whether anything is removed, and S numbers are those of all parameters, or of the trained ones."""
+        return bool(self._kept) and size == sum(self._sizes(trained))
+
+    def _sizes(self, trained: bool) -> list[int]:
+        """Numbers of each parameter in the part of one process."""
+        return [
+            -(-shape[0] // self.count) * shape[1:].numel()
+            for shape, is_trained in zip(self._shapes, self._trained, strict=True)
+            if is_trained or not trained
+        ]
+
+    def _parts(self, buffer: Tensor, trained: bool, ranks: slice) -> list[tuple[Tensor, tuple | None]]:
+        """Views [w, rows, ...] of a buffer [w, S] of some processes, each with the index of what is kept."""
+        found, start = [], 0
+        sizes = iter(self._sizes(trained))
+        for shape, kept, is_trained in zip(self._shapes, self._kept, self._trained, strict=True):
+            if trained and not is_trained:
+                continue
+            size = next(sizes)
+            view = buffer[:, start : start + size].view(len(buffer), -(-shape[0] // self.count), *shape[1:])
+            start += size
+            if kept is None:
+                index = None
+            elif kept[0] == 0:
+                rows = kept[1][ranks]
+                index = (torch.arange(len(rows), device=rows.device)[:, None], rows)
+            else:
+                index = (slice(None), slice(None), kept[1])
+            found.append((view, index))
+        return found
+
+    def pack(self, buffer: Tensor, trained: bool, ranks: slice = slice(None)) -> Tensor:
+        """[w, S] -> [w, K]: what is sent of it."""
+        parts = self._parts(buffer, trained, ranks)
+        return torch.cat([(v if i is None else v[i]).flatten(1) for v, i in parts], 1)
+
+    def unpack(self, packed: Tensor, buffer: Tensor, trained: bool, ranks: slice = slice(None)) -> None:
+        """[w, K] -> [w, S], with zeros in the place of what was not sent."""
+        buffer.zero_()
+        start = 0
+        for view, index in self._parts(buffer, trained, ranks):
+            shape = view.shape if index is None else view[index].shape
+            end = start + shape[1:].numel()
+            values, start = packed[:, start:end].view(shape), end
+            if index is None:
+                view.copy_(values)
+            else:
+                view[index] = values
+
+
+class Gathers:
+    """The weights of a half for all processes, as FSDP asks for them."""
+
+    def __init__(self, parts: KeptParts) -> None:
+        self.parts = parts
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        """input_tensor: this process's part of output_tensor, flat, in the same memory."""
+        parts = self.parts
+        if async_op or not parts.packs(input_tensor.numel(), False):
+            parts.sent += input_tensor.nbytes
+            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        rank = dist.get_rank(group)
+        mine = parts.pack(input_tensor.view(1, -1), False, slice(rank, rank + 1))
+        packed = mine.new_empty(parts.count, mine.shape[1])
+        all_gather(packed.view(-1), mine.view(-1), group=group)
+        parts.unpack(packed, output_tensor.view(parts.count, -1), False)
+        parts.sent += mine.nbytes
+        return None
+
+
+class Reduces(Gathers):
+    """The gradients of a half, of which each process gets its rows."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        parts = self.parts
+        if async_op or not parts.packs(output_tensor.numel(), True):
+            parts.sent += input_tensor.nbytes
+            return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        packed = parts.pack(input_tensor.view(parts.count, -1), True)
+        mine = packed.new_empty(1, packed.shape[1])
+        reduce_scatter(mine.view(-1), packed.view(-1), op=op, group=group)
+        rank = dist.get_rank(group)
+        parts.unpack(mine, output_tensor.view(1, -1), True, slice(rank, rank + 1))
+        parts.sent += packed.nbytes
+        return None
