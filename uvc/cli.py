@@ -326,8 +326,13 @@ def compress(config: Path | None, show_config: bool, quiet: bool, as_json: bool,
         return
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted{_how_to_continue(run.out)}") from None
-    except OSError as error:
-        raise click.UsageError(f"{error}{_how_to_continue(run.out)}") from None
+    except (OSError, RuntimeError) as error:
+        # torch says it wherever the run stands.
+        reader = str(error).startswith("DataLoader worker (pid")
+        if not reader and not isinstance(error, OSError):
+            raise
+        said = f"a process that reads images has ended ({' '.join(str(error).split())})" if reader else error
+        raise click.UsageError(f"{said}{_how_to_continue(run.out)}") from None
     if main and as_json:
         _print_json({"folder": run.out, **summary})
     elif main:

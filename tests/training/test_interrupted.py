@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,38 +152,40 @@ def test_handlers_come_back_and_nothing_stays_asked():
     assert not asked() and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_command_line_ends_with_0_says_how_to_go_on_and_does(tmp_path):
+def pictures(folder):
     random = np.random.default_rng(0)
     for split in ("train", "val"):
         for label, name in enumerate("ab"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for i in range(12):
                 pixels = random.integers(100 * label, 100 * label + 60, (8, 8), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
 
-    def options(out):
-        epochs = [
-            "--teacher-epochs",
-            "1",
-            "--warmup-epochs",
-            "1",
-            "--search-epochs",
-            "3",
-            "--post-epochs",
-            "1",
-        ]
-        data = ["--data", str(tmp_path / "data"), "--model", "uvc_vit_digits", "--batch-size", "4"]
-        return ["--out", str(tmp_path / out), *data, *epochs, "--workers", "2", "--threads", "1", "--quiet"]
 
-    def start(arguments):
-        command = [sys.executable, "-c", "from uvc.cli import main; main()", "compress", *arguments]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def options(data, out, search_epochs=3):
+    phases = {"teacher": 1, "warmup": 1, "search": search_epochs, "post": 1}
+    epochs = [word for name, many in phases.items() for word in (f"--{name}-epochs", str(many))]
+    data = ["--data", str(data), "--model", "uvc_vit_digits", "--batch-size", "4"]
+    return ["--out", str(out), *data, *epochs, "--workers", "2", "--threads", "1", "--quiet"]
 
-    assert start(options("whole")).wait() == 0
-    process = start(options("broken"))
-    log = tmp_path / "broken" / "log.jsonl"
+
+def start(arguments):
+    command = [sys.executable, "-c", "from uvc.cli import main; main()", "compress"]
+    return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_step_5(process, out):
+    log = out / "log.jsonl"
     while process.poll() is None and not (log.exists() and '"search", "step": 5' in log.read_text()):
         time.sleep(0.02)
+
+
+def test_the_command_line_ends_with_0_says_how_to_go_on_and_does(tmp_path):
+    data = pictures(tmp_path / "data")
+    assert start(options(data, tmp_path / "whole")).wait() == 0
+    process = start(options(data, tmp_path / "broken"))
+    wait_for_step_5(process, tmp_path / "broken")
     os.killpg(process.pid, signal.SIGTERM)  # as a cluster does: to the workers as well
     said = process.communicate()[1]
     assert process.returncode == 0, said
@@ -191,3 +194,17 @@ def test_the_command_line_ends_with_0_says_how_to_go_on_and_does(tmp_path):
     assert start(["--resume", "--out", found[1], "--quiet"]).wait() == 0
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="children are found in /proc")
+def test_a_worker_that_dies_ends_the_run_in_one_line_that_says_how_to_go_on(tmp_path):
+    out = tmp_path / "out"
+    process = start(options(pictures(tmp_path / "data"), out, search_epochs=500))
+    wait_for_step_5(process, out)
+    worker, *_ = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    said = process.communicate()[1]
+    assert process.returncode == 2 and said.count("\n") == 1, said
+    assert said.startswith("uvc: a process that reads images has ended (DataLoader worker (pid")
+    assert said.endswith(f"; continue with: uvc compress --resume --out {out}\n")
+    assert (out / "checkpoint.safetensors").exists()
