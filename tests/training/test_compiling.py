@@ -58,7 +58,6 @@ SLOW = pytest.mark.slow
     "changes",
     [
         pytest.param({}, id="whole"),
-        pytest.param({"fsdp": True}, id="spread", marks=SLOW),
         pytest.param({"grad_checkpointing": True, "accumulate": 2}, id="parts", marks=SLOW),
     ],
 )

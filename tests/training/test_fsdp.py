@@ -175,6 +175,7 @@ def test_a_spread_rank_that_differs_is_caught_at_that_step(field):
 @pytest.mark.parametrize(
     ("changes", "budget", "says"),
     [
+        ({"compile": "aot_eager"}, 0.5, "compile: 'aot_eager', but with fsdp"),
         ({"ema_decay": 0.9}, 0.5, "ema_decay: 0.9, but with fsdp no process has whole weights"),
         ({"solver": SolverConfig(method="published")}, 0.5, "solver method: 'published', but with fsdp"),
         ({"solver": SolverConfig(tokens=1)}, 0.5, "solver tokens: 1, but with fsdp"),

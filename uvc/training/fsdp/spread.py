@@ -43,12 +43,6 @@ def spread(model: nn.Module) -> nn.Module:
     return fully_shard(twin, mesh=mesh, reshard_after_forward=True)
 
 
-def gathered(block: nn.Module) -> list[nn.Module]:
-    """What of a block is gathered as it is called: its halves, or the whole."""
-    halves = [block.attn, block.mlp]
-    return halves if isinstance(block.attn, FSDPModule) else [block]
-
-
 @torch.no_grad()
 def gather(twin: nn.Module, model: nn.Module) -> None:
     """Gives a model the weights, one at a time, and the structure of its twin, and puts it where that is."""
