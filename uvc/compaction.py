@@ -26,8 +26,8 @@ def compact(model: nn.Module, form: str | Sequence[str] = "grouped") -> nn.Modul
         form: how the kept parts of a block run. "grouped": heads of equal size as one batched product;
             "padded": all heads as one, with zeros up to one size, and neurons to a multiple of 8, which adds
             arithmetic and saves calls. One for all blocks, or one for each; "auto": what a rule expects to be
-            faster with one image, as `compress` saves it; `uvc compact --for` measures both. Costs count
-            what is kept.
+            faster with one image; `uvc compact --for` measures both. Costs count what is kept, which
+            is what "grouped" runs.
 
     ValueError when the model is compacted already, or a child of an attention or MLP does more than its
     weights say (an adapter, a hook, an int8 layer).

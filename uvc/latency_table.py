@@ -242,11 +242,11 @@ def measure(
     s, depth = _one_size(model)
     size, parameter = image_of(model), next(model.parameters())
     images = torch.randn(batch, *size, device=parameter.device, dtype=parameter.dtype)
-    dense = compacted(model, Structure.dense(model), "auto").eval()
+    dense = compacted(model, Structure.dense(model)).eval()
 
     def share(block: BlockStructure) -> float:
         """Time of the form whose blocks all are `block`, over that of the dense model."""
-        form = compacted(model, Structure((block,) * depth), "auto").eval()
+        form = compacted(model, Structure((block,) * depth)).eval()
         whole_ms, form_ms = _passes([dense, form], images, clock, rounds)
         dense_ms.extend(whole_ms)
         return median(_shares(form_ms, whole_ms))

@@ -103,7 +103,7 @@ def compress_run(
         # A run that is resumed after its teacher sees the batches of a run in one go.
         data.train.load_state_dict({"epoch": run.training.teacher_epochs, "batch": 0})
         result = carry_out(plan, log)
-    small = compact(result.model, "auto")
+    small = compact(result.model)
     top1 = evaluate(small, data.val, device, processes.total)
     rows = [_row(result, budget, data, device, processes) for budget in result.structures]
     if not processes.main:
@@ -381,7 +381,7 @@ def _summary(
 
 def _row(result: Result, budget: float, data: Data, device: torch.device, processes: Alone) -> dict[str, Any]:
     """The figures of a finished run at one of its budgets."""
-    small = compact(set_budget(result.model, budget), "auto")
+    small = compact(set_budget(result.model, budget))
     set_budget(result.model, next(iter(result.structures)))
     figures, dense = cost(small), result.dense_cost
     return {

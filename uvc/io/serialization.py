@@ -165,7 +165,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", budget: float |
     if structures := structures_of(model):
         make_elastic(model, structures)
     if budget is not None:
-        model = compact(set_budget(model, budget), "auto")
+        model = compact(set_budget(model, budget))
     return model.eval()
 
 

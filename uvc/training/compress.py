@@ -348,7 +348,7 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
     if config.grad_checkpointing:
         set_checkpointing(model, False)
     if out and plan.processes.main:
-        save(model if structures else compact(model, "auto"), out)
+        save(model if structures else compact(model), out)
         write_text(out / "structure.json", structure_of(model).to_json() + "\n")
     plan.processes.wait()
     scores = _scores(plan, trainer)
