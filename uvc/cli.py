@@ -249,8 +249,8 @@ def _data_options(command: Callable) -> Callable:
 @click.option("--warmup-epochs", type=int, help="Epochs before the search.")
 @click.option("--search-epochs", type=int, help="Epochs of the joint search.")
 @click.option("--post-epochs", type=int, help="Epochs after the structure is fixed.")
-@click.option("--lr", type=float, help="Height of the learning-rate cycle of teacher and post-training.")
-@click.option("--search-lr", type=float, help="Height of the learning-rate cycle in warm-up and search.")
+@click.option("--lr", type=float, help="Peak learning rate of the teacher and of post-training.")
+@click.option("--search-lr", type=float, help="Peak learning rate of warm-up and search.")
 @click.option(
     "--freeze",
     multiple=True,

@@ -129,8 +129,6 @@ class Config:
     search_epochs: Count = 25
     post_epochs: Count = 120
     batch_size: Size = 128
-    # Of the teacher and of post-training, and of warm-up and search, which with post-training are one cosine
-    # cycle: the rate is its height, 1 at most, times that of the phase.
     learning_rate: Positive = 5e-4
     search_learning_rate: Positive = 1e-4
     lr_warmup_fraction: Share = 0.05
@@ -171,11 +169,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    @property
-    def epochs(self) -> int:
-        """Of a compression: warm-up, search and post-training, one learning-rate cycle."""
-        return self.warmup_epochs + self.search_epochs + self.post_epochs
 
 
 # A tuple: one model for several fractions, largest first.

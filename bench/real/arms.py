@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from bench.quality import arms as quality
 from bench.quality.context import Context, Meter, Trace, macs_of
 from bench.real.setup import Setup
 from bench.real.teacher import teacher
-from uvc.compaction import compact
-from uvc.training.compress import compress
 from uvc.training.signals import Stopped, asked
 from uvc.training.teacher_cache import CachedDistillation
 
@@ -62,33 +59,21 @@ class RealContext(Context):
         self.batches.load_state_dict({"epoch": everything - epochs, "batch": 0})
         return super().post_train(model, epochs)
 
-    def at_once(self, arm: str) -> tuple[nn.Module, float]:
-        """A structure, then one learning-rate cycle on it; also its top-1 before that."""
-        model = quality.ARMS[arm].make(self)
-        before = self.top1(model)
-        return self.post_train(model, self.config.search_epochs + self.config.post_epochs), before
-
-    def searched(self, arm: str) -> tuple[nn.Module, float]:
-        """Another method of `uvc.compress` than UVC's, in the one cycle that UVC has; also top-1 after the
-        search.
-        """
-        config = replace(self.config, solver=replace(self.config.solver, method=arm))
-        args = (self.student(), self.batches, self.test, self.budget, "macs", self.teacher, config)
-        result = compress(*args, teacher_cache=self.answers, log=self.log)
-        return compact(result.model), result.before_post_score
-
 
 def rival(setup: Setup, arm: str, seed: int, budget: float) -> dict[str, object]:
-    """A row's measurements of a rival, trained for as many epochs as UVC."""
+    """A row's measurements of a rival: structure, then post-training for the epochs that are left."""
     weights, _ = teacher(setup, seed)
     context = RealContext(setup, seed, budget, weights)
-    config, search = context.config, quality.ARMS[arm].search
+    how, config = quality.ARMS[arm], context.config
     start, cpu = time.monotonic(), time.process_time()
-    model, before = (context.searched if search else context.at_once)(arm)
+    model = how.make(context)
+    before = context.top1(model)
+    epochs = config.post_epochs + (0 if how.search else config.search_epochs)
+    model = context.post_train(model, epochs)
     seconds, cpu = time.monotonic() - start, time.process_time() - cpu
     return {
-        "search_epochs": config.search_epochs if search else 0,
-        "post_epochs": config.post_epochs + (0 if search else config.search_epochs),
+        "search_epochs": config.search_epochs if how.search else 0,
+        "post_epochs": epochs,
         "macs_ratio": macs_of(model) / macs_of(context.dense),
         "params_ratio": _params(model) / _params(context.dense),
         "teacher_top1": context.top1(context.dense),

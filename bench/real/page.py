@@ -16,10 +16,8 @@ OURS = "uvc"
 BUDGETS, SEEDS = (0.5, 0.33), (0, 1)
 NAMES = {
     "uvc": "**UVC**, `uvc compress`",
-    "uvc_restarted": "UVC, as it was: restarted after the search",
     "global_taylor": "global Taylor, once",
     "global_taylor_rescored": "global Taylor, re-scored",
-    "global_taylor_rescored_restarted": "global Taylor, re-scored, restarted after the search",
     "tp_isomorphic": "torch-pruning, isomorphic",
     "dense_extra": "dense, trained on",
 }
@@ -40,7 +38,7 @@ def results(rows: list[Row]) -> str:
     cases = defaultdict(list)
     for row in rows:
         cases[float(row["budget"]), row["arm"]].append(row)
-    for budget, arm in sorted(cases, key=lambda case: (-case[0], list(NAMES).index(case[1]))):
+    for budget, arm in sorted(cases, key=lambda case: (-case[0], ARMS.index(case[1]))):
         own = sorted(cases[budget, arm], key=lambda row: int(row["seed"]))
         differences = (
             []
@@ -73,7 +71,7 @@ def teachers(rows: list[Row]) -> str:
 
 def short(rows: list[Row]) -> str:
     """The README's table: top-1 after post-training, by seed."""
-    arms = [arm for arm in NAMES if arm != "dense_extra" and any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in ARMS if arm != "dense_extra" and any(row["arm"] == arm for row in rows)]
     if not arms:
         return "No row yet."
     out = [
@@ -82,14 +80,9 @@ def short(rows: list[Row]) -> str:
     ]
     for budget in BUDGETS:
         found = {arm: _by_seed(rows, arm, budget, "after_top1") for arm in arms}
-        cells = [f"{budget:g}", _teachers(rows), *found.values()]
+        cells = [f"{budget:g}", _by_seed(rows, OURS, budget, "teacher_top1"), *found.values()]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
-
-
-def _teachers(rows: list[Row]) -> str:
-    found = {int(row["seed"]): row["teacher_top1"] for row in rows}
-    return ", ".join(_short(found[seed]) for seed in sorted(found))
 
 
 def _by_seed(rows: list[Row], arm: str, budget: float, field: str) -> str:

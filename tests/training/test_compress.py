@@ -12,12 +12,10 @@ from oracle import TOLERANCE, error, stored
 import uvc
 import uvc.models
 from uvc.config import Config, SolverConfig
-from uvc.training.checkpoint import load_run, optimizer_tensors, save_run
 from uvc.training.compress import compress, train_teacher
 from uvc.training.data import load_data
 from uvc.training.evaluation import evaluate
 from uvc.training.logger import RunLog
-from uvc.training.trainer import Trainer
 
 CONFIG = Config(
     teacher_epochs=3,
@@ -113,44 +111,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, stop_after, reg
     assert {"warmup", "search", "post-train"} <= {line["phase"] for line in lines}
 
 
-def test_one_cycle_and_one_optimiser_serve_the_whole_run(monkeypatch):
-    """The rate falls on through the change of phase, and post-training begins with the search's moments."""
-    rates, begun, real = [], [], Trainer._train_step
-
-    def watch(self, task, batch, optimizer, *rest):
-        rates.append(optimizer.param_groups[0]["lr"])
-        begun.append({name: t.clone() for name, t in optimizer_tensors(optimizer, self.model).items()})
-        return real(self, task, batch, optimizer, *rest)
-
-    monkeypatch.setattr(Trainer, "_train_step", watch)
-    model, data = uvc.convert(digits_model()), digits_data()
-    config = dataclasses.replace(CONFIG, search_learning_rate=CONFIG.learning_rate, lr_warmup_fraction=0.0)
-    result = compress(model, data.train, data.val, budget=0.5, config=config)
-    steps, low, high = result.steps, config.min_learning_rate, config.learning_rate
-    assert rates == pytest.approx(
-        [low + (high - low) * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
-    )
-    first = begun[5 * len(data.train)]  # of post-training
-    # Sampled skips leave a half without a gradient now and then.
-    assert min(int(t) for name, t in first.items() if name.endswith(":step")) > 4 * len(data.train)
-    kept = result.structure.blocks[0].neurons
-    squares = first["blocks.0.mlp.fc1.weight:exp_avg_sq"]
-    assert (squares[torch.tensor(kept)] > 0).any(1).all()
-
-
-def test_the_height_of_the_cycle_is_that_of_the_phase():
-    model, data = digits_model(), digits_data()
-    config, seen = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1, warmup_epochs=0), {}
-
-    class Rates(RunLog):
-        def step(self, step, **scalars):
-            seen.setdefault(self._phase, []).append(scalars["lr"])
-
-    compress(model, data.train, data.val, budget=0.7, config=config, log=Rates(None))
-    assert max(seen["search"]) <= 1e-3 and seen["post-train"][0] == pytest.approx(1e-3, rel=1e-3)
-    assert seen["post-train"] == sorted(seen["post-train"], reverse=True)
-
-
 def test_averaged_weights_are_the_result_and_those_of_every_step_count():
     model, data = digits_model(), digits_data()
     config = dataclasses.replace(CONFIG, teacher_epochs=1, ema_decay=0.6)
@@ -189,17 +149,6 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
             compress(
                 digits_model(), data.train, data.val, budget=budget, config=changed, out=tmp_path, resume=True
             )
-
-
-def test_a_run_of_a_version_with_a_second_cycle_is_refused(tmp_path):
-    data, file = digits_data(), tmp_path / "checkpoint.safetensors"
-    config = dataclasses.replace(CONFIG, search_epochs=1, post_epochs=1)
-    compress(digits_model(), data.train, data.val, budget=0.6, config=config, out=tmp_path)
-    tensors, facts = load_run(file)
-    del facts["settings"]["cycles"]
-    save_run(file, tensors, facts)
-    with pytest.raises(ValueError, match="written with other settings"):
-        compress(digits_model(), data.train, data.val, 0.6, config=config, out=tmp_path, resume=True)
 
 
 def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):

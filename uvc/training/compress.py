@@ -37,7 +37,7 @@ from uvc.training.losses import Classification, Distillation
 from uvc.training.precision import PRECISION, Precision, settle
 from uvc.training.processes import ALONE, Alone, here
 from uvc.training.teacher_cache import CachedDistillation, check_cache
-from uvc.training.trainer import Trainer, set_checkpointing, set_peak
+from uvc.training.trainer import Trainer, set_checkpointing
 from uvc.training.user_loss import Loss, Score, UserLoss, check_user_loss, plain
 
 LATENCY = "latency.json"  # the table, in the folder of a run
@@ -336,13 +336,12 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
     with plan.processes.in_turn():
         task = _task(plan, trainer.model, teacher)
     teacher_score = trainer.evaluate(teacher)
-    optimizer = trainer.optimizer(config.search_learning_rate)
-    before_post = (_searched if trainer.finished("search") else _search)(plan, trainer, task, optimizer)
+    before_post = (_searched if trainer.finished("search") else _search)(plan, trainer, task)
     structures = structures_of(trainer.model)
-    set_peak(optimizer, config.learning_rate)
+    # A fresh optimiser and a whole learning-rate cycle recover more than going on with the old ones.
+    optimizer = trainer.optimizer(config.learning_rate)
     joint = Joint(trainer.model, structures) if structures else None
-    schedule = (config.warmup_epochs + config.search_epochs, config.epochs)
-    trainer.phase("post-train", config.post_epochs, task, optimizer, joint, schedule)
+    trainer.phase("post-train", config.post_epochs, task, optimizer, joint)
     plan.processes.gather(trainer.model, model)
     model.eval()
     if config.grad_checkpointing:
@@ -390,7 +389,6 @@ def _trainer(plan: Plan, log: RunLog) -> Trainer:
         plan.evaluate,
         budget=plan.budget,
         metric=plan.metric,
-        cycles=1,  # older versions began a second one, and a fresh optimiser, after the search
         **({} if plan.loss is None else {"loss": "own"}),
     )
     if plan.resume and file is not None and has_run(file):
@@ -426,15 +424,15 @@ def _scores(plan: Plan, trainer: Trainer) -> dict[float | None, float]:
     return found
 
 
-def _search(
-    plan: Plan, trainer: Trainer, task: Classification | UserLoss, optimizer: torch.optim.Optimizer
-) -> dict[float | None, float]:
+def _search(plan: Plan, trainer: Trainer, task: Classification | UserLoss) -> dict[float | None, float]:
     """Warms up, searches and hardens; returns the scores before post-training, by budget."""
     model, config = trainer.model, plan.config
     warmup, searching = config.warmup_epochs, config.search_epochs
-    trainer.phase("warmup", warmup, task, optimizer, schedule=(0, config.epochs))
-    pruner = plan.pruner(model, searching * len(plan.train_loader))
-    trainer.phase("search", searching, task, optimizer, pruner, (warmup, config.epochs))
+    optimizer = trainer.optimizer(config.search_learning_rate)
+    trainer.phase("warmup", warmup, task, optimizer, schedule=(0, warmup + searching))
+    steps = searching * len(plan.train_loader)
+    pruner = plan.pruner(model, steps)
+    trainer.phase("search", searching, task, optimizer, pruner, schedule=(warmup, warmup + searching))
     pruner.harden()
     if plan.elastic:
         make_elastic(model, pruner.structures())
@@ -446,7 +444,7 @@ def _search(
     return scores
 
 
-def _searched(plan: Plan, trainer: Trainer, *_: object) -> dict[float | None, float]:
+def _searched(plan: Plan, trainer: Trainer, task: Any) -> dict[float | None, float]:
     """Applies what `_search` had found before the run was interrupted; returns its scores."""
     if plan.elastic:
         make_elastic(trainer.model, from_bytes(trainer.tensors["search"]["structures"]))

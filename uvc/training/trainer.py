@@ -102,7 +102,7 @@ class Trainer:
         pruner: Pruner | None = None,
         schedule: tuple[int, int] | None = None,
     ) -> None:
-        """Trains for some epochs, under a cosine cycle.
+        """Trains for some epochs under one cosine cycle.
 
         pruner: removes structure meanwhile; None: nothing does.
         schedule: (epochs before this phase, epochs in all) where several phases share the optimiser and its
@@ -431,12 +431,6 @@ class Trainer:
         seed = hash((self.config.seed, self.steps, rank)) % (1 << 63)
         new = {"torch": torch.Generator().manual_seed(seed).get_state()}
         return own | {name: saved.get(f"rank{rank}/{name}", new.get(name)) for name in own.keys() & {"torch"}}
-
-
-def set_peak(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """The height of the cycle from the next phase on: timm's schedules are multiples of it."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
