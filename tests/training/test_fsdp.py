@@ -168,7 +168,7 @@ def test_when_a_rank_of_a_spread_run_is_killed_the_other_ends_in_one_line_and_th
 def test_a_spread_rank_that_differs_is_caught_at_that_step(field):
     for found in gang(2, meddle, field, {"fsdp": True}):
         assert isinstance(found, RuntimeError) and str(found).startswith(
-            f"search: epoch 1, batch 0: the 2 processes differ in {field};"
+            f"search: epoch 0, batch 5: the 2 processes differ in {field};"
         )
 
 

@@ -151,6 +151,10 @@ class Trainer:
                 with self.processes.in_turn():
                     task.end_epoch()
                 seconds = time.perf_counter() - start
+                if self.reduction.early:
+                    # An evaluation gathers kept weights, which only equal structures may.
+                    self.processes.compare(lambda: self._facts(pruner), self._flags())
+                    self.processes.settle(check.where())
                 if self.processes.joined(self._flags())[0]:
                     self._save(name, epoch, optimizer, pruner, done)
                     raise Stopped(f"stopped in {name}, epoch {epoch}, after {done} of {steps} batches")
