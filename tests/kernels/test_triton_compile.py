@@ -72,6 +72,7 @@ def test_the_gate_names_what_is_wrong(monkeypatch, registers, spilled, shared, p
     metadata = type("Metadata", (), {"shared": shared})
     compiled = type("Compiled", (), {"asm": {"ptx": ptx, "cubin": b""}, "metadata": metadata})
     monkeypatch.setattr(gate, "_compile", lambda case, target: compiled)
+    monkeypatch.setattr(gate, "SPILLS", {})
     monkeypatch.setattr(gate, "_resources", lambda ptx: (registers, spilled))
     assert gate._row("attention_core.forward", case, "sm_90").fault == fault
 
