@@ -68,6 +68,14 @@ def test_two_processes_compile_and_have_the_structures_of_one_that_does_not(chan
     assert ranks[0][2] == ranks[1][2] <= 6 and not ranks[0][3]
 
 
+def test_spread_processes_compile_and_train_as_they_do_without_to_the_bit():
+    plain, ranks = gang(2, run, None, 8, {"fsdp": True}), gang(2, run, "counting", 8, {"fsdp": True})
+    print(f"{len(set(ranks[0][0]))} structures, {ranks[0][2]} compilations")
+    for one, its in zip(ranks, plain, strict=True):
+        assert one[0] == its[0] and farthest(one[1], its[1]) == 0
+        assert len(set(one[0])) > 10 and one[2] <= 16 and not one[3]
+
+
 def test_past_the_limit_blocks_run_as_they_are(monkeypatch):
     monkeypatch.setattr(compiling, "KINDS", 2)
     found, model, images = counting(), convert(digits_model()).train(), torch.randn(4, 1, 8, 8)

@@ -93,11 +93,9 @@ def test_what_is_sent_follows_the_structure():
         gathered, scattered = sorted(sent.values(), reverse=True)
         print(f"{kept:.3f} of the parameters, {gathered:.3f} gathered, {scattered:.3f} scattered")
         assert far < 1e-5
-    for number, (kept, sent, _) in enumerate(found):
-        # Heads and neurons that are kept in the rows of one process alone are the worst case.
-        most = 1.5 if number == 3 else 1.15
-        assert 1 <= sent["_allgather_base_"] / (2 * kept) < most
-        assert 1 <= sent["_reduce_scatter_base_"] / kept < most
+    for kept, sent, _ in found:
+        assert 1 <= sent["_allgather_base_"] / (2 * kept) < 1.05
+        assert 1 <= sent["_reduce_scatter_base_"] / kept < 1.05
 
 
 def on_a_small_disk(folder):
@@ -175,7 +173,6 @@ def test_a_spread_rank_that_differs_is_caught_at_that_step(field):
 @pytest.mark.parametrize(
     ("changes", "budget", "says"),
     [
-        ({"compile": "aot_eager"}, 0.5, "compile: 'aot_eager', but with fsdp"),
         ({"ema_decay": 0.9}, 0.5, "ema_decay: 0.9, but with fsdp no process has whole weights"),
         ({"solver": SolverConfig(method="published")}, 0.5, "solver method: 'published', but with fsdp"),
         ({"solver": SolverConfig(tokens=1)}, 0.5, "solver tokens: 1, but with fsdp"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from uvc_kernels import group_scores, prox_shrink
 
 from uvc.layers import blocks_of, families_of
-from uvc.solver.rows import add_up, held, is_spread, local
+from uvc.solver.rows import add_up, held, is_spread, local, spread_by
 from uvc.solver.state import FAMILIES, Factors, Geometry, Masks, sent
 
 KEPT_PLACES = 64  # of sets of parts that have gradients
@@ -41,18 +41,17 @@ class _Part(NamedTuple):
     @property
     def units(self) -> slice:
         """Those of its groups that this process holds a part of."""
-        if self.dim or not is_spread(self.parameter):
+        if spread_by(self.parameter) != self.dim:
             return slice(0, self.size)
         first, last = (min(max(row - self.start, 0), self.size) for row in held(self.parameter))
         return slice(first, last)
 
     def of(self, tensor: Tensor) -> Tensor:
         """What this process holds of the slice, of a tensor like the parameter."""
-        if not is_spread(self.parameter):
-            return tensor.narrow(self.dim, self.start, self.size)
+        if spread_by(self.parameter) != self.dim:
+            return local(tensor).narrow(self.dim, self.start, self.size)
         units, rows = self.units, local(tensor)
-        before = 0 if self.dim else held(self.parameter)[0]
-        start = min(max(self.start + units.start - before, 0), rows.shape[self.dim])
+        start = min(max(self.start + units.start - held(self.parameter)[0], 0), rows.shape[self.dim])
         return rows.narrow(self.dim, start, units.stop - units.start)
 
 

@@ -1,4 +1,4 @@
-"""Parameters of which a process may hold some rows alone, as FSDP2 spreads them; of others it holds all."""
+"""Parameters of which a process may hold some rows or columns alone, as FSDP2 spreads them, or all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def is_spread(parameter: Tensor) -> bool:
-    """Whether a parameter's rows are spread over processes."""
+    """Whether a parameter's rows or columns are spread over processes."""
     return hasattr(parameter, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, in the tensor's own memory."""
+    """What this process holds, in the tensor's own memory."""
     return tensor.to_local() if is_spread(tensor) else tensor
 
 
@@ -21,15 +21,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
+def spread_by(parameter: Tensor) -> int | None:
+    """0 where each process holds some rows of a parameter, 1 where it holds some columns, None where all."""
+    return parameter.placements[0].dim if is_spread(parameter) else None
+
+
 def held(parameter: Tensor) -> tuple[int, int]:
-    """The first of the rows that this process holds, and the one after its last."""
-    rows = parameter.shape[0]
-    if not is_spread(parameter):
-        return 0, rows
-    mesh = parameter.device_mesh
-    each = -(-rows // mesh.size())
-    first = min(mesh.get_local_rank() * each, rows)
-    return first, min(first + each, rows)
+    """Of a parameter that is spread, the first of the rows or columns that this process holds, and the one
+    after its last.
+    """
+    mesh, many = parameter.device_mesh, parameter.shape[spread_by(parameter)]
+    each = -(-many // mesh.size())
+    first = min(mesh.get_local_rank() * each, many)
+    return first, min(first + each, many)
 
 
 def add_up(parameter: Tensor, sums: Tensor) -> None:

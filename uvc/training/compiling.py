@@ -3,7 +3,7 @@
 Blocks of one class share their code, and counts of what is kept are sizes of its inputs: a new structure is
 traced only if it is the first of its kind: a half that has lost something, one that is skipped, or gates.
 The gradients of a block come as soon as its backward pass has run, so that several processes reduce them
-meanwhile.
+meanwhile; where FSDP spreads a block, its halves are compiled, around which weights are gathered and freed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from uvc_kernels import by_preference
 
 from uvc.io.runtimes import need_compiler
 from uvc.layers import blocks_of
+from uvc.solver.rows import is_spread
 
 # Kinds of one class of blocks that are compiled; what comes after them torch runs as it is, and says so.
 KINDS = 64
@@ -31,6 +32,11 @@ class Compiled:
     def __init__(self, model: nn.Module, backend: str | None) -> None:
         """backend: None leaves all as it is."""
         self._blocks = blocks_of(model) if backend else []
+        # FSDP gathers the weights of a half as it is called, which nothing may trace.
+        if is_spread(next(model.parameters())):
+            from uvc.training.fsdp.spread import gathered
+
+            self._blocks = [part for block in self._blocks for part in gathered(block)]
         self._calls = []
         for block in self._blocks:
             block.compile(backend=backend)

@@ -460,7 +460,6 @@ def check_spread(config: Config, budgets: int) -> None:
         f"solver method: {config.solver.method!r}": config.solver.method != "uvc",
         f"solver tokens: {config.solver.tokens}": config.solver.tokens > 0,  # priced by a copy of the model
         f"ema_decay: {config.ema_decay}": config.ema_decay > 0,
-        f"compile: {config.compile!r}": config.compile is not None,
         f"budget: {budgets} of them": budgets > 1,
     }
     if found := [what for what, is_asked in asked.items() if is_asked]:

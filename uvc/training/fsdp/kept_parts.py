@@ -2,8 +2,10 @@
 
 Weights of what is removed are read by nobody and its gradients are zero, so neither is sent; where they would
 stand, processes that gather find zeros. The buffers of `fully_shard` are [W, S]: for each of W processes its
-rows of all parameters of the half, one after the other. Processes have lost unequally many of their rows; all
-send as many of a parameter as the one that has kept most, filled up with rows that are removed.
+part of all parameters of the half, one after the other. A weight is spread along the dim that loses nothing
+(`spread.py`), so that all processes send equally much of it. Of a parameter that is spread along the dim that
+loses some, as biases are, they have lost unequally many: all send as many as the one that has kept most,
+filled up with rows that are removed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from uvc.solver.rows import spread_by
 from uvc.training.reduction import Kept
 
 # torch 2.10 has the second names alone.
@@ -27,9 +30,11 @@ class KeptParts:
     def __init__(self, half: nn.Module, count: int) -> None:
         """half: after `fully_shard`, whose buffers have its parameters in their order."""
         self.count = count
-        self._shapes = [p.shape for p in half.parameters()]
-        self._trained = [p.requires_grad for p in half.parameters()]
-        self._kept: list[tuple[int, Tensor] | None] = []
+        parameters = list(half.parameters())
+        self._spread_by = [spread_by(p) for p in parameters]
+        self._shapes = [_part_shape(p, count) for p in parameters]  # of a process's part, filled up
+        self._trained = [p.requires_grad for p in parameters]
+        self._kept: list[Kept | None] = []  # with an index of [k] for all processes, or [W, k] by process
         self.sent = 0  # bytes of this process
 
     def take(self, kept: Sequence[Kept | None]) -> None:
@@ -37,16 +42,13 @@ class KeptParts:
         self._kept = []
         if any(kept):
             self._kept = [
-                None
-                if one is None
-                else (one.dim, self._by_process(one.index, shape[0]) if one.dim == 0 else one.index)
-                for one, shape in zip(kept, self._shapes, strict=True)
+                Kept(one.dim, self._by_process(one.index, shape[one.dim])) if one and one.dim == by else one
+                for one, shape, by in zip(kept, self._shapes, self._spread_by, strict=True)
             ]
 
-    def _by_process(self, rows: Tensor, size: int) -> Tensor:
-        """[W, k]: of each process the places, among its own rows, of those that are kept."""
-        chunk = -(-size // self.count)
-        places = [rows[(rows // chunk) == rank] - rank * chunk for rank in range(self.count)]
+    def _by_process(self, rows: Tensor, each: int) -> Tensor:
+        """[W, k]: of each process the places, among its own `each` rows, of those that are kept."""
+        places = [rows[(rows // each) == rank] - rank * each for rank in range(self.count)]
         most = max(map(len, places))
         return torch.stack([torch.cat([p, p.new_zeros(most - len(p))]) for p in places])
 
@@ -56,29 +58,24 @@ class KeptParts:
 
     def _sizes(self, trained: bool) -> list[int]:
         """Numbers of each parameter in the part of one process."""
-        return [
-            -(-shape[0] // self.count) * shape[1:].numel()
-            for shape, is_trained in zip(self._shapes, self._trained, strict=True)
-            if is_trained or not trained
-        ]
+        pairs = zip(self._shapes, self._trained, strict=True)
+        return [shape.numel() for shape, is_trained in pairs if is_trained or not trained]
 
     def _parts(self, buffer: Tensor, trained: bool, ranks: slice) -> list[tuple[Tensor, tuple | None]]:
         """Views [w, rows, ...] of a buffer [w, S] of some processes, each with the index of what is kept."""
         found, start = [], 0
-        sizes = iter(self._sizes(trained))
         for shape, kept, is_trained in zip(self._shapes, self._kept, self._trained, strict=True):
             if trained and not is_trained:
                 continue
-            size = next(sizes)
-            view = buffer[:, start : start + size].view(len(buffer), -(-shape[0] // self.count), *shape[1:])
-            start += size
+            view = buffer[:, start : start + shape.numel()].view(len(buffer), *shape)
+            start += shape.numel()
             if kept is None:
                 index = None
-            elif kept[0] == 0:
-                rows = kept[1][ranks]
+            elif kept.index.dim() == 2:
+                rows = kept.index[ranks]
                 index = (torch.arange(len(rows), device=rows.device)[:, None], rows)
             else:
-                index = (slice(None), slice(None), kept[1])
+                index = (*(slice(None),) * (1 + kept.dim), kept.index)
             found.append((view, index))
         return found
 
@@ -99,6 +96,12 @@ class KeptParts:
                 view.copy_(values)
             else:
                 view[index] = values
+
+
+def _part_shape(parameter: Tensor, count: int) -> torch.Size:
+    shape = list(parameter.shape)
+    shape[spread_by(parameter)] = -(-shape[spread_by(parameter)] // count)
+    return torch.Size(shape)
 
 
 class Gathers:

@@ -1,4 +1,5 @@
-"""A model whose weights, gradients and moments are spread over the processes by rows (`fully_shard`).
+"""A model whose weights, gradients and moments are spread over the processes (`fully_shard`), by rows, but
+weights that lose rows by columns, so that every process keeps as much of them.
 
 The weights of each half are gathered for its forward and its backward pass, and its gradients become means
 over the processes as they are spread again; of both only what is kept is sent (`kept_parts.py`). A half that
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from uvc.layers import UVCBlock, blocks_of
 from uvc.solver.rows import whole
@@ -37,10 +38,26 @@ def spread(model: nn.Module) -> nn.Module:
     for block in blocks_of(twin):
         # A half that is skipped is not gathered. Other kinds of blocks may read what is a half's elsewhere.
         for half in (block.attn, block.mlp) if type(block) is UVCBlock else ():
-            fully_shard(half, mesh=mesh, reshard_after_forward=True)
+            place = _places(half, mesh.size())
+            fully_shard(half, mesh=mesh, reshard_after_forward=True, shard_placement_fn=place)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     # Without a backward pass to follow, torch would leave what stands outside of the blocks gathered.
     return fully_shard(twin, mesh=mesh, reshard_after_forward=True)
+
+
+def gathered(block: nn.Module) -> list[nn.Module]:
+    """What of a block is gathered as it is called: its halves, or the whole."""
+    halves = [block.attn, block.mlp]
+    return halves if isinstance(block.attn, FSDPModule) else [block]
+
+
+def _places(half: nn.Module, count: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Along which dim each parameter of a half is spread over so many processes; None: by rows."""
+    pruned: dict[nn.Parameter, set[int]] = {}
+    for part in half.parts():
+        pruned.setdefault(part.parameter, set()).add(part.dim)
+    columns = {p for p, dims in pruned.items() if dims == {0} and p.dim() == 2 and p.shape[1] % count == 0}
+    return lambda parameter: Shard(1) if parameter in columns else None
 
 
 @torch.no_grad()
