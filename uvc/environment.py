@@ -103,6 +103,11 @@ def launched_as() -> int:
     return _number(RANKS) if launched() > 1 else 0
 
 
+def launcher() -> int | None:
+    """The process that started this one, if that is torch's launcher, alone or in `accelerate launch`."""
+    return os.getppid() if launched() > 1 and os.environ.get("TORCHELASTIC_RUN_ID") else None
+
+
 def one_of_none() -> bool:
     """Whether `accelerate launch` was asked for several processes and has started one, as it does on CPUs."""
     return launched() == 1 and {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()

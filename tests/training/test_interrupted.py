@@ -152,6 +152,16 @@ def test_handlers_come_back_and_nothing_stays_asked():
     assert not asked() and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_the_end_of_the_launcher_asks_a_run_to_end(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with stop_on_signals():
+        assert not asked()
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert asked()
+    assert not asked()
+
+
 def pictures(folder):
     random = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -181,6 +191,11 @@ def wait_for_step_5(process, out):
         time.sleep(0.02)
 
 
+def same_files(*folders):
+    a, b = (load_file(folder / "model.safetensors") for folder in folders)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_the_command_line_ends_with_0_says_how_to_go_on_and_does(tmp_path):
     data = pictures(tmp_path / "data")
     assert start(options(data, tmp_path / "whole")).wait() == 0
@@ -192,8 +207,24 @@ def test_the_command_line_ends_with_0_says_how_to_go_on_and_does(tmp_path):
     found = re.search(r"stopped in search, .*; continue with: uvc compress --resume --out (\S+)", said)
     assert found and found[1] == str(tmp_path / "broken") and "Traceback" not in said
     assert start(["--resume", "--out", found[1], "--quiet"]).wait() == 0
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert same_files(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_where_the_data_vanish_a_line_says_how_to_go_on_once_they_are_back(tmp_path):
+    data, out = pictures(tmp_path / "data"), tmp_path / "out"
+    assert start(options(data, tmp_path / "whole", search_epochs=20)).wait() == 0
+    process = start(options(data, out, search_epochs=20))
+    wait_for_step_5(process, out)
+    data.rename(tmp_path / "elsewhere")
+    said = process.communicate()[1]
+    assert process.returncode == 2 and said.count("\n") == 1, said
+    assert re.match(
+        rf"uvc: data: the folder '{data}/(train|val)' is gone; put it back; continue with: ", said
+    )
+    assert said.endswith(f"uvc compress --resume --out {out}\n")
+    (tmp_path / "elsewhere").rename(data)
+    assert start([*options(data, out, search_epochs=20), "--resume", "auto"]).wait() == 0
+    assert same_files(tmp_path / "whole", out)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="children are found in /proc")

@@ -306,6 +306,8 @@ class ImageLoader(Loader):
 
         super().__init__(seed)
         self.reader, self.split, self.training = reader, split, training
+        root = getattr(reader, "root", None)
+        self._root = root if isinstance(root, (str, os.PathLike)) and os.path.isdir(root) else None
         self._sampler = _Batches(len(reader), batch_size, training, seed)
         self._view, self.images_count = f"{mode} {transform}", len(reader)
         self.batch_size = batch_size
@@ -353,6 +355,8 @@ class ImageLoader(Loader):
                 new = new or remark.index not in known
                 known.add(remark.index)
                 self._first.setdefault(remark.what, remark)
+            if remarks and self._root is not None and not os.path.isdir(self._root):
+                raise FileNotFoundError(f"data: the folder {str(self._root)!r} is gone; put it back")
             if len(labels):
                 yield images, labels, indices
             elif self.training:
