@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from uvc_kernels.warn_once import warn_once
 
 from uvc.compaction import compact
 from uvc.io.dtypes import check_runs, sample_images
@@ -44,9 +45,10 @@ def export(
     check: a second runtime that must agree, "openvino" for ONNX.
 
     What is written is read back, run, and compared with the model (relative to the largest output) before it
-    is put in place, and again from there, with all its files; what differs is not kept. ValueError, before
-    any work, for an unknown format, runtime or place, or a package that is missing; later for a model that
-    the format cannot express.
+    is put in place, and again from there, with all its files; what differs is not kept. Where the optimiser
+    of ONNX makes it differ, it is written without, which is said once. ValueError, before any work, for an
+    unknown format, runtime or place, or a package that is missing; later for a model that the format cannot
+    express.
     """
     check_request(format, dtype, calibration is not None, check)
     name, write, read, *_ = FORMATS[format]
@@ -72,16 +74,19 @@ def export(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as draft:
             written = Path(draft, target.name)
+            small.eval().requires_grad_(False)
             with torch.no_grad():
+                _write(write, small, given[0], written, format)
                 try:
-                    write(small.eval().requires_grad_(False), given[0], written)
-                except (OSError, ValueError):
-                    raise
-                except Exception as error:  # whatever a tracer runs into
-                    raise ValueError(
-                        f"--format: {format} cannot express the model: {one_line(error)}"
-                    ) from error
-                compare(written)
+                    compare(written)
+                except RuntimeError:
+                    if not FORMATS[format].optimised:
+                        raise
+                    for file in Path(draft).iterdir():
+                        file.unlink()
+                    _write(partial(write, optimize=False), small, given[0], written, format)
+                    compare(written)
+                    warn_once(f"{format}: the exporter's optimiser changes this model; exported without it")
                 placed = _put(written, target)
                 try:
                     difference = compare(target)
@@ -116,6 +121,17 @@ def check_request(format: str, dtype: str | None, int8: bool, check: str | None)
     need(FORMATS[format].packages, "--format", format)
     if check is not None:
         need((check,), "--check", check)
+
+
+def _write(
+    write: Callable[[nn.Module, Tensor, Path], None], model: nn.Module, x: Tensor, path: Path, format: str
+) -> None:
+    try:
+        write(model, x, path)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # whatever a tracer runs into
+        raise ValueError(f"--format: {format} cannot express the model: {one_line(error)}") from error
 
 
 def _expected(model: nn.Module, batches: Sequence[Tensor], format: str) -> list[Tensor]:

@@ -44,13 +44,17 @@ def one_output(model: nn.Module) -> nn.Module:
 
 
 class Format(NamedTuple):
-    """The default name in a folder, what writes a program, what reads it back, and the packages for both."""
+    """The default name in a folder, what writes a program, what reads it back, and the packages for both.
+
+    optimised: whether `write` takes `optimize=False`, for a model that an optimiser changes.
+    """
 
     name: str
-    write: Callable[[nn.Module, Tensor, Path], None]
+    write: Callable[..., None]
     read: Callable[[Path], Program]
     packages: tuple[str, ...] = ()
     compiler: bool = False
+    optimised: bool = False
 
 
 def write_safetensors(model: nn.Module, x: Tensor, path: Path) -> None:
@@ -80,20 +84,25 @@ def _traced(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     return torch.export.export(one_output(model), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def write_onnx(model: nn.Module, x: Tensor, path: Path) -> None:
-    """Weights of large models go to a file beside it, which it names by a relative path."""
+def write_onnx(model: nn.Module, x: Tensor, path: Path, optimize: bool = True) -> None:
+    """Weights of large models go to a file beside it, which it names by a relative path.
+
+    optimize: by the exporter, which takes the sum with a constant of 1e-8 or less for one with zero.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             one_output(model), (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=["images"], output_names=["logits"], verbose=False,
+            input_names=["images"], output_names=["logits"], verbose=False, optimize=optimize,
         )  # fmt: skip
         for key, value in (preprocessing_of(model) or {}).items():
             program.model.metadata_props[key] = json.dumps(value)
         program.save(path)
 
 
-def write_onnx_int8(model: nn.Module, x: Tensor, path: Path, images: Sequence[Tensor]) -> None:
+def write_onnx_int8(
+    model: nn.Module, x: Tensor, path: Path, images: Sequence[Tensor], optimize: bool = True
+) -> None:
     """An ONNX program whose products with weights are of 8-bit numbers, by ONNX Runtime's quantisation.
 
     Ranges of activations are those on `images`, batches that the model sees in use. Products of two
@@ -112,7 +121,7 @@ def write_onnx_int8(model: nn.Module, x: Tensor, path: Path, images: Sequence[Te
 
     with tempfile.TemporaryDirectory() as draft:
         plain, ready = Path(draft, "plain.onnx"), Path(draft, "ready.onnx")
-        write_onnx(model, x, plain)
+        write_onnx(model, x, plain, optimize)
         tools.shape_inference.quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
         kinds = ["MatMul", "Gemm", "Conv"]
         # Results stay in float32: else what follows is of 8-bit numbers, too, and softmax is slow in them.
@@ -174,7 +183,7 @@ def need_compiler(option: str, value: str) -> None:
 
 FORMATS: dict[str, Format] = {
     "safetensors": Format("safetensors", write_safetensors, lambda path: load(path).eval()),
-    "onnx": Format("model.onnx", write_onnx, read_onnx, ONNX),
+    "onnx": Format("model.onnx", write_onnx, read_onnx, ONNX, optimised=True),
     "torch-export": Format("model.pt2", write_torch_export, lambda path: torch.export.load(path).module()),
     "aoti": Format("model.aoti.pt2", write_aoti, read_aoti, compiler=True),
 }
