@@ -96,7 +96,38 @@ KINDS = {
         dict(attn_type="rope", rope_type="mixed", class_token=False, **ROPE),
         TURNED,
     ),
-    "rotary positions, q/k norms": (Eva, dict(attn_type="rope", qk_norm=True, **ROPE), {**FREE, "qk": 0}),
+    "rotary positions in halves, q/k norms": (
+        Eva,
+        dict(attn_type="rope", rope_type="dinov3", rope_rotate_half=True, qk_norm=True, **ROPE),
+        {**FREE, "qk": 0},
+    ),
+    "grouped queries": (Eva, dict(attn_type="rope", qkv_fused=False, num_kv_heads=2, **ROPE), TURNED),
+    "grouped queries, q/k norms": (
+        Eva,
+        dict(
+            attn_type="rope",
+            rope_type="dinov3",
+            rope_rotate_half=True,
+            qkv_fused=False,
+            # As in Sapiens 2, heads of some blocks share nothing.
+            num_kv_heads=(4, 2),
+            qk_norm=True,
+            swiglu_mlp=True,
+            **ROPE,
+        ),
+        {**FREE, "qk": 0},
+    ),
+    "differential attention": (
+        VisionTransformer,
+        dict(attn_layer="diff", init_values=0.5, reg_tokens=1),
+        {**FREE, "v": 0},
+    ),
+    "differential attention, q/k norms": (
+        VisionTransformer,
+        # Over four dims a norm would lose more of float32 than the bound, in timm's layer too.
+        dict(attn_layer="diff", qk_norm=True, qkv_bias=False, num_heads=2),
+        {**FREE, "qk": 0, "v": 0},
+    ),
     "talking heads": (Cait, dict(), {**FREE, "heads": 0}),
     "geglu": (VisionTransformer, dict(mlp_layer=GeGluMlp), FREE),
     "beit": (Beit, dict(use_rel_pos_bias=True, init_values=0.5, use_abs_pos_emb=False), FREE),

@@ -95,9 +95,11 @@ def of_vit(dense: VisionTransformer) -> Arguments:
     has_fc_norm = is_there(dense.fc_norm)
     parallel = isinstance(block, ParallelScalingBlock)
     scale = block.ls if parallel else block if block.norm_last else block.ls1
+    differential = isinstance(block.attn, timm.layers.DiffAttention)
     return {
         **of_all(dense),
         **({"proj_drop_rate": block.mlp.drop1.p} if parallel else {}),
+        **({"attn_layer": "diff"} if differential else {}),
         "mlp_ratio": mlp_ratio(dense),
         "qkv_bias": block.attn.sources()[0].bias is not None,
         "proj_bias": block.attn.proj.bias is not None,
@@ -144,6 +146,7 @@ def of_eva(dense: Eva) -> Arguments:
     source = (attn.qkv if rotary else None) if fused else attn.q_proj
     qkv_bias = attn.q_bias if source is None else source.bias
     pool = dense.attn_pool
+    shared = [getattr(b.attn, "num_kv_heads", b.attn.num_heads) for b in dense.blocks]
     return {
         **of_all(dense),
         "mlp_ratio": ratio_of(dense.embed_dim, mlp.neurons),
@@ -174,6 +177,7 @@ def of_eva(dense: Eva) -> Arguments:
         "dynamic_img_pad": getattr(stem, "dynamic_img_pad", False),
         "head_init_scale": dense.head_init_scale,
         **({} if rope is None else of_rope(rope)),
+        **({} if shared == [attn.num_heads] * len(shared) else {"num_kv_heads": shared}),
         **where(
             qk_norm=is_there(attn.q_norm),
             attn_only_layer_scale=block._parameters.get("gamma_1") is not None
@@ -259,7 +263,7 @@ VIT = ALL | frozenset(
     "proj_bias class_token pos_embed no_embed_class reg_tokens pre_norm final_norm fc_norm "
     "pool_include_prefix dynamic_img_size dynamic_img_pad pos_drop_rate patch_drop_rate".split()
 )
-VIT_NORMS = frozenset("qk_norm scale_attn_norm scale_mlp_norm".split())
+VIT_SOME = frozenset("qk_norm scale_attn_norm scale_mlp_norm attn_layer".split())
 EVA = ALL | frozenset(
     "qkv_fused swiglu_mlp swiglu_align_to scale_mlp scale_attn_inner attn_type pos_drop_rate patch_drop_rate "
     "class_token num_reg_tokens no_embed_class use_abs_pos_emb use_rot_pos_emb rope_rotate_half "
@@ -267,8 +271,9 @@ EVA = ALL | frozenset(
     "attn_pool_mlp_ratio dynamic_img_size dynamic_img_pad head_init_scale".split()
 )
 EVA_SOME = frozenset(
-    "qk_norm attn_only_layer_scale rope_type rope_grid_offset rope_grid_indexing rope_temperature "
-    "rope_shift_coords rope_jitter_coords rope_rescale_coords ref_feat_shape rope_mrope_section".split()
+    "qk_norm num_kv_heads attn_only_layer_scale rope_type rope_grid_offset rope_grid_indexing "
+    "rope_temperature rope_shift_coords rope_jitter_coords rope_rescale_coords ref_feat_shape "
+    "rope_mrope_section".split()
 )
 BEIT = ALL | frozenset(
     "swiglu_mlp scale_mlp pos_drop_rate use_abs_pos_emb use_rel_pos_bias use_shared_rel_pos_bias".split()
@@ -283,9 +288,9 @@ VIT_BLOCKS = (Block, ResPostBlock, ParallelScalingBlock)
 MAKERS = {
     maker.make.__name__: maker
     for maker in (
-        Maker(VisionTransformer, of_vit, VIT, VIT_NORMS, VIT_PARTS, VIT_BLOCKS),
-        Maker(VisionTransformerDistilled, of_vit, VIT, VIT_NORMS, VIT_PARTS, VIT_BLOCKS),
-        Maker(T2TVisionTransformer, of_t2t, VIT | {"form"}, VIT_NORMS, VIT_PARTS, VIT_BLOCKS),
+        Maker(VisionTransformer, of_vit, VIT, VIT_SOME, VIT_PARTS, VIT_BLOCKS),
+        Maker(VisionTransformerDistilled, of_vit, VIT, VIT_SOME, VIT_PARTS, VIT_BLOCKS),
+        Maker(T2TVisionTransformer, of_t2t, VIT | {"form"}, VIT_SOME, VIT_PARTS, VIT_BLOCKS),
         Maker(Eva, of_eva, EVA, EVA_SOME, ("norm_layer", "depth"), (EvaBlock, EvaBlockPostNorm)),
         Maker(Beit, of_beit, BEIT, frozenset({"use_fc_norm"}), ("norm_layer", "depth"), (BeitBlock, None)),
         Maker(Cait, of_cait, CAIT, frozenset(), CAIT_PARTS, (LayerScaleBlock, None)),

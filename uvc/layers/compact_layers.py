@@ -73,16 +73,7 @@ class CompactAttention(nn.Module):
                 for part, kept, size in zip(found, (qk, qk, v), (group.dq, group.dq, group.dv), strict=True):
                     part += [head * dense.head_dim + d for d in kept] + [PADDING] * (size - len(kept))
         columns = [row for found in rows for row in found[2]]
-        if type(getattr(dense, "qkv", None)) is nn.Linear and getattr(dense, "q_bias", None) is None:
-            kept = [after(i * dense.dims, part) for found in rows for i, part in enumerate(found)]
-            self.qkv = smaller(dense.qkv, rows=[row for part in kept for row in part])
-        else:
-            for i, (name, source) in enumerate(zip("qkv", dense.sources(), strict=True)):
-                kept = [row for found in rows for row in found[i]]
-                weight = select(source.weight, 0, after(source.row, kept))
-                bias = source.bias
-                bias = None if bias is None else select(bias, 0, after(source.bias_row, kept))
-                self.add_module(name, linear_of(weight, bias))
+        self._keep_sources(dense, rows)
         # A norm of the output has weights of its own for every dim, head after head. It ties all v dims, so
         # that none of them is padding.
         natural = type(getattr(dense, "norm", None)) not in (type(None), nn.Identity)
@@ -92,6 +83,19 @@ class CompactAttention(nn.Module):
         take_parts(self, dense, "q_norm", "k_norm", "norm", "attn_drop", "proj_drop")
         gate = getattr(dense, "gate", None)
         self.gate = None if gate is None else smaller(gate, rows=columns)
+
+    def _keep_sources(self, dense: nn.Module, kept: list[tuple[list[int], ...]]) -> None:
+        """The rows of q, k and v that these groups of heads keep."""
+        if type(getattr(dense, "qkv", None)) is nn.Linear and getattr(dense, "q_bias", None) is None:
+            kept = [after(i * dense.dims, part) for found in kept for i, part in enumerate(found)]
+            self.qkv = smaller(dense.qkv, rows=[row for part in kept for row in part])
+            return
+        for i, (name, source) in enumerate(zip("qkv", dense.sources(), strict=True)):
+            rows = [row for found in kept for row in found[i]]
+            weight = select(source.weight, 0, after(source.row, rows))
+            bias = source.bias
+            bias = None if bias is None else select(bias, 0, after(source.bias_row, rows))
+            self.add_module(name, linear_of(weight, bias))
 
     def positioned(
         self, q: Tensor, k: Tensor, heads: tuple[int, ...], dims: Tensor | None, **positions

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, AttentionRope, DiffAttention, GluMlp, Mlp, SwiGLU
 from timm.models import beit, vision_transformer_sam
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -29,7 +29,9 @@ from torch import nn
 
 from uvc.layers.attention import UVCAttention
 from uvc.layers.biased import UVCBeitAttention, UVCRelPosAttention
+from uvc.layers.differential import UVCDiffAttention
 from uvc.layers.geglu import UVCGeGluMlp
+from uvc.layers.grouped import UVCGroupedRope
 from uvc.layers.mask_units import UVCMaskUnitAttention
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
@@ -86,6 +88,7 @@ NORM_LAST = (
 ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     Attention: UVCAttention,
     AttentionRope: UVCAttentionRope,
+    DiffAttention: UVCDiffAttention,
     EvaAttention: UVCEvaAttention,
     beit.Attention: UVCBeitAttention,
     RelPosAttention: UVCRelPosAttention,
@@ -106,7 +109,10 @@ MLPS: dict[type[nn.Module], type[Prunable]] = {
 
 def kind_of_layer(layer: nn.Module) -> type[Prunable]:
     """The class that takes the place of a layer's; its own if it can leave parts out."""
-    return type(layer) if isinstance(layer, Prunable) else (ATTENTIONS | MLPS)[type(layer)]
+    if isinstance(layer, Prunable):
+        return type(layer)
+    shares = getattr(layer, "num_kv_groups", 1) > 1
+    return UVCGroupedRope if shares else (ATTENTIONS | MLPS)[type(layer)]
 
 
 def prunable(layer: nn.Module) -> Prunable:

@@ -71,8 +71,12 @@ class RotaryHeads(_Rotary, Heads):
     OUTSIDE = "attention with rotary positions"
     slims = False
 
-    def pairs(self) -> Tensor:
-        """The q/k dims of a head that are turned together [K / 2, 2]."""
+    def pairs(self) -> Tensor | None:
+        """The q/k dims of a head that are turned together [K / 2, 2]; None where a norm ties them all, whose
+        weights are in the order of the dims.
+        """
+        if "qk" in self.ties():
+            return None
         dims = torch.arange(self.head_dim, device="cpu")
         return dims.view(2, -1).T if getattr(self, "rotate_half", False) else dims.view(-1, 2)
 
@@ -115,13 +119,6 @@ class RotaryHeads(_Rotary, Heads):
 
 class UVCAttentionRope(RotaryHeads, AttentionRope):
     """timm's AttentionRope, of which heads, pairs of q/k dims and v dims can be left out."""
-
-    @classmethod
-    def fault(cls, attn: nn.Module) -> str | None:
-        """Beside other children: heads that share keys and values."""
-        if getattr(attn, "num_kv_groups", 1) > 1:
-            return "k_proj gives keys that several heads share; the neurons beside them could go"
-        return super().fault(attn)
 
 
 class UVCEvaAttention(RotaryHeads, EvaAttention):
