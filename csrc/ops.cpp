@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
   m.def(
       "cuda_activate_backward(Tensor u, Tensor? gate, Tensor grad_a, int activation, Tensor(a!) a, "
       "Tensor(b!) grad_u, Tensor(c!)? grad_gate) -> ()");
+  m.def("cuda_column_sums(Tensor[] matrices, Tensor(a!)[] outs) -> ()");
   m.def("cuda_group_scores(Tensor[] a, Tensor[] b, int[] dims) -> Tensor");
   m.def("cuda_prox_shrink(Tensor(a!)[] weights, Tensor factors, int[] dims) -> ()");
 }

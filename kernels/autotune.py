@@ -94,7 +94,8 @@ def choose(
     """
     x, weights, *_ = arguments
     known = None
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if not watched and not _dispatch.is_forced():
         shapes = (None if t is None else t.shape for t in weights)
         known = (op, x.device, x.dtype, x.shape, *shapes, kept, whole, case, recompute)
         known += (
@@ -103,7 +104,7 @@ def choose(
             torch.are_deterministic_algorithms_enabled(),
         )
         known += (os.environ.get("UVC_BACKEND"), os.environ.get("UVC_MEASURE"))
-        if known in _served and not _dispatch.is_forced():
+        if known in _served:
             return _served[known]
     name = _dispatch.forced(op, x.device, x.dtype)
     if name is not None:

@@ -38,6 +38,7 @@ def _pieces() -> packed.Pieces:
         attention_core_backward=ops.cuda_attention_core_backward.default,
         activate=_activate,
         activate_backward=_activate_backward,
+        column_sums=ops.cuda_column_sums.default,
         group_scores=ops.cuda_group_scores.default,
         prox_shrink=ops.cuda_prox_shrink.default,
     )

@@ -18,7 +18,7 @@ from .report import Row
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 # What nvcc compiles, and the kernels in it.
 UNITS = {
-    "small.cu": ("gather", "activate", "activate_backward", "scores", "shrink"),
+    "small.cu": ("gather", "activate", "activate_backward", "sums", "scores", "shrink"),
     "attention.cu": ("forward",),
     "attention_backward.cu": ("whole", "stream"),
 }

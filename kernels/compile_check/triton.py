@@ -15,6 +15,7 @@ MODULES = (
     "attention_core",
     "attention_whole",
     "activation",
+    "column_sums",
     "group_scores",
     "prox_shrink",
 )

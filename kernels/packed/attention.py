@@ -16,7 +16,7 @@ from ..attention import attention_packing
 from ..gather import gather
 from ..indices import WIDTHS, KeptHeads, counts_of
 from ..weights import AttentionWeights, Packed
-from .pieces import Pieces, Provider, bias_gradient, declare, multiply
+from .pieces import Pieces, Provider, bias_gradients, declare, multiply
 
 X, QKV_WEIGHT, QKV_BIAS, PROJ_WEIGHT, PROJ_BIAS = (1 << i for i in range(5))
 _TENSORS = "Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias"
@@ -83,7 +83,7 @@ def _attend_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tup
     w, given, (qkv, heads, top, inverse, needs) = _named(arguments)
     B, N, D = x.shape
     grad, rows = grad.reshape(B * N, w.proj_weight.shape[0]), x.reshape(B * N, D)
-    grad_x = grad_qkv_weight = grad_qkv_bias = None
+    grad_x = grad_qkv_weight = of_qkv = None
     if needs & (X | QKV_WEIGHT | QKV_BIAS):
         qkv = multiply(rows, w.qkv_weight.t(), w.qkv_bias) if given.recompute else qkv
         grad_qkv = torch.empty_like(qkv)
@@ -94,9 +94,10 @@ def _attend_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tup
             )
         grad_x = (grad_qkv @ w.qkv_weight).view(x.shape) if needs & X else None
         grad_qkv_weight = grad_qkv.t() @ rows if needs & QKV_WEIGHT else None
-        grad_qkv_bias = bias_gradient(grad_qkv, w.qkv_bias) if needs & QKV_BIAS else None
+        of_qkv = (grad_qkv, w.qkv_bias) if needs & QKV_BIAS else None
     grad_proj_weight = grad.t() @ heads if needs & PROJ_WEIGHT else None
-    grad_proj_bias = bias_gradient(grad, w.proj_bias) if needs & PROJ_BIAS else None
+    of_proj = (grad, w.proj_bias) if needs & PROJ_BIAS else None
+    grad_qkv_bias, grad_proj_bias = bias_gradients(pieces, of_qkv, of_proj)
     return grad_x, grad_qkv_weight, grad_qkv_bias, grad_proj_weight, grad_proj_bias
 
 

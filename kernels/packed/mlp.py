@@ -18,7 +18,7 @@ from ..gather import gather
 from ..indices import KeptNeurons
 from ..mlp import mlp_packing
 from ..weights import MlpWeights, Packed
-from .pieces import Pieces, Provider, bias_gradient, declare, multiply
+from .pieces import Pieces, Provider, bias_gradients, declare, multiply
 
 X, FC1_WEIGHT, FC1_BIAS, FC2_WEIGHT, FC2_BIAS, GATE_WEIGHT, GATE_BIAS = (1 << i for i in range(7))
 _TENSORS = (
@@ -69,7 +69,7 @@ def _mlp_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[
     w, given, (u, g, needs) = _named(arguments)
     M, gated = math.prod(x.shape[:-1]), w.gate_weight is not None
     grad, rows = grad.reshape(M, w.fc2_weight.shape[0]), x.reshape(M, x.shape[-1])
-    grad_x = grad_fc1_weight = grad_fc1_bias = grad_fc2_weight = grad_gate_weight = grad_gate_bias = None
+    grad_x = grad_fc1_weight = grad_fc2_weight = grad_gate_weight = of_fc1 = of_gate = None
     if needs & ~FC2_BIAS:
         if given.recompute:
             u, g = _hidden(rows, w)
@@ -81,11 +81,12 @@ def _mlp_backward(pieces: Pieces, grad: Tensor, x: Tensor, *arguments) -> tuple[
             grad_x = grad_u @ w.fc1_weight
             grad_x = (grad_x.addmm_(grad_g, w.gate_weight) if gated else grad_x).view(x.shape)
         grad_fc1_weight = grad_u.t() @ rows if needs & FC1_WEIGHT else None
-        grad_fc1_bias = bias_gradient(grad_u, w.fc1_bias) if needs & FC1_BIAS else None
+        of_fc1 = (grad_u, w.fc1_bias) if needs & FC1_BIAS else None
         grad_fc2_weight = grad.t() @ a if needs & FC2_WEIGHT else None
         grad_gate_weight = grad_g.t() @ rows if needs & GATE_WEIGHT else None
-        grad_gate_bias = bias_gradient(grad_g, w.gate_bias) if needs & GATE_BIAS else None
-    grad_fc2_bias = bias_gradient(grad, w.fc2_bias) if needs & FC2_BIAS else None
+        of_gate = (grad_g, w.gate_bias) if needs & GATE_BIAS else None
+    of_fc2 = (grad, w.fc2_bias) if needs & FC2_BIAS else None
+    grad_fc1_bias, grad_fc2_bias, grad_gate_bias = bias_gradients(pieces, of_fc1, of_fc2, of_gate)
     grads = (grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias, grad_gate_weight, grad_gate_bias)
     return grad_x, *grads
 

@@ -23,6 +23,8 @@ class Pieces(NamedTuple):
     activate(u, gate or None, activation, a): a = act(u), or act(gate) u; all [M, F'].
     activate_backward(u, gate or None, grad_a, activation, a, grad_u, grad_gate or None): a again, and the
     gradients.
+    column_sums(matrices, outs): the sum over the rows of each of up to three matrices of one height, in their
+    dtype; one launch.
     group_scores(a, b, dims) -> scores; prox_shrink(weights, factors, dims): the ops of these names.
     """
 
@@ -31,6 +33,7 @@ class Pieces(NamedTuple):
     attention_core_backward: Callable[..., None]
     activate: Callable[..., None]
     activate_backward: Callable[..., None]
+    column_sums: Callable[[list[Tensor], list[Tensor]], None]
     group_scores: Callable[[list[Tensor], list[Tensor], list[int]], Tensor]
     prox_shrink: Callable[[list[Tensor], Tensor, list[int]], None]
 
@@ -90,9 +93,27 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias if bias.dtype == a.dtype else bias.to(a.dtype), a, b)
 
 
-def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
-    """The sum over the rows of `grad` in the dtype of `bias`."""
-    return grad.sum(0, dtype=bias.dtype)  # in one launch; torch adds up in float32
+def bias_gradients(pieces: Pieces, *asked: tuple[Tensor, Tensor] | None) -> list[Tensor | None]:
+    """The sum over the rows of each gradient in the dtype of its bias; None stays None.
+
+    asked: pairs of a gradient, of one height and dtype, and the bias it is of. In one launch, where torch
+    takes two for each: its sum of a tall matrix has counters to clear.
+    """
+    sums, matrices, outs = [], [], []
+    for pair in asked:
+        if pair is None:
+            sums.append(None)
+        elif pair[1].dtype != pair[0].dtype or not pair[1].numel():
+            # Only a bias that was not packed along with its weight.
+            sums.append(pair[0].sum(0, dtype=pair[1].dtype))
+        else:
+            out = torch.empty_like(pair[1])
+            sums.append(out)
+            matrices.append(pair[0].contiguous())
+            outs.append(out)
+    if outs:
+        pieces.column_sums(matrices, outs)
+    return sums
 
 
 def whole(run: Callable) -> Callable:

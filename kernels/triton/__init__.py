@@ -4,7 +4,7 @@ Under `TRITON_INTERPRET=1`, set before that, the same kernels run on CPU tensors
 """
 
 from ..packed import Pieces, provide
-from . import activation, attention_core, gather, group_scores, prox_shrink
+from . import activation, attention_core, column_sums, gather, group_scores, prox_shrink
 from .launch import DTYPES, INTERPRETED
 
 provide(
@@ -17,6 +17,7 @@ provide(
         attention_core.attention_core_backward,
         activation.activate,
         activation.activate_backward,
+        column_sums.column_sums,
         group_scores.group_scores,
         prox_shrink.prox_shrink,
     ),

@@ -178,6 +178,36 @@ def test_shrinkage_multiplies_in_place_and_leaves_the_rest(provider, dtype):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
+HEIGHTS = (0, 1, 7, 256, 2500)
+WIDTHS = (8, 13, 16, 40, 1)
+
+
+@on_every_type
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_columns_are_summed_as_exactly_as_the_dtype_holds(height, provider, dtype):
+    matrices = [torch.randn(height, width).to(PROVIDERS[provider], dtype) for width in WIDTHS]
+    outs = [poisoned(width, dtype=dtype, device=PROVIDERS[provider]) for width in WIDTHS]
+    ops.cuda_column_sums(matrices, outs)
+    for matrix, out in zip(matrices, outs, strict=True):
+        exact = matrix.double().sum(0)
+        torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_sums_read_nothing_behind_a_matrix_and_repeat_in_any_order_of_blocks(monkeypatch):
+    for shape in ((300, 24), (300, 13), (5, 1)):
+        matrix, out, again = (
+            at_the_end(torch.randn(shape)),
+            at_the_end(torch.empty(shape[1])),
+            torch.empty(shape[1]),
+        )
+        ops.cuda_column_sums([matrix], [out])
+        with monkeypatch.context() as patch:
+            patch.setenv("UVC_HOST_COPIES", "early")
+            ops.cuda_column_sums([matrix], [again])
+        assert torch.equal(out, again)
+        torch.testing.assert_close(out, matrix.sum(0))
+
+
 def test_shrinkage_keeps_nan_where_the_factor_is_one_and_drops_it_where_it_is_zero():
     weights = [torch.full((2, 9), float("nan"))]
     ops.cuda_prox_shrink(weights, torch.tensor([1.0, 0.0]), [0])
@@ -208,6 +238,8 @@ def test_the_gathered_weights_have_the_gradient_of_plain_torch(provider, dtype):
         (lambda x, i: ops.cuda_gather([x.double()], [i], [0], [x]), "float64 is not cast"),
         (lambda x, i: ops.cuda_group_scores([x], [x.t()], [0]), "share"),
         (lambda x, i: ops.cuda_prox_shrink([x], torch.ones(3), [0]), "one per row"),
+        (lambda x, i: ops.cuda_column_sums([x], [x[0, :5]]), "a sum in that dtype for each column"),
+        (lambda x, i: ops.cuda_column_sums([x], []), "equally long"),
         (lambda x, i: ops.cuda_activate(x, None, 9, x.clone()), "unknown activation 9"),
         (lambda x, i: ops.cuda_activate(x, None, 0, x.clone()[:2]), "one dtype and shape"),
         (lambda x, i: ops.cuda_activate(x.int(), None, 0, x.int()), "float32, bfloat16"),
