@@ -215,6 +215,40 @@ def test_padded_a_block_makes_fewer_calls_than_a_dense_one(case):
         assert all(a < b for a, b in zip(calls(block, x), calls(dense, x), strict=True))
 
 
+def test_a_head_of_its_own_size_takes_four_calls():
+    model, x = small_vit(), torch.randn(1, 17, 24)
+    found = []
+    for heads in (2, 3):
+        structure = uvc.Structure.dense(model)
+        kept = [tuple(range(n)) for n in (1, 3, 2)[:heads]]
+        one = dataclasses.replace(
+            structure.blocks[0],
+            heads=tuple(range(heads)),
+            qk_dims=tuple(kept),
+            v_dims=tuple([(0, 2, 4, 5)] * heads),
+        )
+        structure = uvc.Structure((one, *structure.blocks[1:]))
+        attn = uvc.compact(uvc.apply_structure(copy.deepcopy(model), structure)).blocks[0].attn
+        found.append(calls(attn, x)[1])
+    # The transposed keys, both products, softmax.
+    assert found[1] - found[0] == 4
+
+
+@pytest.mark.parametrize("case", ["random at keep 0.5", "a head without q/k dims"])
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_without_a_mask_is_that_with_a_mask_of_zeros(form, case):
+    model = small_vit(attn_drop_rate=0.5, depth=6).double().train()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)[case]), form)
+    x, mask = torch.randn(3, 17, 24, dtype=torch.float64), torch.zeros(17, 17, dtype=torch.float64)
+    for block in small.blocks:
+        if block.record.attn:
+            found = []
+            for arguments in ({}, {"attn_mask": mask}):
+                torch.manual_seed(0)  # of dropout
+                found.append(block.attn(x, **arguments))
+            assert error(*found) < 1e-12
+
+
 def heads_of(model, *dims):
     """Every block keeps as many q/k dims and v dims of each head as `dims` says."""
     whole, kept = uvc.Structure.dense(model), tuple(tuple(range(n)) for n in dims)

@@ -52,11 +52,11 @@ class InARow(nn.Module):
 
     def attended(self, y: Tensor, **arguments) -> Tensor:
         """What the attention makes of the input of its half."""
-        return self.attn(y, **arguments)
+        return self._modules["attn"](y, **arguments)
 
     def fed(self, y: Tensor) -> Tensor:
         """What the MLP makes of the input of its half."""
-        return self.mlp(y)
+        return self._modules["mlp"](y)
 
 
 class UVCBlock(InARow):

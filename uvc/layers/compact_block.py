@@ -94,22 +94,23 @@ class CompactBlock(InARow):
     ) -> Tensor:
         """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
         slimming = None if self.slimming is None else due(self.slimming, x, attn_mask, is_causal)
-        scores = None
+        scores, children = None, self._modules  # read there, as attributes of a module take a call each
         residual = self.residual(x)
         if self.record.attn:
-            y = x if self.norm_last else self.norm1(x)
+            y = x if self.norm_last else children["norm1"](x)
             if slimming is None:
                 branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
             else:
-                branch, scores = self.attn.scored(y, slimming)
-            branch = self.norm1(branch) if self.norm_last else scaled(self, "1", branch)
+                branch, scores = children["attn"].scored(y, slimming)
+            branch = children["norm1"](branch) if self.norm_last else scaled(self, "1", branch)
             residual = residual + dropped(self, "1", branch)
         x = residual
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
-            branch = self.fed(x if self.norm_last else self.norm2(x))
-            x = x + dropped(self, "2", self.norm2(branch) if self.norm_last else scaled(self, "2", branch))
+            branch = self.fed(x if self.norm_last else children["norm2"](x))
+            branch = children["norm2"](branch) if self.norm_last else scaled(self, "2", branch)
+            x = x + dropped(self, "2", branch)
         return self.ended(x)
 
 

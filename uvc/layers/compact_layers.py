@@ -30,6 +30,11 @@ class HeadGroup(NamedTuple):
     dq: int
     dv: int
 
+    @property
+    def flat(self) -> bool:
+        """Whether it is one head that runs as it is projected, [B, N, dims]; equal dims have another call."""
+        return len(self.heads) == 1 and 0 < self.dq != self.dv
+
 
 def heads_in_groups(record, form: str, head_dim: int) -> list[tuple[HeadGroup, list[tuple]]]:
     """The kept heads of a structure's entry, group by group, with (head, q/k dims, v dims) of each.
@@ -83,6 +88,12 @@ class CompactAttention(nn.Module):
         take_parts(self, dense, "q_norm", "k_norm", "norm", "attn_drop", "proj_drop")
         gate = getattr(dense, "gate", None)
         self.gate = None if gate is None else smaller(gate, rows=columns)
+        # Whether scores are those of q and k as they are projected, without positions.
+        steps = ("positioned", "bias", "relative", "scored")
+        own = all(getattr(type(self), step) is getattr(CompactAttention, step) for step in steps)
+        self._plain = own and bool(groups) and not {"q_norm", "k_norm"} & self._modules.keys()
+        # Columns of q, k and v of each group, one behind the other.
+        self._sizes = [len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)]
 
     def _keep_sources(self, dense: nn.Module, kept: list[tuple[list[int], ...]]) -> None:
         """The rows of q, k and v that these groups of heads keep."""
@@ -117,13 +128,10 @@ class CompactAttention(nn.Module):
 
     def _projected(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """q, k and v of each group, [B, N, h * dims]."""
-        if hasattr(self, "qkv"):
-            parts = self.qkv(x).split(
-                [len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)], dim=-1
-            )
+        if (qkv := self._modules.get("qkv")) is not None:
+            parts = torch.split_with_sizes(qkv(x), self._sizes, -1)
             return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
-        qk, v = [len(g.heads) * g.dq for g in self.groups], [len(g.heads) * g.dv for g in self.groups]
-        parts = self.q(x).split(qk, -1), self.k(x).split(qk, -1), self.v(x).split(v, -1)
+        parts = [getattr(self, name)(x).split(self._sizes[i::3], -1) for i, name in enumerate("qkv")]
         return list(zip(*parts, strict=True))
 
     def _heads(self, x: Tensor) -> list[tuple[Tensor, ...]]:
@@ -134,24 +142,14 @@ class CompactAttention(nn.Module):
             # As few calls as in timm's layer.
             qkv = self.qkv(x).reshape(B, N, 3, len(first.heads), first.dv).permute(2, 0, 3, 1, 4)
             return [qkv.unbind(0)]
-        found = []
-        for (heads, dq, dv), parts in zip(self.groups, self._projected(x), strict=True):
-            sized = zip(parts, (dq, dq, dv), strict=True)
-            # A view of no dims is nothing that ONNX could express.
-            found.append(
-                tuple(
-                    part.reshape(B, N, len(heads), d).transpose(1, 2)
-                    if d
-                    else x.new_zeros(B, len(heads), N, 0)
-                    for part, d in sized
-                )
-            )
-        return found
+        return [in_heads(*found) for found in zip(self.groups, self._projected(x), strict=True)]
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **positions
     ) -> Tensor:
         """x [B, N, D] -> [B, N, D]; masks and positions as in timm, over the heads of the dense layer."""
+        if self._plain and attn_mask is None and not is_causal and not positions:
+            return self._left(x, self._plain_outputs(x))
         return self.scored(x, None, attn_mask, is_causal, **positions)[0]
 
     def scored(
@@ -182,11 +180,34 @@ class CompactAttention(nn.Module):
             mask = added(mask, self.relative(q, **positions))
             out = attend(q, k, v, self.scale, added(mask, bias), is_causal, dropout)
             outputs.append(out.transpose(1, 2).flatten(2))
+        return self._left(x, outputs), scores
+
+    def _plain_outputs(self, x: Tensor) -> list[Tensor]:
+        """What each group gives, [B, N, h * dv], where nothing but q, k and v matters.
+
+        A head alone in its group keeps its shape. At batch 1 a small model's latency is made of calls.
+        """
+        dropout, first = drop_rate(self._modules.get("attn_drop")), self.groups[0]
+        if len(self.groups) == 1 and not first.flat:
+            q, k, v = self._heads(x)[0]
+            return [attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)]
+        outputs, parts = [], self._projected(x)
+        zero = parts[0][0].new_zeros(1, 1, 1)
+        for group, (q, k, v) in zip(self.groups, parts, strict=True):
+            if group.flat:
+                outputs.append(weighed(scaled_scores(q, k, self.scale, zero), v, dropout))
+            else:
+                q, k, v = in_heads(group, (q, k, v))
+                outputs.append(attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2))
+        return outputs
+
+    def _left(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        """What the attention makes of its input x and of what each group gives."""
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         out = through_part(self, "norm", out if self._order is None else out[..., self._order])
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return through_part(self, "proj_drop", self.proj(out)), scores
+        return through_part(self, "proj_drop", self._modules["proj"](out))
 
 
 def attend(
@@ -203,17 +224,35 @@ def attend(
     (B, h, N, dq), M = q.shape, k.shape[2]
     v = v.reshape(B * h, M, v.shape[3])
     if dq:
-        q, k = q.reshape(B * h, N, dq), k.reshape(B * h, M, dq)
-        # One call per product: at batch 1 the overhead of calls is what a small model's latency is made of.
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        scores = scaled_scores(q.reshape(B * h, N, dq), k.reshape(B * h, M, dq), scale, q.new_zeros(1, 1, 1))
     else:
         scores = v.new_zeros(B * h, N, M)
     if is_causal or mask is not None:
         scores = masked(scores.view(B, h, N, M), mask, is_causal).view(B * h, N, M)
+    return weighed(scores, v, dropout).view(B, h, N, v.shape[-1])
+
+
+def in_heads(group: HeadGroup, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """q, k and v [B, N, h * dims] of a group as [B, h, N, dims]."""
+    B, N, _ = parts[2].shape
+    heads, found = len(group.heads), []
+    for part, dims in zip(parts, (group.dq, group.dq, group.dv), strict=True):
+        # A view of no dims is nothing that ONNX could express.
+        new = part.reshape(B, N, heads, dims).transpose(1, 2) if dims else part.new_zeros(B, heads, N, 0)
+        found.append(new)
+    return tuple(found)
+
+
+def scaled_scores(q: Tensor, k: Tensor, scale: float, zero: Tensor) -> Tensor:
+    """scale q k^T for q [G, N, dq] and k [G, M, dq]; zero [1, 1, 1] is not read."""
+    # One call: scaling by another would take as long as the product.
+    return torch.baddbmm(zero, q, k.transpose(1, 2), beta=0, alpha=scale)
+
+
+def weighed(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(scores) v for scores [G, N, M] and v [G, M, dv]."""
     weights = scores.softmax(dim=-1)
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, v).view(B, h, N, v.shape[-1])
+    return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
 
 
 class CompactMlp(nn.Module):
@@ -239,14 +278,15 @@ class CompactMlp(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> the kept neurons [B, N, F']."""
-        return self.act(self.fc1(x))
+        return self._modules["act"](self._modules["fc1"](x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
-        if self.fc2.in_features == 0:
-            return through_part(self, "drop2", without_inputs(self.fc2, x))
+        fc2 = self._modules["fc2"]
+        if fc2.in_features == 0:
+            return through_part(self, "drop2", without_inputs(fc2, x))
         hidden = through_part(self, "norm", through_part(self, "drop1", self.hidden(x)))
-        return through_part(self, "drop2", self.fc2(hidden))
+        return through_part(self, "drop2", fc2(hidden))
 
 
 class CompactGluMlp(CompactMlp):
