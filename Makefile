@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT := 0
 
 VENV_DOCS := $(VENV)/.docs
 
-.PHONY: demo test docs matrix lint gate mutate sanitize bench bench-gpu install clean
+.PHONY: demo test docs matrix lint gate mutate sanitize processes bench bench-gpu install clean
 
 demo: install
 	rm -rf runs/demo
@@ -60,6 +60,13 @@ sanitize: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -s -m "" --timeout 3000 tests/kernels \
 	-k "not triton and not cuda_compile"
+
+# Several processes: kills, drawn configurations, memory over 2,000 steps, traffic, inductor; then the digits recipe
+# by two processes beside one. An hour on two cores.
+processes: install
+	$(BIN)/python -m pytest -s -m "" --timeout 3600 $(addprefix tests/training/test_,\
+	processes.py fsdp.py checkpoints.py compiling.py interrupted.py)
+	$(BIN)/python bench/processes.py build/processes
 
 # Adds rows to bench/results and prints a table of speed-ups.
 bench: install

@@ -1,6 +1,7 @@
 """Training under torch.compile: the structures of a run without it, and few compilations."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,16 @@ def test_a_search_has_its_structures_and_compiles_few_kinds_of_blocks():
 
 
 SLOW = pytest.mark.slow
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_search_under_inductor_has_the_structures_of_one_without():
+    ((plain, its, *_),) = gang(1, run, None, 8, {})
+    ((seen, found, _, breaks),) = gang(1, run, "inductor", 8, {}, seconds=800)
+    print(f"{len(set(seen))} structures, farthest weight {farthest(found, its):.1e}")
+    assert seen == plain and farthest(found, its) < 0.05 * REACH and not breaks
 
 
 @pytest.mark.parametrize(
