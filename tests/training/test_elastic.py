@@ -98,6 +98,25 @@ def test_switching_back_and_forth_is_bit_equal_and_copies_no_weight(result):
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
 
 
+def test_compiled_blocks_are_traced_by_kind_and_not_again_at_a_switch(result):
+    graphs, model, x = [], copy.deepcopy(result.model), images()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    right = {budget: uvc.set_budget(model, budget)(x) for budget in BUDGETS}
+    for block in model.blocks:
+        block.compile(backend=count)
+    seen = []
+    for budget in (*BUDGETS, *BUDGETS, *reversed(BUDGETS)):
+        assert error(uvc.set_budget(model, budget)(x), right[budget]) < TOLERANCE[x.dtype]
+        seen.append(len(graphs))
+    print(f"graphs after each pass: {seen}")
+    assert seen[len(BUDGETS) - 1] == seen[-1] <= 4
+
+
 def test_one_folder_gives_the_switchable_model_and_a_compacted_one_of_each_budget(result, folder):
     model, x = uvc.load(folder), images()
     assert structures_of(model) == result.structures and uvc.structure_of(model) == result.structure
