@@ -1,5 +1,5 @@
 """`python -m bench.quality` runs what is missing in results.csv; `report` prints it; `page` writes
-docs/quality.md; `accept` checks the tasks.
+docs/quality.md; `accept` checks the tasks; `elastic` runs several budgets in one model.
 
 Run from the repository root.
 """
@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import argparse
 from pathlib import Path
 
-from bench.quality import harness, page, report
+from bench.quality import elastic, harness, page, report
 from bench.quality.arms import ARMS, MAIN
 from bench.quality.context import accept, write_acceptance
 from bench.quality.tasks import TASKS
@@ -24,7 +24,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["run", "report", "page", "accept"], default="run")
+    parser.add_argument(
+        "command", nargs="?", choices=["run", "report", "page", "accept", "elastic"], default="run"
+    )
     parser.add_argument("--arms", nargs="+", default=list(MAIN), choices=[*ARMS, "all"], metavar="ARM")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.33, 0.15, 0.08])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
@@ -43,6 +45,8 @@ def main() -> None:
             print(row)
     elif options.command == "report":
         print(report.render(harness.read(options.results), options.mode))
+    elif options.command == "elastic":
+        elastic.run(options.tasks, options.seeds, options.minutes)
     elif options.command == "page":
         page.write(harness.read(options.results), options.results, DOCS)
     else:

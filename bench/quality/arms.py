@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from bench.quality import pruning, rivals
+from bench.quality import gates, pruning, rivals
 from bench.quality.context import HEADS, WIDTH, Context, build, narrow_width
 from uvc.config import DistillConfig
 from uvc.training.compress import compress
@@ -99,6 +99,7 @@ ARMS: dict[str, Arm] = {
     "uniform_width": Arm(uniform_width, scratch=True),
     "uniform_depth": Arm(uniform_depth, scratch=True),
     "global_taylor_balanced": Arm(lambda c: uvc(c, method="global_taylor_balanced"), search=True),
+    "stochastic_gates": Arm(lambda c: uvc(c, method=gates.NAME), search=True),
     "random_structure": Arm(rivals.random_structure),
     "uvc_no_tokens": Arm(lambda c: uvc(c, tokens=0), search=True),
     "uvc_no_balance": Arm(lambda c: uvc(c, balance=False), search=True),

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from bench.quality import elastic
 from bench.quality.arms import ARMS, MAIN
 from bench.quality.harness import TRACES, VERSION
 from bench.quality.report import OURS, Row, interval, mean_of, paired, render
@@ -131,6 +132,9 @@ def blocks(rows: list[Row]) -> dict[str, str]:
         found[f"tables_{mode}"] = render(rows, mode).replace("no rows yet", "No row yet.")
     found["short"] = "\n".join(short(rows))
     found["ablations"] = "\n".join(ablations(rows))
+    together = elastic.read()
+    found["elastic"] = "\n".join(elastic.table(together, rows))
+    found["elastic_stand"] = elastic.stand(together)
     dates = sorted({row["date"] for row in rows})
     counts = {mode: sum(row["mode"] == mode for row in rows) for mode in ("epochs", "compute")}
     found["stand"] = (

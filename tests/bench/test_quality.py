@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.quality import arms, context, harness, page, report
+from bench.quality import arms, context, elastic, harness, page, report
 from bench.quality.tasks import TASKS, Batches, Split, Task
 from uvc.config import Config, SolverConfig
 from uvc.costs import cost
@@ -249,3 +249,37 @@ def test_pictures_come_from_rows(tmp_path):
     for path in (docs / "quality.md", tmp_path / "README.md"):
         assert "3 rows at equal epochs" in path.read_text()
     assert len(list(docs.glob("quality_*.png"))) == 4
+
+
+def test_several_budgets_in_one_model_leave_a_row_each(tmp_path):
+    file = tmp_path / "elastic.csv"
+    for _ in range(2):  # what is there is not run again
+        elastic.run(["tiny"], [0], 1.0, file)
+    rows = elastic.read(file)
+    assert [float(row["budget"]) for row in rows] == list(elastic.BUDGETS) and set(rows[0]) == set(
+        elastic.FIELDS
+    )
+    assert all(0.8 * float(row["budget"]) < float(row["macs_ratio"]) <= float(row["budget"]) for row in rows)
+    # Each step after the search trains all of them.
+    epochs = elastic.POST_EPOCHS * sum(float(row["macs_ratio"]) for row in rows)
+    assert epochs < float(rows[0]["train_compute"]) < epochs + 4
+    assert len({row["train_compute"] for row in rows}) == 1 and elastic.stand(rows).startswith("Epochs")
+
+
+def test_together_is_compared_with_alone_by_seed_and_in_compute():
+    alone = [
+        row | {"train_compute": "3.0"}
+        for budget, top1 in ((0.5, [92, 91]), (0.33, [90, 90]))
+        for row in rows_of("uvc", budget, [0, 0], top1)
+    ]
+    together = [
+        {"task": "tiny", "seed": str(seed), "budget": str(budget), "after_top1": "90.5", "train_compute": "4"}
+        for seed in (1, 0, 7)
+        for budget in (0.5, 0.33)
+    ]
+    assert elastic.table(together, alone)[2:] == [
+        "| tiny | 0.5 | 2 | 91.50 | 90.50 | -1.00 ± 6.35 | 3.00 |  |",
+        "| tiny | 0.33 | 2 | 90.00 | 90.50 | +0.50 ± 0.00 | 3.00 |  |",
+        "| tiny | all | 2 | 90.75 | 90.50 | -0.25 ± 3.18 | 6.00 | 4.00, 0.67 of it |",
+    ]
+    assert elastic.table([], alone) == ["No row yet."]
