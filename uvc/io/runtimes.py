@@ -63,14 +63,14 @@ def write_safetensors(model: nn.Module, x: Tensor, path: Path) -> None:
 
 def write_torch_export(model: nn.Module, x: Tensor, path: Path) -> None:
     extra = {"preprocessing.json": json.dumps(preprocessing_of(model))}
-    torch.export.save(_traced(model, x), path, extra_files=extra)
+    torch.export.save(traced(model, x), path, extra_files=extra)
 
 
 def write_aoti(model: nn.Module, x: Tensor, path: Path) -> None:
     """A package of compiled code and weights: C++ and Python load it without tracing or the model's code."""
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(_traced(model, x), package_path=str(path))
+    aoti_compile_and_package(traced(model, x), package_path=str(path))
 
 
 def read_aoti(path: Path) -> Program:
@@ -80,7 +80,8 @@ def read_aoti(path: Path) -> Program:
     return aoti_load_package(str(path))
 
 
-def _traced(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+def traced(model: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
+    """The first output of a model as a program of torch.export, for any number of images like x."""
     return torch.export.export(one_output(model), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
