@@ -19,6 +19,7 @@ from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -29,7 +30,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
-from uvc.layers import timm_classes
+from uvc.layers import set_image, timm_classes
 from uvc.structure import Structure
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5, mlp_ratio=1.25)
@@ -58,6 +59,20 @@ UNITS = dict(
     mask_unit_attn=(True, False, False),
     num_classes=5,
     mlp_ratio=1.25,
+)
+# The second block pools, the third attends to all, windows of the fourth are padded, and it pools, too.
+POOLED = dict(
+    patch_kernel=(3, 3),
+    patch_stride=(2, 2),
+    patch_padding=(1, 1),
+    embed_dim=8,
+    num_heads=2,
+    stages=(1, 2, 2),
+    q_pool=2,
+    window_spec=(4, 4, 3),
+    global_att_blocks=(2,),
+    global_pos_size=(3, 3),
+    num_classes=5,
 )
 ROPE = dict(use_rot_pos_emb=True)
 FLEX = dict(img_size=None, pos_embed_grid_size=(4, 4))
@@ -168,6 +183,8 @@ KINDS = {
         dict(UNITS, mask_unit_attn=(False, False, False), use_expand_proj=False, init_values=0.5, q_pool=1),
         FREE,
     ),
+    "sam 2's hiera": (HieraDet, dict(POOLED, init_values=0.5), FREE),
+    "sam 2's hiera, growing without pooling": (HieraDet, dict(POOLED, q_pool=0), FREE),
     "parallel halves": (VisionTransformer, dict(block_fn=ParallelScalingBlock, init_values=0.5), FREE),
     "parallel halves, q/k norms": (
         VisionTransformer,
@@ -205,6 +222,8 @@ def made(name: str) -> nn.Module:
         sizes = SIZES if "kwargs" in takes else {name: SIZES[name] for name in SIZES if name in takes}
         own = {**sizes, **own}
     model = cls(**own).eval()
+    if cls is HieraDet:
+        set_image(model, (3, 24, 24))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)

@@ -95,6 +95,16 @@ def test_a_model_without_a_pretrained_size_counts_its_grid_of_positions():
     assert patches_of(set_tokens(made(), 7)) == 7
 
 
+def test_costs_of_sam_2_are_those_of_a_stated_square():
+    model = timm.create_model("sam2_hiera_tiny", embed_dim=8, stages=(1, 1, 1, 1), global_att_blocks=(2,))
+    assert image_of(model) == (3, 896, 896) and patches_of(model) == 224**2
+    set_tokens(model, 32**2)
+    assert image_of(model) == (3, 128, 128)
+    assert uvc.cost(model).macs == count_macs(uvc.compact(uvc.convert(model)), images(model)[:1])
+    with pytest.raises(ValueError, match="a HieraDet's cost is that of square images, but 384 tokens are no"):
+        uvc.cost(set_tokens(model, 384))
+
+
 def test_tokens_of_a_model_for_images_of_one_size_are_its_own():
     model = small_vit()
     assert set_tokens(model, 16) is model

@@ -2,6 +2,7 @@
 
 from timm.models import vision_transformer_sam
 from timm.models.hiera import HieraBlock
+from timm.models.hieradet_sam2 import MultiScaleBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
@@ -10,6 +11,7 @@ from torch import nn
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.hiera_block import CompactHieraBlock
+from uvc.layers.hieradet_block import CompactHieraDetBlock
 from uvc.layers.kinds import NORM_FIRST, NORM_LAST
 from uvc.layers.other_blocks import CompactOtherBlock, layout_of
 from uvc.layers.parallel import LAYOUTS
@@ -23,6 +25,7 @@ COMPACT: dict[type[nn.Module], type[CompactBlock]] = {
     SwinTransformerV2Block: CompactSwinV2Block,
     SwinTransformerV2CrBlock: CompactSwinCrBlock,
     HieraBlock: CompactHieraBlock,
+    MultiScaleBlock: CompactHieraDetBlock,
     vision_transformer_sam.Block: CompactSamBlock,
 }
 BLOCKS = (*NORM_FIRST, *NORM_LAST)

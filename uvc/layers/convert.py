@@ -16,8 +16,8 @@ from uvc.layers.stages import blocks_of, lists_of, named_blocks
 
 SUPPORTED = (
     "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
-    "SwinTransformer (V2), Hiera and VisionTransformerSAM with blocks of two halves, their attention, Mlp, "
-    "GluMlp and SwiGLU; "
+    "SwinTransformer (V2), Hiera, HieraDet and VisionTransformerSAM with blocks of two halves, their "
+    "attention, Mlp, GluMlp and SwiGLU; "
     "transformers' and torchvision's ViT, DeiT, DINOv2, DINOv3, CLIP vision and SigLIP vision"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
@@ -28,7 +28,6 @@ WHY = {
     "convit": "its attention adds gated positions; v dims and the MLP's neurons could go",
     "crossvit": "it has branches of several widths; heads, dims and neurons inside each could go",
     "gemma4_vit": "rotary positions tie its q/k dims in pairs; neurons could go",
-    "hieradet_sam2": "its width grows from block to block; neurons could go",
     "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",
     "pit": "its tokens are pooled between stages; heads, dims and neurons of its blocks could go",
     "tnt": "it holds a transformer for each patch; heads, dims and neurons of both could go",

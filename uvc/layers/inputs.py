@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from timm.models.cait import Cait
 from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
@@ -85,7 +86,7 @@ def prefix_of(model: nn.Module) -> int:
 
 def takes_any_size(model: nn.Module) -> bool:
     """Whether a model takes images of any size, so that its cost is that of a size that is stated."""
-    return isinstance(trunk_of(model), NaFlexVit)
+    return isinstance(trunk_of(model), NaFlexVit | HieraDet)
 
 
 def image_of(model: nn.Module) -> Image | None:
@@ -100,7 +101,8 @@ def image_of(model: nn.Module) -> Image | None:
         size = stem_of(trunk).img_size
         return None if size is None else (trunk.in_chans, *size)
     size = cfg_of(trunk).get("input_size")
-    if size is None and (grid := stem_of(trunk).pos_embed_grid_size) is not None:
+    grid = getattr(stem_of(trunk), "pos_embed_grid_size", None)
+    if size is None and grid is not None:
         size = (0, *(n * patch for n, patch in zip(grid, stem_of(trunk).patch_size, strict=True)))
     return None if size is None else (trunk.in_chans, *size[1:])
 
@@ -116,6 +118,10 @@ def patches_of(model: nn.Module) -> int | None:
         stem = stem_of(trunk)
         return None if stem.img_size is None else stem.num_patches
     size = image_of(trunk)
+    if isinstance(trunk, HieraDet) and size is not None:
+        stem = trunk.patch_embed.proj
+        sides = zip(size[1:], stem.padding, stem.kernel_size, stem.stride, strict=True)
+        return math.prod((n + 2 * padding - kernel) // stride + 1 for n, padding, kernel, stride in sides)
     return None if size is None else math.prod(stem_of(trunk).dynamic_feat_size(size[1:]))
 
 
@@ -136,7 +142,8 @@ def set_tokens(model: nn.Module, tokens: int) -> nn.Module:
             f"{own or 'no stated number of'} tokens; make the model with another img_size"
         )
     rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
-    height, width = stem_of(model).patch_size
+    stem = stem_of(model)
+    height, width = stem.proj.stride if isinstance(trunk_of(model), HieraDet) else stem.patch_size
     return set_image(model, (image_of(model)[0], rows * height, tokens // rows * width))
 
 

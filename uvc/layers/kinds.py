@@ -7,6 +7,7 @@ from timm.models import beit, vision_transformer_sam
 from timm.models.cait import Cait, LayerScaleBlock, TalkingHeadAttn
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention
+from timm.models.hieradet_sam2 import HieraDet, MultiScaleAttention, MultiScaleBlock
 from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer import WindowAttention as SwinAttention
@@ -32,6 +33,7 @@ from uvc.layers.biased import UVCBeitAttention, UVCRelPosAttention
 from uvc.layers.differential import UVCDiffAttention
 from uvc.layers.geglu import UVCGeGluMlp
 from uvc.layers.grouped import UVCGroupedRope
+from uvc.layers.hieradet_attention import UVCPooledAttention
 from uvc.layers.mask_units import UVCMaskUnitAttention
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.prunable import Prunable
@@ -61,6 +63,7 @@ MODELS = (
     SwinTransformer,
     SwinTransformerV2,
     Hiera,
+    HieraDet,
     vision_transformer_sam.VisionTransformerSAM,
     SwinTransformerV2Cr,
     *timm_classes("qwen3_vit", "Qwen3VitEncoder"),
@@ -75,6 +78,7 @@ NORM_FIRST = (
     LayerScaleBlock,
     SwinTransformerBlock,
     HieraBlock,
+    MultiScaleBlock,
     vision_transformer_sam.Block,
     *timm_classes("deepseek_vit", "DeepseekVitBlock"),
 )
@@ -96,6 +100,7 @@ ATTENTIONS: dict[type[nn.Module], type[Prunable]] = {
     SwinAttention: UVCWindowAttention,
     SwinV2Attention: UVCCosineAttention,
     MaskUnitAttention: UVCMaskUnitAttention,
+    MultiScaleAttention: UVCPooledAttention,
     WindowMultiHeadAttention: UVCCrAttention,
     vision_transformer_sam.Attention: UVCSamAttention,
 }
