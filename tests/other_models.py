@@ -81,9 +81,12 @@ def absent(model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
     parameters, handles = dict(model.named_parameters()), []
     for (name, block), kept in zip(named_blocks(model).items(), structure.blocks, strict=True):
         children = dict(block.named_modules())
-        first = next(n for n in ("attention", "self_attn", "self_attention") if n in children)
+        first = next(n for n in ("attention", "self_attn", "self_attention", "attn") if n in children)
         out = next(n for n in ("o_proj", "out_proj") if n in children[first]._modules)
         second = next(n for n in ("fc2", "down_proj", "3") if n in children["mlp"]._modules)
+        # Gemma 4's layers that clip hold their linear layer.
+        inner = ".linear" if f"{first}.{out}.linear" in children else ""
+        out, second = out + inner, second + inner
         A = children[f"{first}.{out}"].in_features
         q, v = torch.zeros(A), torch.zeros(A)
         for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
@@ -92,7 +95,7 @@ def absent(model: nn.Module, structure: Structure, x: Tensor) -> Tensor:
         neurons = torch.zeros(children[f"mlp.{second}"].in_features)
         neurons[list(kept.neurons)] = 1
         whole = torch.cat([q, torch.ones(2 * A)])
-        masks = {f"{first}.q_proj.weight": q[:, None], f"{first}.q_proj.bias": q}
+        masks = {f"{first}.q_proj{inner}.weight": q[:, None], f"{first}.q_proj.bias": q}
         masks |= {f"{first}.in_proj_weight": whole[:, None], f"{first}.in_proj_bias": whole}
         for part, mask in {**masks, f"{first}.{out}.weight": v, f"mlp.{second}.weight": neurons}.items():
             if (path := f"{name}.{part}") in parameters:

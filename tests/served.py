@@ -260,9 +260,31 @@ def vit(name: str) -> nn.Module:
     return MODELS[name]().eval()
 
 
+def gemma() -> nn.Module:
+    """Gemma 4's encoder with a classifier, whose layers clip."""
+    found = timm_classes("gemma4_vit", "Gemma4VitClassifier")
+    if not found:
+        pytest.skip("this timm has no gemma4_vit")
+    torch.manual_seed(5)
+    sizes = dict(patch_size=4, embed_dim=24, depth=3, num_heads=3, head_dim=8, intermediate_size=40)
+    model = found[0](**sizes, num_classes=5, position_embedding_size=8, use_clipped_linears=True).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+        for name, bound in model.named_buffers():
+            if name.endswith(("_min", "_max")):
+                bound.fill_(-0.5 if name.endswith("_min") else 0.5)
+    return set_image(model, (3, 16, 16))
+
+
+OFFERED = {
+    **{name: offered for name, (_, _, offered) in KINDS.items()},
+    "gemma": {**FREE, "qk": 0, "v": 0},
+}
 EXAMPLES = {
     **{name: Example(partial(made, name)) for name in KINDS},
     **{name: Example(partial(vit, name)) for name in MODELS},
+    "gemma": Example(gemma, absent=other_models.absent),
     "gated attention": Example(lambda: gated().eval(), saved=False),
     **{
         f"{name} of others": Example(

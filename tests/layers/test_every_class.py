@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from oracle import error, gradient_error, gradients, stored, structures
-from served import EXAMPLES, KINDS
+from served import EXAMPLES, OFFERED
 
 import uvc
 from uvc.costs import count_macs
@@ -42,8 +42,8 @@ def test_a_converted_model_is_the_dense_one_bit_for_bit(name):
     expected = example.read(model, x)
     assert torch.equal(example.read(uvc.convert(model), x), expected)
     assert list(model.state_dict()) == keys
-    if name in KINDS:
-        offered = {**KINDS[name][2], "halves": ("attn", "mlp")}
+    if name in OFFERED:
+        offered = {**OFFERED[name], "halves": ("attn", "mlp")}
         assert uvc.families(model) == [offered] * len(blocks_of(model))
 
 

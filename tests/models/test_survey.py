@@ -15,7 +15,7 @@ import uvc.models
 from uvc.compaction import in_form
 from uvc.config import Config
 from uvc.costs import count_macs
-from uvc.layers import blocks_of, set_image
+from uvc.layers import blocks_of, set_image, takes_any_size, trunk_of
 from uvc.structure import Structure
 
 NARROW = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5)
@@ -66,6 +66,7 @@ SERVED = {
     "swin_s3_tiny_224": dict(img_size=64, window_size=(4, 2), **STAGES),
     "samvit_base_patch16": dict(img_size=80, window_size=3, global_attn_indexes=(1,)),
     "hiera_tiny_224": dict(img_size=(64, 64), embed_dim=24, num_heads=3, stages=(1, 1, 1, 1), num_classes=5),
+    "gemma4_vit_167m": dict(head_dim=16, intermediate_size=96, position_embedding_size=64),
     "sam2_hiera_tiny": dict(embed_dim=24, stages=(1, 1, 2, 1), global_att_blocks=(3,), num_classes=5),
     "test_vit": dict(img_size=32),
     "t2t_vit_14": dict(img_size=32),
@@ -75,7 +76,6 @@ SERVED = {
 REFUSED = {
     "convit_tiny": r"blocks\.0 is a Block of convit, and its attention adds gated positions",
     "crossvit_9_240": r"blocks\.0 is a MultiScaleBlock of crossvit, and it has branches of several widths",
-    "gemma4_vit_167m": r"the model is a .* of gemma4_vit, and rotary positions tie its .*; neurons",
     "mixer_s16_224": r"blocks\.0 is a MixerBlock of mlp_mixer, and it mixes tokens without attention",
     "pit_ti_224": r"the model is a PoolingVisionTransformer of pit, and its tokens are pooled .*; heads",
     "tnt_s_patch16_224": r"blocks\.0 is a Block of tnt, and it holds a transformer for each patch",
@@ -84,6 +84,13 @@ REFUSED = {
     "volo_d1_224": r"the model is a VOLO of volo, and its first stage attends by outlook",
     "xcit_nano_12_p16_224": r"blocks\.0 is a XCABlock of xcit, and it attends between channels, not tokens",
 }
+
+
+def smaller_images(model: torch.nn.Module) -> None:
+    """Costs and tests of a model for images of any size are of smaller ones."""
+    sizes = {"HieraDet": 224, "Gemma4VitEncoder": 96}
+    if side := sizes.get(type(trunk_of(model)).__name__):
+        set_image(model, (3, side, side))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -95,8 +102,8 @@ def test_a_served_model_works_from_end_to_end(name, tmp_path):
     own = SERVED[name]
     model = timm.create_model(name, **(own if own.keys() & {"depths", "stages"} else {**NARROW, **own}))
     model.eval().requires_grad_(False)
-    if "sam2" in name:
-        set_image(model, (3, 224, 224))
+    if takes_any_size(model):
+        smaller_images(model)
     x, keys = images(model), list(model.state_dict())
     with torch.no_grad():
         # Some start with layer scales or heads of zero, behind which nothing shows.
@@ -175,8 +182,8 @@ def works(name: str, folder) -> bool:
     except ValueError:
         return False
     model = narrow(name)
-    if type(model).__name__ == "HieraDet":
-        set_image(model, (3, 224, 224))
+    if takes_any_size(model):
+        smaller_images(model)
     x = images(model, 1)
     uvc.apply_structure(model, Structure.random(model, 0.5, seed=1))
     out, small = model(x), uvc.compact(model)

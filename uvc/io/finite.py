@@ -7,10 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Of layers that clip, as Gemma 4's do: infinite where they do not.
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity in it; one look at each device."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and not t.is_meta}
+    floats = {name: t.abs().clamp_max(1) if name.endswith(BOUNDS) else t for name, t in floats.items()}
     if not floats:
         return None
     by_device: dict[torch.device, list[str]] = {}

@@ -8,6 +8,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import nn
 
+# Gives the layout of its blocks.
+import uvc.layers.gemma  # noqa: F401
 from uvc.layers.block import UVCBlock
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.hiera_block import CompactHieraBlock

@@ -84,10 +84,16 @@ def change(name: str, child: nn.Module, hooks: bool, weight: bool) -> str | None
 
     hooks, weight: whether hooks count, and a weight that is computed on the way.
     """
-    plain = PLAIN.get(name)
+    # What compaction made in the place of a linear layer does what the dense one did.
+    plain = None if getattr(child, "is_compact", False) else PLAIN.get(name)
     if plain is not None and type(child) not in plain:
         return f"{name} is a {kind_of(child)}, not a plain {plain[0].__name__}"
-    if weight and name in LINEARS and type(child._parameters.get("weight")) not in WEIGHTS:
+    if (
+        weight
+        and plain is not None
+        and name in LINEARS
+        and type(child._parameters.get("weight")) not in WEIGHTS
+    ):
         return f"{name} has a weight that is no plain parameter"
     if name == "act" and has_weights(child):
         return f"{name} is a {kind_of(child)} with weights of its own"

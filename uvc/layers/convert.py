@@ -27,7 +27,6 @@ WHY = {
     "CLIPModel": "it has blocks for text, too; give its vision_model, of which all could go",
     "convit": "its attention adds gated positions; v dims and the MLP's neurons could go",
     "crossvit": "it has branches of several widths; heads, dims and neurons inside each could go",
-    "gemma4_vit": "rotary positions tie its q/k dims in pairs; neurons could go",
     "mlp_mixer": "it mixes tokens without attention; the neurons of its MLPs could go",
     "pit": "its tokens are pooled between stages; heads, dims and neurons of its blocks could go",
     "tnt": "it holds a transformer for each patch; heads, dims and neurons of both could go",

@@ -14,11 +14,12 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from uvc.layers.compact_block import CompactBlock
-from uvc.layers.kinds import MODELS
+from uvc.layers.kinds import MODELS, timm_classes
 from uvc.layers.other_blocks import layout_of
 from uvc.layers.stages import lists_of
 
 Image = tuple[int, int, int]
+ANY_SIZE = (NaFlexVit, HieraDet, *timm_classes("gemma4_vit", "Gemma4VitEncoder"))
 
 
 class Facts(NamedTuple):
@@ -86,7 +87,7 @@ def prefix_of(model: nn.Module) -> int:
 
 def takes_any_size(model: nn.Module) -> bool:
     """Whether a model takes images of any size, so that its cost is that of a size that is stated."""
-    return isinstance(trunk_of(model), NaFlexVit | HieraDet)
+    return isinstance(trunk_of(model), ANY_SIZE)
 
 
 def image_of(model: nn.Module) -> Image | None:
@@ -100,7 +101,7 @@ def image_of(model: nn.Module) -> Image | None:
     if not takes_any_size(trunk):
         size = stem_of(trunk).img_size
         return None if size is None else (trunk.in_chans, *size)
-    size = cfg_of(trunk).get("input_size")
+    size = cfg_of(stated(model)).get("input_size")
     grid = getattr(stem_of(trunk), "pos_embed_grid_size", None)
     if size is None and grid is not None:
         size = (0, *(n * patch for n, patch in zip(grid, stem_of(trunk).patch_size, strict=True)))
@@ -117,7 +118,9 @@ def patches_of(model: nn.Module) -> int | None:
     if not takes_any_size(trunk):
         stem = stem_of(trunk)
         return None if stem.img_size is None else stem.num_patches
-    size = image_of(trunk)
+    size = image_of(model)
+    if size is not None and not isinstance(trunk, NaFlexVit | HieraDet):
+        return math.prod(n // patch for n, patch in zip(size[1:], stem_of(trunk).patch_size, strict=True))
     if isinstance(trunk, HieraDet) and size is not None:
         stem = trunk.patch_embed.proj
         sides = zip(size[1:], stem.padding, stem.kernel_size, stem.stride, strict=True)
@@ -149,6 +152,12 @@ def set_tokens(model: nn.Module, tokens: int) -> nn.Module:
 
 def set_image(model: nn.Module, size: Image) -> nn.Module:
     """Let costs of a model that takes images of any size be counted for this one, in place."""
-    trunk = trunk_of(model)
-    trunk.pretrained_cfg = trunk.default_cfg = {**cfg_of(trunk), "input_size": tuple(size)}
+    holder = stated(model)
+    holder.pretrained_cfg = holder.default_cfg = {**cfg_of(holder), "input_size": tuple(size)}
     return model
+
+
+def stated(model: nn.Module) -> nn.Module:
+    """What states the size of images: the model of a class that is served, or timm's model around it."""
+    trunk = trunk_of(model)
+    return model if not cfg_of(trunk) and cfg_of(model) else trunk

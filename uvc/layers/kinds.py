@@ -68,6 +68,7 @@ MODELS = (
     SwinTransformerV2Cr,
     *timm_classes("qwen3_vit", "Qwen3VitEncoder"),
     *timm_classes("deepseek_vit", "DeepseekVitEncoder"),
+    *timm_classes("gemma4_vit", "Gemma4VitEncoder"),
 )
 # Blocks of two halves, each a residual branch, by where its norm stands.
 NORM_FIRST = (

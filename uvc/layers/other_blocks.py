@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     prefix: tokens before the patches in a model of such blocks, registers aside. mlp: where the MLP is.
     block, small: what takes the place of such a block, on the fly and compact, where it is laid out in a way
-    of its own.
+    of its own. feed: what takes the place of its MLP, if not one of those that transformers has.
     """
 
     norms: tuple[str, str]
@@ -37,6 +37,7 @@ class Layout(NamedTuple):
     mlp: str = "mlp"
     block: "type[OtherBlock] | None" = None
     small: "type[CompactOtherBlock] | None" = None
+    feed: type[Prunable] | None = None
 
 
 _SCALED = Layout(
@@ -68,7 +69,18 @@ def layout_of(block: nn.Module) -> Layout | None:
     return layout if layout is not None and layout.attn in block._modules else None
 
 
-class OtherBlock(UVCBlock):
+class Called(nn.Module):
+    """How blocks of transformers and torchvision, on the fly and compact, are called."""
+
+    def read(
+        self, attention_mask: Tensor | None = None, position_embeddings: Any = None, **_
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The mask, and the positions, in what a block is called with."""
+        known = position_embeddings is not None
+        return attention_mask, {"position_embeddings": position_embeddings} if known else {}
+
+
+class OtherBlock(Called, UVCBlock):
     """One of these blocks, with halves and groups that can be left out.
 
     The class that is made of it for each of theirs is one of theirs, too.
@@ -82,7 +94,7 @@ class OtherBlock(UVCBlock):
         kind = kind_of(block)
         new = take_over(kind, block)
         attention, mlp = (new._modules[name] for name in (kind.layout.attn, "mlp"))
-        seen_mlp = SeenGatedMlp if "gate_proj" in mlp._modules else SeenMlp
+        seen_mlp = kind.layout.feed or (SeenGatedMlp if "gate_proj" in mlp._modules else SeenMlp)
         new._layers = (kind.layout.kind(attention), seen_mlp(mlp))  # in a tuple, so that they are no children
         new.norm_last = False
         new._skip, new._gates, new._slimming = (False, False), (None, None), None
@@ -114,7 +126,7 @@ class OtherBlock(UVCBlock):
         attn, mlp = self.attn, self.mlp
         if attn.is_dense and mlp.is_dense and not any(self._skip) and self._gates == (None, None):
             return super(UVCBlock, self).forward(x, *args, **kwargs)
-        mask, positions = read(*args, **kwargs)
+        mask, positions = self.read(*args, **kwargs)
         if not self._skip[0]:
             say_not_run(attn)
             norm, *after = self.half(0)
@@ -156,7 +168,7 @@ def _kind(theirs: type[nn.Module], layout: Layout) -> type[OtherBlock]:
     return type(f"UVC{theirs.__name__}", (layout.block or OtherBlock, theirs), {"layout": layout})
 
 
-class CompactOtherBlock(CompactBlock):
+class CompactOtherBlock(Called, CompactBlock):
     """The running halves of one of these blocks, on small weights; no layer of theirs is left."""
 
     FULL = OtherBlock
@@ -174,20 +186,13 @@ class CompactOtherBlock(CompactBlock):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x [B, N, D] -> [B, N, D]; masks and positions go to the attention."""
-        mask, positions = read(*args, **kwargs)
+        mask, positions = self.read(*args, **kwargs)
         if self.record.attn:
             branch = self.attn(self.norm1(x), attn_mask=mask, **positions)
             x = x + through_part(self, "after1", branch)
         if self.record.mlp:
             x = x + through_part(self, "after2", self.mlp(self.norm2(x)))
         return x
-
-
-def read(
-    attention_mask: Tensor | None = None, position_embeddings: Any = None, **_
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """The mask, and the positions, in what a block of theirs is called with."""
-    return attention_mask, {} if position_embeddings is None else {"position_embeddings": position_embeddings}
 
 
 def through(modules: list[nn.Module], x: Tensor) -> Tensor:
