@@ -153,7 +153,7 @@ class Config:
     accumulate: Size = 1
     # Blocks are computed again in the backward pass instead of being kept: less memory, a third more time.
     grad_checkpointing: bool = False
-    # Weights, gradients and moments are spread over the processes by rows (FSDP2), for models that one device
+    # Weights, gradients and moments are spread over the processes (FSDP2), for models that one device
     # does not hold with them.
     fsdp: bool = False
     compile: str | None = (

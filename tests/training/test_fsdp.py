@@ -86,16 +86,19 @@ def traffic():
     return found
 
 
-def test_what_is_sent_follows_the_structure():
-    found, other = gang(2, traffic)
-    assert found == other
+@pytest.mark.parametrize("count", [2, 3], ids=["columns", "three do not divide them"])
+def test_what_is_sent_follows_the_structure(count):
+    found, *others = gang(count, traffic)
+    assert all(other == found for other in others)
     for kept, sent, far in found:
         gathered, scattered = sorted(sent.values(), reverse=True)
         print(f"{kept:.3f} of the parameters, {gathered:.3f} gathered, {scattered:.3f} scattered")
         assert far < 1e-5
     for kept, sent, _ in found:
-        assert 1 <= sent["_allgather_base_"] / (2 * kept) < 1.05
-        assert 1 <= sent["_reduce_scatter_base_"] / kept < 1.05
+        # By rows processes have lost unequally many, and all send as many as the one that has most.
+        most = 1.05 if count == 2 else 2
+        assert 1 <= sent["_allgather_base_"] / (2 * kept) < most
+        assert 1 <= sent["_reduce_scatter_base_"] / kept < most
 
 
 def on_a_small_disk(folder):

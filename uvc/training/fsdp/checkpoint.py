@@ -1,4 +1,4 @@
-"""Checkpoints of a model that is spread: every process writes its rows, by `torch.distributed.checkpoint`, as
+"""Checkpoints of a model that is spread: every process writes its part, by `torch.distributed.checkpoint`, as
 safetensors, and rank 0 then the file of an unfinished run, which names them with their checksums.
 
 So a run that is killed finds the last file, whose parts are whole.

@@ -131,7 +131,7 @@ class Gathers:
 
 
 class Reduces(Gathers):
-    """The gradients of a half, of which each process gets its rows."""
+    """The gradients of a half, of which each process gets its part."""
 
     def __call__(
         self,
