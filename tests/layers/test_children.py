@@ -37,6 +37,13 @@ class LoRA(nn.Module):
         return self.base(x) + x @ self.a.T @ self.b.T
 
 
+class Half(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight
+
+
 class Scaled(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 1.5 * super().forward(x)
@@ -412,6 +419,34 @@ def test_adapters_on_a_compacted_model_work(case):
     small.blocks[0].attn.proj.register_forward_hook(lambda *_: hooks.append("proj"))
     small.blocks[0].mlp.fc2.register_forward_hook(lambda *_: hooks.append("fc2"))
     assert error(small(x), before) > 1e-3 and hooks == ["proj", "fc2"]
+
+
+@pytest.mark.parametrize("how", ["hooks", "hooks on all modules", "adapters", "weights computed on the way"])
+@pytest.mark.parametrize("form", ["grouped", "padded"])
+def test_children_of_a_compacted_model_are_called_where_they_are_more_than_their_weights(form, how):
+    model = small_vit().double()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]), form)
+    x, seen, handle = torch.randn(X, dtype=torch.float64), set(), None
+    block, before = small.blocks[0], small(x)
+    names = {getattr(half, name): name for half, name in linears(block)}
+    assert set(names.values()) == {"qkv", "proj", "fc1", "fc2"}
+    for half, name in linears(block):
+        if how == "hooks":
+            getattr(half, name).register_forward_hook(lambda *_, name=name: seen.add(name))
+        if how == "adapters":
+            setattr(half, name, LoRA(getattr(half, name)))
+        if how == "weights computed on the way":
+            parametrize.register_parametrization(getattr(half, name), "weight", Half())
+    if how == "hooks on all modules":
+        note = lambda module, *_: seen.add(names.get(module))  # noqa: E731
+        handle = nn.modules.module.register_module_forward_hook(note)
+    after = small(x)
+    if handle is not None:
+        handle.remove()
+    if how.startswith("hooks"):
+        assert seen - {None} == set(names.values()) and error(after, before) < 1e-12
+    else:
+        assert error(after, before) > 1e-3
 
 
 def test_hooks_on_blocks_attention_and_mlp_go_along_when_compacted():

@@ -22,6 +22,9 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torc
 INT8 = 0.25  # the largest difference on images that it was calibrated on
 # The program is made from the first of these batches and checked on all: the batch size stays free.
 BATCHES = (2, 1, 3)
+# Of a model that is compacted on the way. ONNX Runtime turns q, k and v of padded heads around before their
+# one product; a head of its own size needs none of that (DeiT-Tiny, ragged: 0.51 of dense, padded 0.57).
+FORM = {"onnx": "grouped"}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -58,7 +61,8 @@ def export(
     model = load(folder).eval().requires_grad_(False)
     check_runs(model)
     batches = [sample_images(model, batch) for batch in BATCHES]
-    small = model if is_compacted(model) else compact(model, "auto")
+    form = FORM.get(format, "auto")
+    small = model if is_compacted(model) else compact(model, form)
     if calibration is not None:
         write = partial(write_onnx_int8, images=calibration)
         batches = [calibration[0][:batch] for batch in BATCHES]
@@ -66,7 +70,7 @@ def export(
     expected = _expected(model, batches, format)
     if dtype is not None:
         again = load(folder)  # as a compacted model may share its weights
-        small = (again if is_compacted(again) else compact(again, "auto")).to(given[0].dtype)
+        small = (again if is_compacted(again) else compact(again, form)).to(given[0].dtype)
     bound = INT8 if calibration is not None else max(TOLERANCE[x.dtype] for x in (given[0], batches[0]))
     readers = [read] + ([] if check is None else [CHECKS[format][check]])
     compare = partial(_compare, readers, given, expected, bound, format)

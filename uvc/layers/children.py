@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -62,6 +63,15 @@ def is_plain(linear: nn.Module) -> bool:
     return (
         type(linear) in LINEAR and type(linear._parameters.get("weight")) in WEIGHTS and is_untouched(linear)
     )
+
+
+def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """linear(x), from its weights where calling it is no more than that: a call takes 2 us of Python."""
+    before, after, back_before, back = GLOBAL_HOOKS
+    if before or after or back_before or back or not is_plain(linear):
+        return linear(x)
+    parameters = linear._parameters
+    return F.linear(x, parameters["weight"], parameters["bias"])
 
 
 def watched() -> bool:

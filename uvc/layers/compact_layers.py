@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.layers.children import drop_rate, is_plain, is_untouched
+from uvc.layers.children import drop_rate, is_plain, is_untouched, product
 from uvc.layers.token_pruning import Slimming, row_scores
 
 # How what is kept runs: a product for each group of equal heads; or one for all of them, with zeros up to one
@@ -92,8 +92,9 @@ class CompactAttention(nn.Module):
         steps = ("positioned", "bias", "relative", "scored")
         own = all(getattr(type(self), step) is getattr(CompactAttention, step) for step in steps)
         self._plain = own and bool(groups) and not {"q_norm", "k_norm"} & self._modules.keys()
-        # Columns of q, k and v of each group, one behind the other.
+        # Columns of q, k and v of each group, one behind the other; which groups are `flat`.
         self._sizes = [len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)]
+        self._flat = [group.flat for group in self.groups]
 
     def _keep_sources(self, dense: nn.Module, kept: list[tuple[list[int], ...]]) -> None:
         """The rows of q, k and v that these groups of heads keep."""
@@ -129,7 +130,7 @@ class CompactAttention(nn.Module):
     def _projected(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """q, k and v of each group, [B, N, h * dims]."""
         if (qkv := self._modules.get("qkv")) is not None:
-            parts = torch.split_with_sizes(qkv(x), self._sizes, -1)
+            parts = torch.split_with_sizes(product(qkv, x), self._sizes, -1)
             return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
         parts = [getattr(self, name)(x).split(self._sizes[i::3], -1) for i, name in enumerate("qkv")]
         return list(zip(*parts, strict=True))
@@ -140,8 +141,8 @@ class CompactAttention(nn.Module):
         first = self.groups[0]
         if len(self.groups) == 1 and first.dq == first.dv and "qkv" in self._modules:
             # As few calls as in timm's layer.
-            qkv = self.qkv(x).reshape(B, N, 3, len(first.heads), first.dv).permute(2, 0, 3, 1, 4)
-            return [qkv.unbind(0)]
+            qkv = product(self._modules["qkv"], x).reshape(B, N, 3, len(first.heads), first.dv)
+            return [qkv.permute(2, 0, 3, 1, 4).unbind(0)]
         return [in_heads(*found) for found in zip(self.groups, self._projected(x), strict=True)]
 
     def forward(
@@ -187,14 +188,14 @@ class CompactAttention(nn.Module):
 
         A head alone in its group keeps its shape. At batch 1 a small model's latency is made of calls.
         """
-        dropout, first = drop_rate(self._modules.get("attn_drop")), self.groups[0]
-        if len(self.groups) == 1 and not first.flat:
+        dropout = drop_rate(self._modules.get("attn_drop"))
+        if self._flat == [False]:
             q, k, v = self._heads(x)[0]
             return [attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)]
         outputs, parts = [], self._projected(x)
         zero = parts[0][0].new_zeros(1, 1, 1)
-        for group, (q, k, v) in zip(self.groups, parts, strict=True):
-            if group.flat:
+        for group, flat, (q, k, v) in zip(self.groups, self._flat, parts, strict=True):
+            if flat:
                 outputs.append(weighed(scaled_scores(q, k, self.scale, zero), v, dropout))
             else:
                 q, k, v = in_heads(group, (q, k, v))
@@ -203,11 +204,11 @@ class CompactAttention(nn.Module):
 
     def _left(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """What the attention makes of its input x and of what each group gives."""
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         out = through_part(self, "norm", out if self._order is None else out[..., self._order])
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return through_part(self, "proj_drop", self._modules["proj"](out))
+        return through_part(self, "proj_drop", product(self._modules["proj"], out))
 
 
 def attend(
@@ -278,7 +279,7 @@ class CompactMlp(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> the kept neurons [B, N, F']."""
-        return self._modules["act"](self._modules["fc1"](x))
+        return self._modules["act"](product(self._modules["fc1"], x))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
@@ -286,7 +287,7 @@ class CompactMlp(nn.Module):
         if fc2.in_features == 0:
             return through_part(self, "drop2", without_inputs(fc2, x))
         hidden = through_part(self, "norm", through_part(self, "drop1", self.hidden(x)))
-        return through_part(self, "drop2", fc2(hidden))
+        return through_part(self, "drop2", product(fc2, hidden))
 
 
 class CompactGluMlp(CompactMlp):
