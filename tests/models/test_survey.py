@@ -8,6 +8,7 @@ import timm
 import torch
 from imports import ROOT
 from oracle import MODELS, TOLERANCE, error, images, needs_whole_naflex, stored
+from served import gemma
 from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
@@ -221,6 +222,7 @@ def test_a_counted_model_is_pruned_compacted_saved_and_loaded_or_refused(name, t
 T2T = dict(img_size=32, depth=8, embed_dim=192, num_heads=3, num_classes=5)
 COMPRESSED = {
     **{name: MODELS[name] for name in ("deit distilled", "swiglu", "packed swiglu", "glu, gate last")},
+    "gemma": gemma,
     "t2t performer": lambda: timm.create_model("t2t_vit_14", **T2T),
     "t2t transformer": lambda: timm.create_model("t2t_vit_t_14", **T2T),
 }

@@ -118,6 +118,7 @@ def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) ->
     For what reads those weights, as a cost or a smaller copy does; hooks, weight: see `children.change`.
     """
     for name, block in named_blocks(model).items():
+        block = seen(block)
         for half in ("attn", "mlp"):
             layer = getattr(block, half, None)
             if isinstance(layer, Prunable) and (fault := layer.torn()):

@@ -158,6 +158,6 @@ def set_image(model: nn.Module, size: Image) -> nn.Module:
 
 
 def stated(model: nn.Module) -> nn.Module:
-    """What states the size of images: the model of a class that is served, or timm's model around it."""
-    trunk = trunk_of(model)
-    return model if not cfg_of(trunk) and cfg_of(model) else trunk
+    """What states the size of images: timm's model, or the one that is found in a wrapper."""
+    theirs = any(kind.__module__.startswith("timm.") for kind in type(model).__mro__)
+    return model if theirs else trunk_of(model)
