@@ -48,8 +48,8 @@ def export(
     check: a second runtime that must agree, "openvino" for ONNX.
 
     What is written is read back, run, and compared with the model (relative to the largest output) before it
-    is put in place, and again from there, with all its files; what differs is not kept. Where the optimiser
-    of ONNX makes it differ, it is written without, which is said once. ValueError, before any work, for an
+    is put in place, and again from there, with all its files; what differs is not kept. Where ONNX's
+    optimiser is to blame, it is written without, which is said once. ValueError, before any work, for an
     unknown format, runtime or place, or a package that is missing; later for a model that the format cannot
     express.
     """
@@ -83,7 +83,7 @@ def export(
                 _write(write, small, given[0], written, format)
                 try:
                     compare(written)
-                except RuntimeError:
+                except (RuntimeError, ValueError):  # it differs, or is no program
                     if not FORMATS[format].optimised:
                         raise
                     for file in Path(draft).iterdir():
