@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
+from uvc.layers import blocks_of
+from uvc.layers.prunable import device_of
 from uvc.structure import Structure, apply_structure, fit_structure
 
 STRUCTURES = "uvc_structures"  # the attribute of a model that has some
+# By model, what its blocks derived from a structure, by budget and device: part of no copy or file.
+_SELECTIONS: WeakKeyDictionary[nn.Module, dict[tuple[float, torch.device], list[Any]]] = WeakKeyDictionary()
 
 
 def make_elastic(model: nn.Module, structures: Mapping[float, Structure]) -> nn.Module:
@@ -25,6 +31,7 @@ def make_elastic(model: nn.Module, structures: Mapping[float, Structure]) -> nn.
         if not structures[larger].contains(structures[smaller]):
             raise ValueError(f"the structure at {smaller} keeps what that at {larger} does not")
     setattr(model, STRUCTURES, structures)
+    _SELECTIONS.pop(model, None)
     return set_budget(model, next(iter(structures)))
 
 
@@ -36,7 +43,8 @@ def structures_of(model: nn.Module) -> dict[float, Structure]:
 def set_budget(model: nn.Module, budget: float) -> nn.Module:
     """Switches an elastic model, of ``compress`` or ``load``, to one of its budgets, in place; weights stay.
 
-    Returns the model. ValueError, naming the budgets there are, for any other.
+    What follows from a structure is derived at the first switch to it. Returns the model. ValueError, naming
+    the budgets there are, for any other.
     """
     structures = structures_of(model)
     if budget not in structures:
@@ -44,7 +52,15 @@ def set_budget(model: nn.Module, budget: float) -> nn.Module:
         if not known:
             raise ValueError(f"budget: {budget!r}, but this model has only one structure; leave it out")
         raise ValueError(f"budget: {budget!r} is none of this model's, {known}")
-    return apply_structure(model, structures[budget])
+    known, place = _SELECTIONS.setdefault(model, {}), (budget, device_of(model))
+    if place in known:
+        for block, selection in zip(blocks_of(model), known[place], strict=True):
+            block.select(selection)
+        return model
+    with torch.inference_mode(False):  # training may read them later
+        apply_structure(model, structures[budget])
+    known[place] = [block.selection() for block in blocks_of(model)]
+    return model
 
 
 def structures_to_data(structures: Mapping[float, Structure]) -> dict[str, Any]:

@@ -98,6 +98,29 @@ def test_switching_back_and_forth_is_bit_equal_and_copies_no_weight(result):
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
 
 
+def test_what_follows_from_a_structure_is_derived_once_and_goes_into_no_copy(result, monkeypatch):
+    applied, x = [], images()
+    monkeypatch.setattr(
+        uvc.elastic, "apply_structure", lambda *args: applied.append(args[1]) or uvc.apply_structure(*args)
+    )
+    model = copy.deepcopy(result.model)
+    with torch.inference_mode():
+        first = {budget: uvc.set_budget(model, budget)(x) for budget in BUDGETS}
+    assert applied == list(result.structures.values())
+    uvc.apply_structure(model, uvc.Structure.dense(model))
+    for budget in reversed(BUDGETS):
+        assert torch.equal(uvc.set_budget(model, budget)(x), first[budget])
+        assert uvc.structure_of(model) == result.structures[budget]
+    assert len(applied) == len(BUDGETS)
+    model(x).sum().backward()  # though the structures were derived in inference mode
+    other = copy.deepcopy(model)
+    uvc.set_budget(other, BUDGETS[0]), uvc.set_budget(other.to("meta"), BUDGETS[0])
+    assert len(applied) == len(BUDGETS) + 2 and other.blocks[0].mlp.kept(torch.device("meta")).flat.is_meta
+    # Given other structures, it forgets.
+    make_elastic(model, {0.8: result.structures[0.3]})
+    assert uvc.structure_of(model) == result.structures[0.3]
+
+
 def test_compiled_blocks_are_traced_by_kind_and_not_again_at_a_switch(result):
     graphs, model, x = [], copy.deepcopy(result.model), images()
 
