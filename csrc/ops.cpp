@@ -56,12 +56,15 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
 
 static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(uvc::instruction_set()); }
 // What the host build of the CUDA kernels did since the last call: loads of matrices, and the turns of shared memory that
-// they took; of its last launch blocks, threads of each, and bytes of shared memory; how often a kernel was allowed more.
+// they took; of its last launch blocks, threads of each, and bytes of shared memory; how often a kernel was allowed more;
+// the loads of the scheduler with most.
 static PyObject* host_record(PyObject*, PyObject*) {
   const auto number = [](int64_t n) { return static_cast<long long>(n); };
-  return Py_BuildValue("LLLLLL", number(uvc::host::matrix_loads.exchange(0)), number(uvc::host::matrix_turns.exchange(0)),
+  int64_t most = 0;
+  for (auto& loads : uvc::host::scheduler_loads) most = std::max<int64_t>(most, loads.exchange(0));
+  return Py_BuildValue("LLLLLLL", number(uvc::host::matrix_loads.exchange(0)), number(uvc::host::matrix_turns.exchange(0)),
                        number(uvc::host::last_launch[0]), number(uvc::host::last_launch[1]),
-                       number(uvc::host::last_launch[2]), number(uvc::host::driver.calls.exchange(0)));
+                       number(uvc::host::last_launch[2]), number(uvc::host::driver.calls.exchange(0)), number(most));
 }
 
 // `import uvc_kernels._C` only has to load this library: its static initialisers register the ops.

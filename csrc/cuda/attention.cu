@@ -1,5 +1,6 @@
-// The forward pass of the attention core. A block owns up to 4 x 32 queries of one (image, head) and has its keys and
-// values in shared memory: all of them up to 256 tokens of 64 dims, else slot by slot.
+// The forward pass of the attention core. A block has the keys and values of one (image, head) in shared memory: all of
+// them up to 256 tokens of 64 dims, else slot by slot. Its warps own 32 queries each; where all keys fit, they take more of
+// them round after round until the head is done, so that its keys are brought once.
 #include "cuda/attention.h"
 
 namespace uvc::UVC_BUILD {
@@ -10,6 +11,10 @@ constexpr int kWarps = 4;
 // Tiles of 16 queries per warp: two share every fragment of keys and values, where registers allow it.
 template <class T, int W>
 constexpr int kTiles = is_half<T> && W <= 64 ? 2 : 1;
+// Whether one block may do all of a head. Where it is narrow there is little to bring, and a wide one rarely fits; both would
+// pay with registers, from which addresses then have to be computed again and again.
+template <class T, int W>
+constexpr bool kAlone = is_half<T> && W == 64;
 // How far (as a power of two) an exponent may pass the reference before everything is scaled down again.
 constexpr int kSlack = 8;
 
@@ -34,9 +39,10 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
     for (int r = 0; r < R; ++r) multiply(s[r], my.q[r][k], b);
   }
   if (left < 16) {
+    const int mine = left - 2 * (lane_index() % 4);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (8 * (i / 4) + 2 * (lane_index() % 4) + i % 2 < left) continue;
+      if (8 * (i / 4) + i % 2 < mine) continue;
 #pragma unroll
       for (int r = 0; r < R; ++r) s[r][i / 4].at[i % 2] = s[r][i / 4].at[2 + i % 2] = -INFINITY;
     }
@@ -90,15 +96,16 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
 }
 
 template <class T, int W>
-__global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_kernel(const Call<T> call, int groups, int slots, int room) {
+__global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_kernel(const Call<T> call, int groups, int rounds, int slots, int room) {
   using A = Wide<T>;
   constexpr int R = kTiles<T, W>, TOKENS = kSlotTokens<T>;
   const Head<T> head(call, static_cast<int>(blockIdx.x) / groups);
-  const int N = call.tokens;
-  const auto first_of = [&](int block) {
-    return 16 * R * (block % groups * (static_cast<int>(blockDim.x) / WARP) + warp_index());
+  const int N = call.tokens, block = static_cast<int>(blockIdx.x);
+  // A scheduler has the same warps of every block: which of them goes without queries in the end must not be the same, too.
+  const auto first_of = [&](int block, int round) {
+    const int warps = static_cast<int>(blockDim.x) / WARP, warp = (warp_index() + block / groups) % warps;
+    return 16 * R * ((block % groups + round * groups) * warps + warp);
   };
-  const int block = static_cast<int>(blockIdx.x), first = first_of(block);
   T* const ring = reinterpret_cast<T*>(shared_memory());
   const int parts = (N + TOKENS - 1) / TOKENS;
   const auto tile = [&](int part, int which) {
@@ -116,48 +123,54 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
   const int ahead = parts <= slots ? slots : slots - 1;
   for (int part = 0; part < ahead; ++part) bring_part(part);
 
-  Queries<T, W, R> my;
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-#pragma unroll
-    for (int k = 0; k < W / 16; ++k) {
-      my.q[r][k] = fetch(head.q(), call.qkv_stride, first + 16 * r, N, head.qk_width, 16 * k);
-      if (call.exponent < 0) negate(my.q[r][k]);
-    }
-    for (int half = 0; half < 2; ++half) my.top[r][half] = A(-1e30), my.total[r][half] = 0;
-  }
   // the greatest score has the greatest exponent once the sign of the scale is that of q; not 0, as 0 * inf is NaN
   const A size = fmax(call.exponent < 0 ? -call.exponent : call.exponent, A(1e-30));
-  const auto meet_keys = [&](auto qk_steps, auto v_steps) {
-    for (int part = 0; part < parts; ++part) {
-      copies_arrived(ahead - 1);
-      __syncthreads();
-      // behind the barrier nobody reads the slot before this one, which is the free one
-      bring_part(part + ahead);
-      if (first >= N) continue;
-      const Tile<T, true> keys = tile(part, 0), values = tile(part, 1);
 #pragma unroll 1
-      for (int row = 0; row < TOKENS && part * TOKENS + row < N; row += 16)
-        attend<T, W, R>(my, keys, values, row, N - part * TOKENS - row, qk_steps, v_steps, size);
-    }
-  };
-  with_steps<T, W>(head, meet_keys);
-  // read again rather than kept in registers all the way
-  const int again = computed_again(block), from = first_of(again);
-  const Head<T> same(call, again / groups);
+  for (int round = 0; round < (kAlone<T, W> ? rounds : 1); ++round) {
+    const int first = first_of(block, round);
+    Queries<T, W, R> my;
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    A inverse[2];
+    for (int r = 0; r < R; ++r) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      inverse[half] = 1 / sum_of_lanes<4>(my.total[r][half]);
-      const int token = from + 16 * r + 8 * half + lane_index() / 4;
-      if (lane_index() % 4 == 0 && token < N) {
-        same.top()[token] = my.top[r][half];
-        same.inverse()[token] = inverse[half];
+      for (int k = 0; k < W / 16; ++k) {
+        my.q[r][k] = fetch(head.q(), call.qkv_stride, first + 16 * r, N, head.qk_width, 16 * k);
+        if (call.exponent < 0) negate(my.q[r][k]);
       }
+      for (int half = 0; half < 2; ++half) my.top[r][half] = A(-1e30), my.total[r][half] = 0;
     }
-    put<T, W>(same.out(), call.heads_stride, from + 16 * r, N, same.v_width, my.out[r], inverse[0], inverse[1]);
+    const auto meet_keys = [&](auto qk_steps, auto v_steps) {
+      for (int part = 0; part < parts; ++part) {
+        if (round == 0) {
+          copies_arrived(ahead - 1);
+          __syncthreads();
+          // behind the barrier nobody reads the slot before this one, which is the free one
+          bring_part(part + ahead);
+        }
+        if (first >= N) continue;
+        const Tile<T, true> keys = tile(part, 0), values = tile(part, 1);
+#pragma unroll 1
+        for (int row = 0; row < TOKENS && part * TOKENS + row < N; row += 16)
+          attend<T, W, R>(my, keys, values, row, N - part * TOKENS - row, qk_steps, v_steps, size);
+      }
+    };
+    with_steps<T, W>(head, meet_keys);
+    // read again rather than kept in registers all the way
+    const int again = computed_again(block), from = first_of(again, round);
+    const Head<T> same(call, again / groups);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      A inverse[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        inverse[half] = 1 / sum_of_lanes<4>(my.total[r][half]);
+        const int token = from + 16 * r + 8 * half + lane_index() / 4;
+        if (lane_index() % 4 == 0 && token < N) {
+          same.top()[token] = my.top[r][half];
+          same.inverse()[token] = inverse[half];
+        }
+      }
+      put<T, W>(same.out(), call.heads_stride, from + 16 * r, N, same.v_width, my.out[r], inverse[0], inverse[1]);
+    }
   }
 }
 
@@ -166,10 +179,14 @@ void attention_core(Tensor qkv, Tensor table, std::vector<int64_t> counts, int64
   const char* op = "cuda_attention_core";
   const Device device(qkv);
   for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, [&]<class T, int W>(Call<T> call, int64_t pairs) {
-    const int64_t units = (tokens + 16 * kTiles<T, W> - 1) / (16 * kTiles<T, W>), groups = (units + kWarps - 1) / kWarps;
+    const int64_t units = (tokens + 16 * kTiles<T, W> - 1) / (16 * kTiles<T, W>), shares = (units + kWarps - 1) / kWarps;
     const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T));
-    device.launch(op, &forward_kernel<T, W>, pairs * groups, static_cast<int>((units + groups - 1) / groups) * WARP,
-                  ring.bytes, call, static_cast<int>(groups), ring.slots, ring.room);
+    // One block for all shares of a head, unless few heads would keep some multiprocessor busy longer, by a sixteenth.
+    const auto each = [&](int64_t blocks) { return (blocks + device.processors() - 1) / device.processors(); };
+    const bool alone = kAlone<T, W> && ring.room >= tokens && 16 * shares * each(pairs) <= 17 * each(shares * pairs);
+    const int64_t groups = alone ? 1 : shares;
+    device.launch(op, &forward_kernel<T, W>, pairs * groups, static_cast<int>((units + shares - 1) / shares) * WARP,
+                  ring.bytes, call, static_cast<int>(groups), static_cast<int>(shares / groups), ring.slots, ring.room);
   });
 }
 

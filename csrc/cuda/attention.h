@@ -128,11 +128,46 @@ __device__ inline void negate(A16<T>& a) {
   for (int i = 0; i < 4; ++i) a.at[i] = {negative(a.at[i].low), negative(a.at[i].high)};
 }
 
+// Turns pairs around among four lanes: lane t gives its at[i] to lane i and gets at[t] of each.
+template <class T>
+__device__ inline void exchange(Pair<T> (&at)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = lane_index() & bit;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int i = bit == 1 ? 2 * j : j;
+      const Pair<T> found = pair_across(upper ? at[i] : at[i + bit], bit);
+      at[i] = upper ? found : at[i], at[i + bit] = upper ? at[i + bit] : found;
+    }
+  }
+}
+
 // Writes 16 tokens of one matrix from sums, times a factor for the lane's upper row and one for its lower row.
 template <class T, int W>
 __device__ inline void put(T* matrix, int64_t stride, int first, int N, int width, const Sums<T> (&sums)[W / 16][2],
                            Wide<T> upper, Wide<T> lower) {
   const int lane = lane_index(), token = first + lane / 4;
+  if constexpr (is_half<T>) {
+    // 16 bytes at a time: of four times 8 dims each lane gets all of one
+#pragma unroll
+    for (int n = 0; n < W / 8; n += 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Vector<Pair<T>, 4> row;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const auto& s = sums[(n + i) / 2][i % 2].at;
+          const Wide<T> factor = half ? lower : upper;
+          row.at[i] = pack<T>(s[2 * half] * factor, s[2 * half + 1] * factor);
+        }
+        exchange<T>(row.at);
+        const int dim = 8 * (n + lane % 4);
+        if (dim < width && token + 8 * half < N) store(matrix + (token + 8 * half) * stride + dim, row);
+      }
+    }
+    return;
+  }
 #pragma unroll
   for (int n = 0; n < W / 8; ++n) {
     const auto& s = sums[n / 2][n % 2].at;

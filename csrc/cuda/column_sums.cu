@@ -44,11 +44,10 @@ __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel(const __grid_const
     if (lane_index() < 2) of_warps[kSumColumns * warp_index() + 8 * lane_index() + c] = sums[c];
   }
   __syncthreads();
-  if (thread < kSumColumns && first + thread < piece.columns) {
-    Wide<T> sum = 0;
-    for (int warp = 0; warp < kSumThreads / WARP; ++warp) sum += of_warps[kSumColumns * warp + thread];
-    static_cast<T*>(piece.out)[first + thread] = narrow<T>(sum);
-  }
+  if (thread >= kSumColumns) return;
+  Wide<T> sum = 0;
+  for (int warp = 0; warp < kSumThreads / WARP; ++warp) sum += of_warps[kSumColumns * warp + thread];
+  if (first + thread < piece.columns) static_cast<T*>(piece.out)[first + thread] = narrow<T>(sum);
 }
 
 void column_sums(std::vector<Tensor> matrices, std::vector<Tensor> outs) {

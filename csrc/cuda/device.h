@@ -202,6 +202,17 @@ __device__ inline int computed_again(int v) {
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % WARP; }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / WARP; }
 
+// A pair from the lane whose number differs in one bit.
+template <class T>
+__device__ inline Pair<T> pair_across(Pair<T> pair, int bit) {
+#ifdef __CUDACC__
+  const uint32_t word = __shfl_xor_sync(ALL_LANES, reinterpret_cast<const uint32_t&>(pair), bit);
+  return reinterpret_cast<const Pair<T>&>(word);
+#else
+  return __shfl_xor_sync(ALL_LANES, pair, bit);
+#endif
+}
+
 // The sum over `LANES` neighbouring lanes, in every one of them.
 template <int LANES, class A>
 __device__ inline A sum_of_lanes(A value) {

@@ -97,6 +97,12 @@ inline int device() {
   return found == nullptr ? 0 : std::atoi(found);
 }
 
+// The multiprocessors of a GPU: an H100's, or as many as tests ask for.
+inline int processors() {
+  const char* found = std::getenv("UVC_HOST_PROCESSORS");
+  return found == nullptr ? 132 : std::atoi(found);
+}
+
 // How much shared memory each kernel may ask for on each GPU; a slow one lets other threads come in between.
 class Driver {
  public:
@@ -289,8 +295,9 @@ inline int __any_sync(unsigned, int condition) {
 
 // ldmatrix: lane 8 m + i names the place in shared memory of row i of matrix m [8, 8] of 16-bit elements; lane 4 g + t
 // gets of every matrix the elements (g, 2 t) and (g, 2 t + 1) or, turned, (2 t, g) and (2 t + 1, g). A matrix takes one
-// turn of shared memory where its rows, of 4 banks each, lie in different banks. Counted: loads, and their turns.
-inline std::atomic<int64_t> matrix_loads{0}, matrix_turns{0};
+// turn of shared memory where its rows, of 4 banks each, lie in different banks. Counted: loads, their turns, and the loads
+// of each scheduler, which has every fourth warp of a block.
+inline std::atomic<int64_t> matrix_loads{0}, matrix_turns{0}, scheduler_loads[4] = {};
 // Of the last launch: blocks, threads of each, and bytes of shared memory.
 inline std::atomic<int64_t> last_launch[3] = {};
 inline int turns(void* const* lanes, int matrix, uint32_t (*place)(void*)) {
@@ -310,7 +317,7 @@ inline void load_matrices(uint32_t from, uint32_t* words) {
       std::memcpy(&value, running->shared + static_cast<Call*>(lanes[8 * matrix + row])->from + 2 * column, 2);
       return static_cast<uint32_t>(value);
     };
-    ++matrix_loads;
+    ++matrix_loads, ++scheduler_loads[threadIdx.x / 32 % 4];
     for (int m = 0; m < 4; ++m)
       matrix_turns += turns(lanes, m, [](void* lane) { return static_cast<Call*>(lane)->from; });
     for (int lane = 0; lane < 32; ++lane) {

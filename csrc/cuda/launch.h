@@ -100,6 +100,11 @@ class Device {
     check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), "uvc_kernels");
     return bytes;
   }
+  int64_t processors() const {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "uvc_kernels");
+    return count;
+  }
   template <class... P, class... A>
   void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
     if (blocks == 0) return;
@@ -125,6 +130,7 @@ class Device {
   explicit Device(const Tensor&) : index_(host::device()) {}
   // As on a GPU of compute capability 9.0.
   int64_t shared_memory() const { return 227 * 1024; }
+  int64_t processors() const { return host::processors(); }
   template <class... P, class... A>
   void launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared, A... arguments) const {
     check(threads <= 1024 && shared <= shared_memory(), std::string(op) + ": a block is too large for any GPU");

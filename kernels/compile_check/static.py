@@ -13,12 +13,14 @@ model: nothing of it was measured.
 import argparse
 import csv
 import math
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from . import cuda
 
@@ -54,17 +56,20 @@ class Loop(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What the host build did for one head: matrix loads and their turns of shared memory, and its launch."""
+    """What the host build did for one head: matrix loads and their turns of shared memory, its launch, and
+    the matrix loads of the scheduler that has most, of four equal ones a quarter.
+    """
 
-    matrices: int
-    turns: int
-    blocks: int
+    matrices: float
+    turns: float
+    blocks: float
     threads: int
     shared: int
+    busiest: float
 
 
 class Fact(NamedTuple):
-    """A row of the table. Times are ns of one head, if all overlaps and if nothing does."""
+    """A row of the table, of one head: ns if all overlaps and if nothing does; cycles of shared memory."""
 
     kernel: str
     tokens: int
@@ -77,6 +82,7 @@ class Fact(NamedTuple):
     multiplies_per_load: float
     turns_per_matrix: float
     instructions: int
+    shared_cycles: int
     ns_best: float
     ns_worst: float
     nvcc: str
@@ -96,23 +102,32 @@ def loops(code: str) -> list[Loop]:
 def blocks_per_processor(registers: int, threads: int, shared: int) -> int:
     """How many blocks share a multiprocessor."""
     warps = threads // 32
-    by_registers = REGISTERS // (math.ceil(registers * 32 / 256) * 256 * warps)
+    # Registers belong to a scheduler, and are given to warps by 256.
+    by_registers = REGISTERS // SCHEDULERS // (math.ceil(registers * 32 / 256) * 256) * SCHEDULERS // warps
     return min(by_registers, SHARED // (shared + 1024), THREADS // threads)
 
 
-def model(found: Sequence[Loop], launch: Launch, blocks: int, bytes_moved: int) -> tuple[float, float]:
-    """ns of one head on the whole GPU, if all overlaps and if nothing does."""
+def executed(found: Sequence[Loop], launch: Launch) -> Loop:
+    """How many of each instruction a head takes."""
     times = launch.matrices / sum(loop.matrices for loop in found)
-    total = Loop(*(times * sum(column) for column in zip(*found, strict=True)))
-    warps = blocks * launch.threads // 32
-    # The scheduler with most warps ends last.
-    uneven = math.ceil(warps / SCHEDULERS) * SCHEDULERS / warps
-    filled = launch.blocks * launch.shared / 128
+    return Loop(*(times * sum(column) for column in zip(*found, strict=True)))
+
+
+def shared_cycles(total: Loop, launch: Launch) -> float:
+    """Cycles of shared memory: matrices, other loads of 16 bytes, stores, and what fills it."""
+    return launch.turns + 4 * total.loads + total.stores + launch.blocks * launch.shared / 128
+
+
+def model(found: Sequence[Loop], launch: Launch, bytes_moved: int) -> tuple[float, float]:
+    """ns of one head on the whole GPU, if all overlaps and if nothing does."""
+    total = executed(found, launch)
+    # The scheduler with most work ends last.
+    uneven = SCHEDULERS * launch.busiest / launch.matrices
     cycles = (
         uneven * MMA * total.multiplies,
         uneven * ISSUE * total.all,
         uneven * SPECIAL * total.special,
-        launch.turns + 4 * total.loads + total.stores + filled,
+        shared_cycles(total, launch),
     )
     memory = bytes_moved / BANDWIDTH
     best, worst = (value / CLOCK / PROCESSORS for value in (max(cycles), sum(cycles)))
@@ -120,23 +135,32 @@ def model(found: Sequence[Loop], launch: Launch, blocks: int, bytes_moved: int) 
 
 
 def launches(tokens: int, dims: int) -> dict[str, Launch]:
-    """What the host build does for one head, forward and backward."""
+    """What the host build does for one head of many, forward and backward."""
     import torch
     from uvc_kernels import _C, kept_heads
     from uvc_kernels.indices import counts_of
 
     whole = torch.ones(1, dims, dtype=torch.bool)
     kept = kept_heads(whole, whole)
-    qkv = torch.randn(tokens, len(kept.rows)).bfloat16()
-    heads, counts, ops = qkv.new_empty(tokens, len(kept.columns)), counts_of(kept), torch.ops.uvc_kernels
-    top, inverse = torch.empty(1, tokens), torch.empty(1, tokens)
+    counts, ops = counts_of(kept), torch.ops.uvc_kernels
+
+    def recorded(images: int) -> Launch:
+        matrices, turns, blocks, threads, shared, _, busiest = _C.host_record()
+        return Launch(matrices / images, turns / images, blocks / images, threads, shared, busiest / images)
+
+    # One image for each scheduler, as work may go around among them.
+    qkv = torch.randn(SCHEDULERS * tokens, len(kept.rows)).bfloat16()
+    heads, (top, inverse) = qkv.new_empty(len(qkv), len(kept.columns)), torch.empty(2, 1, len(qkv))
     _C.host_record()
-    ops.cuda_attention_core(qkv, kept.table, counts, tokens, 0.125, heads, top, inverse)
-    forward, grads = Launch(*_C.host_record()[:5]), torch.empty_like(qkv)
+    # As with many heads: on few multiprocessors one block does a head.
+    with mock.patch.dict(os.environ, UVC_HOST_PROCESSORS="1"):
+        ops.cuda_attention_core(qkv, kept.table, counts, tokens, 0.125, heads, top, inverse)
+    forward, qkv, heads = recorded(SCHEDULERS), qkv[:tokens].clone(), heads[:tokens].clone()
+    top, inverse = (t[:, :tokens].clone() for t in (top, inverse))
     ops.cuda_attention_core_backward(
-        qkv, heads, heads, top, inverse, kept.table, counts, tokens, 0.125, grads
+        qkv, heads, heads, top, inverse, kept.table, counts, tokens, 0.125, torch.empty_like(qkv)
     )
-    return {"forward": forward, "backward": Launch(*_C.host_record()[:5])}
+    return {"forward": forward, "backward": recorded(1)}
 
 
 def facts() -> list[Fact]:
@@ -160,7 +184,7 @@ def facts() -> list[Fact]:
             spilled = int(re.search(r"(\d+) bytes spill stores", said)[1])
             blocks = blocks_per_processor(registers, launch.threads, launch.shared)
             moved = (4 if way == "forward" else 8) * tokens * dims * 2
-            best, worst = model(found, launch, blocks, moved)
+            best, worst = model(found, launch, moved)
             total = Loop(*map(sum, zip(*found, strict=True)))
             out.append(
                 Fact(
@@ -175,6 +199,7 @@ def facts() -> list[Fact]:
                     round(total.multiplies / total.matrices, 3),
                     round(launch.turns / launch.matrices / 4, 3),
                     total.all,
+                    round(shared_cycles(executed(found, launch), launch)),
                     round(best, 2),
                     round(worst, 2),
                     version,
@@ -214,13 +239,13 @@ def worse(found: Sequence[Fact], stored: Sequence[Fact]) -> list[str]:
 
 def report(found: Sequence[Fact]) -> list[str]:
     """The table, and what it makes of the DeiT models."""
-    line = "{:16} {:>6} {:>4} {:>9} {:>7} {:>7} {:>7} {:>6} {:>9} {:>5} {:>12} {:>19}".format
+    line = "{:16} {:>6} {:>4} {:>9} {:>7} {:>7} {:>7} {:>6} {:>9} {:>5} {:>12} {:>13} {:>19}".format
     titles = ("kernel", "tokens", "dims", "registers", "spilled", "shared", "threads", "blocks", "mma:load")
-    out = [line(*titles, "turns", "instructions", "model, TFLOP/s")]
+    out = [line(*titles, "turns", "instructions", "shared cycles", "model, TFLOP/s")]
     for fact in found:
         flops = (4 if fact.kernel == "forward" else 10) * fact.tokens**2 * fact.dims
         low, high = (flops / ns / 1e3 for ns in (fact.ns_worst, fact.ns_best))
-        out.append(line(*fact[:11], f"{low:.0f} to {high:.0f}"))
+        out.append(line(*fact[:12], f"{low:.0f} to {high:.0f}"))
     core = {fact.kernel.split()[0]: fact for fact in found if fact[1:3] == (197, 64)}
     flops = {"forward": 4 * 197**2 * 64, "backward": 10 * 197**2 * 64}
     least = sum(1e9 * flops[way] / LIMITS[way] for way in core)

@@ -22,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import uvc_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/kernels/test_cuda_attention.py", "tests/kernels/test_cuda_pieces.py")
+TESTS = tuple(f"tests/kernels/test_cuda_{name}.py" for name in ("attention", "pieces", "launch"))
 UNITS = ("host.cpp", "host_attention.cpp", "host_attention_backward.cpp")
-# Where nothing runs on a GPU: the machine that runs kernels here, and the checks before a launch.
-LEFT_OUT = ("emulation.h", "launch.h")
+# Where nothing runs on a GPU: the machine that runs kernels here.
+LEFT_OUT = ("emulation.h",)
 LIMIT_S = 300  # of computing; the tests take a tenth of it
 PLACES = 1024
 NOT_REACHED = "no test reaches it"
@@ -35,6 +37,7 @@ ALIKE = "all that write there write the same"
 HARMLESS = {
     "activate.cu: if (first < n) work(first, n - first < kEach ? static_cast<int>(n - first) : kEach);": "a "
     "thread behind the end has a negative count and touches nothing",
+    "attention.cu: if (round == 0) {": "a later round would wait for what has arrived, and bring nothing",
     "attention.cu: if (left < 16) {": "the loop inside passes over every key that exists",
     "attention.cu: if (__any_sync(ALL_LANES, grown)) {": "scaling down when nothing has grown is exact",
     "attention.cu: if (n >= v_steps) break;": "sums of dims that a head does not have are not written",
@@ -67,6 +70,13 @@ inline bool uvc_off(int place) {
   return place == mutant;
 }
 extern "C" inline __attribute__((visibility("default"), used)) bool* uvc_places() { return uvc_reached; }
+extern "C" inline __attribute__((visibility("default"), used)) void uvc_record(long long* to) {
+  using namespace uvc::host;
+  to[0] = matrix_loads.exchange(0), to[1] = matrix_turns.exchange(0);
+  for (int i = 0; i < 3; ++i) to[2 + i] = last_launch[i];
+  to[5] = driver.calls.exchange(0), to[6] = 0;
+  for (auto& loads : scheduler_loads) to[6] = std::max<long long>(to[6], loads.exchange(0));
+}
 """.replace("PLACES", str(PLACES))
 # What is not one statement on a line: old text, new text with PLACE, and what it is.
 REORDERED = (
@@ -115,6 +125,10 @@ def switched(line: str, place: str) -> str | None:
         if line.lstrip().startswith("__device__") or "running->" in line or "void" in line:
             return None
         return f"{line[: found.start()]}if (!{place}) {line[found.start() :]}"
+    if found := re.search(r"const (std::lock_guard<std::mutex> (\w+)\((\w+)\);)", line):
+        _, name, mutex = found.groups()
+        lock = f"std::unique_lock<std::mutex> {name}({mutex}, std::defer_lock); if (!{place}) {name}.lock();"
+        return f"{line[: found.start()]}{lock}"
     if found := re.search(r"\bif \(", line):
         end = closing(line, found.end() - 1)
         if end < 0:
@@ -152,7 +166,7 @@ def _with_switches(file: str, text: str, found: list[Mutant]) -> str:
         return f"uvc_off({len(found) - 1})"
 
     for old, new, what in REORDERED:
-        for indent in ("      ", "    "):
+        for indent in ("          ", "      ", "    "):
             if (before := old.replace("{0}", indent)) in text:
                 line = text[: text.index(before)].count("\n") + 1
                 after = new.replace("{0}", indent)
@@ -207,8 +221,16 @@ class Runner:
         places = ctypes.CDLL(str(library)).uvc_places
         places.restype = ctypes.POINTER(ctypes.c_bool)
         self.places, self.mutants, self.folder, self.jobs = places(), mutants, folder, jobs
+        self.record = ctypes.CDLL(str(library)).uvc_record
+        # What tests ask of the machine that ran the kernels: it is this library's.
+        uvc_kernels._C.host_record = self._host_record
         self.missed: list[Mutant] | None = None
         self.report = lambda report: None  # what a fork does with the reports of its tests
+
+    def _host_record(self) -> tuple[int, ...]:
+        numbers = (ctypes.c_longlong * 7)()
+        self.record(numbers)
+        return tuple(numbers)
 
     def pytest_runtest_logreport(self, report):
         self.report(report)
@@ -334,7 +356,6 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
         import pytest
         import torch
-        import uvc_kernels  # noqa: F401 as it registers what the library replaces
 
         torch.ops.load_library(library)
         runner = Runner(mutants, library, folder, options.jobs)

@@ -225,6 +225,57 @@ def test_copies_may_land_at_once_or_as_late_as_they_may(tokens, dims, dtype, mon
     check(kept, tokens, dtype)
 
 
+@pytest.mark.parametrize("copies", ["late", "early"])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "blocks"),
+    [(70, 5, 1), (161, 1, 2), (197, 12, 2), (198, 3, 2), (256, 1, 2)],
+)
+def test_one_block_for_a_head_gives_the_bits_of_several(tokens, heads, blocks, copies, monkeypatch):
+    # With few heads, on many multiprocessors, a head's queries are shared out; with many, one block does all.
+    monkeypatch.setenv("UVC_HOST_COPIES", copies)
+    kept = ragged(heads, 64, 0.9) if heads > 1 else dense(1, 64)
+    qkv, grad = packed(kept, tokens, 1, torch.bfloat16)
+    results, launched = [], []
+    for processors in ("132", "1"):
+        monkeypatch.setenv("UVC_HOST_PROCESSORS", processors)
+        heads_of, top, inverse = at_the_end(torch.empty_like(grad)), *torch.empty(2, len(kept.table), tokens)
+        ops.cuda_attention_core(qkv, kept.table, counts_of(kept), tokens, 0.125, heads_of, top, inverse)
+        launched.append(uvc_kernels._C.host_record()[2])
+        results.append((heads_of, top, inverse))
+    assert all(map(torch.equal, *results))
+    assert launched[0] % blocks == 0 and launched[1] == launched[0] // blocks
+    exact, usual = (
+        plain(qkv, grad, kept, tokens, 0.125, dtype)[0] for dtype in (torch.float64, torch.bfloat16)
+    )
+    allowed = 2 * (usual.double() - exact).abs().max() + accuracy.FLOOR[torch.bfloat16] * exact.abs().max()
+    assert (results[1][0].double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("images", [4, 8])
+def test_no_scheduler_has_more_than_its_share_of_many_heads(images, processors, monkeypatch):
+    # 197 tokens are seven warps' work: what goes without is another in each of four heads.
+    monkeypatch.setenv("UVC_HOST_PROCESSORS", str(processors))
+    kept = dense(1, 64)
+    qkv, grad = packed(kept, 197, images, torch.bfloat16)
+    top, inverse = torch.empty(2, 1, len(qkv))
+    uvc_kernels._C.host_record()
+    ops.cuda_attention_core(qkv, kept.table, counts_of(kept), 197, 0.125, grad, top, inverse)
+    loads, *_, most = uvc_kernels._C.host_record()
+    assert most == loads / 4
+
+
+@pytest.mark.parametrize(("tokens", "dims"), [(577, 64), (197, 32), (197, 128)])
+def test_where_not_all_keys_fit_or_nothing_is_gained_several_blocks_do_a_head(tokens, dims, monkeypatch):
+    monkeypatch.setenv("UVC_HOST_PROCESSORS", "1")
+    check(dense(1, dims), tokens, torch.bfloat16)
+    kept = dense(1, dims)
+    qkv, grad = packed(kept, tokens, 1, torch.bfloat16)
+    top, inverse = torch.empty(2, 1, tokens)
+    ops.cuda_attention_core(qkv, kept.table, counts_of(kept), tokens, 0.125, grad, top, inverse)
+    assert uvc_kernels._C.host_record()[2] > 1
+
+
 @pytest.mark.parametrize("tokens", [17, 70])
 def test_the_products_of_float32_are_those_of_its_shuffles(tokens, monkeypatch):
     monkeypatch.setenv("UVC_HOST_PRODUCTS", "shuffles")

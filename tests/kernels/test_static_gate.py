@@ -14,7 +14,7 @@ CODE = """
 /*0160*/ IADD3 R1, R2, R3, R4 ;
 /*0170*/ @P0 BRA 0x160 ;
 """
-FACT = static.Fact("forward", 197, 64, 168, 0, 53248, 128, 3, 4.0, 1.0, 264, 40.0, 80.0, "13.0.88")
+FACT = static.Fact("forward", 197, 64, 168, 0, 53248, 128, 3, 4.0, 1.0, 264, 3400, 40.0, 80.0, "13.0.88")
 
 
 def test_the_innermost_loops_that_multiply_are_counted():
@@ -30,7 +30,13 @@ def test_of_a_loop_that_is_compiled_twice_the_shorter_counts():
 
 @pytest.mark.parametrize(
     ("registers", "threads", "shared", "blocks"),
-    [(168, 128, 53248, 3), (128, 416, 173056, 1), (32, 1024, 0, 2), (255, 128, 1024, 2)],
+    [
+        (168, 128, 53248, 3),
+        (144, 224, 53248, 1),
+        (128, 416, 173056, 1),
+        (32, 1024, 0, 2),
+        (255, 128, 1024, 2),
+    ],
 )
 def test_blocks_share_a_processor_as_registers_memory_and_threads_allow(registers, threads, shared, blocks):
     assert static.blocks_per_processor(registers, threads, shared) == blocks
@@ -38,16 +44,16 @@ def test_blocks_share_a_processor_as_registers_memory_and_threads_allow(register
 
 def test_the_model_is_the_longest_resource_at_best_and_their_sum_at_worst():
     loop = static.Loop(multiplies=8, matrices=2, loads=0, stores=0, special=0, all=16)
-    launch = static.Launch(matrices=200, turns=800, blocks=1, threads=128, shared=0)
-    best, worst = static.model([loop], launch, blocks=1, bytes_moved=0)
+    launch = static.Launch(matrices=200, turns=800, blocks=1, threads=128, shared=0, busiest=50)
+    best, worst = static.model([loop], launch, bytes_moved=0)
     tensor, issued, shared = 800 * static.MMA, 1600 * static.ISSUE, 800
     ns = 1e9 / static.CLOCK / static.PROCESSORS
     assert best == pytest.approx(tensor * ns) and tensor > shared > issued
     assert worst == pytest.approx((tensor + issued + shared) * ns)
-    # five warps on four schedulers take as long as eight
-    uneven, _ = static.model([loop], launch._replace(threads=160), blocks=1, bytes_moved=0)
+    # five equal warps on four schedulers take as long as eight
+    uneven, _ = static.model([loop], launch._replace(busiest=80), bytes_moved=0)
     assert uneven == pytest.approx(1.6 * best)
-    assert static.model([loop], launch, 1, int(1e9))[0] == pytest.approx(1e18 / static.BANDWIDTH)
+    assert static.model([loop], launch, int(1e9))[0] == pytest.approx(1e18 / static.BANDWIDTH)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,7 @@ def test_the_model_is_the_longest_resource_at_best_and_their_sum_at_worst():
         ("blocks_per_processor", 2),
         ("multiplies_per_load", 2.0),
         ("turns_per_matrix", 2.0),
+        ("shared_cycles", 3700),
         ("ns_best", 41.0),
         ("ns_worst", 90.0),
     ],
