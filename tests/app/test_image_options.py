@@ -1,13 +1,18 @@
 """Options of images, as timm spells them, and of the teacher's answers reach a run and `uvc eval`."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from oracle import needs_whole_naflex
 from PIL import Image
 
+from uvc.app import pipeline
 from uvc.cli import _join_numbers, run
+from uvc.config import RunConfig
+from uvc.layers import image_of
 
 SHORT = ["--model", "uvc_vit_digits", "--batch-size", "4", "--teacher-epochs", "1", "--warmup-epochs", "0"]
 SHORT += ["--search-epochs", "2", "--post-epochs", "1", "--quiet", "--threads", "1"]
@@ -103,3 +108,11 @@ def test_a_model_for_images_of_any_size_is_run_and_counted_at_the_tokens_that_ar
     assert run(["eval", str(folder / "run")]) == 0
     assert run([*start, "--input-size", "3,8,8", "--out", str(folder / "other")]) == 2
     assert "--tokens-per-image: --input-size says how many there are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sam2_hiera_tiny", "naflexvit_base_patch16_siglip", "vit_tiny_patch16_224"])
+def test_a_model_is_counted_at_the_input_size_that_is_stated(name):
+    images = replace(RunConfig().images, input_size=(3, 160, 160))
+    with torch.device("meta"):
+        model = pipeline._model(RunConfig(model=name, images=images), 5)
+    assert image_of(model) == (3, 160, 160)

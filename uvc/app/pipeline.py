@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +233,31 @@ def _model(run: RunConfig, num_classes: int, pretrained: bool = False) -> nn.Mod
         if _input_size(size, arguments) != size:
             raise ValueError(f"--input-size: {size}, but --model-arg says otherwise; leave one of them out")
         arguments |= {"in_chans": size[0], "img_size": size[1:]}
-    if pretrained:
-        model = timm.create_model(run.model, pretrained=True, num_classes=num_classes, **arguments)
-        return _sized(model, run)
-    if not arguments:
-        return _sized(timm.create_model(run.model, num_classes=num_classes), run)
+    make = partial(timm.create_model, run.model, pretrained=pretrained, num_classes=num_classes)
+    if pretrained or not arguments:
+        return _sized(_made(make, arguments, size), run)
     try:
-        model = timm.create_model(run.model, num_classes=num_classes, **arguments)
+        model = _made(make, arguments, size)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--model-arg: {run.model} cannot be made with {arguments}: {one_line(error)}"
         ) from None
     return _sized(model, run)
+
+
+def _made(
+    make: Callable[..., nn.Module], arguments: dict[str, Any], size: tuple[int, int, int] | None
+) -> nn.Module:
+    """A model of these arguments; one for images of any size may take no size when it is made."""
+    try:
+        return make(**arguments)
+    except TypeError as error:
+        if size is None or "img_size" not in str(error):
+            raise
+        model = make(**{name: value for name, value in arguments.items() if name != "img_size"})
+        if not takes_any_size(model):
+            raise
+        return model
 
 
 def _sized(model: nn.Module, run: RunConfig) -> nn.Module:
@@ -253,7 +267,9 @@ def _sized(model: nn.Module, run: RunConfig) -> nn.Module:
         raise ValueError("--tokens-per-image: --input-size says how many there are; leave one of them out")
     if tokens is not None:
         return set_tokens(model, tokens)
-    return set_image(model, _input_size(image_of(model), run.model_args)) if takes_any_size(model) else model
+    if not takes_any_size(model):
+        return model
+    return set_image(model, _input_size(image_of(model), run.model_args) if size is None else size)
 
 
 def _model_input(run: RunConfig) -> dict[str, Any]:
