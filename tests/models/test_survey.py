@@ -8,7 +8,7 @@ import timm
 import torch
 from imports import ROOT
 from oracle import MODELS, TOLERANCE, error, images, needs_whole_naflex, stored
-from served import gemma
+from served import EXAMPLES, gemma
 from torch.utils.data import DataLoader, TensorDataset
 
 import uvc
@@ -239,3 +239,17 @@ def test_compressing_ends_below_the_budget_with_a_model_that_can_be_loaded(name,
     loaded, x = uvc.load(tmp_path), images(model)
     assert error(loaded(x), result.model(x)) < 1e-5
     assert uvc.cost(loaded) == result.cost
+
+
+@pytest.mark.parametrize("name", ["gemma", "differential attention"])
+def test_where_v_dims_are_tied_a_search_removes_whole_heads(name):
+    model = EXAMPLES[name].make()
+    data = TensorDataset(images(model, 16), torch.randint(5, (16,)))
+    loader = DataLoader(data, batch_size=8)
+    config = replace(Config(), warmup_epochs=0, search_epochs=2, post_epochs=1)
+    dense = Structure.dense(model).blocks
+    found = uvc.compress(model, loader, loader, budget=0.35, config=config).structure.blocks
+    assert any(
+        block.attn and len(block.heads) < len(whole.heads) for block, whole in zip(found, dense, strict=True)
+    )
+    assert all(dims == dense[0].v_dims[0] for block in found for dims in block.v_dims)

@@ -110,10 +110,17 @@ class Groups:
     def fixed(self) -> dict[str, Tensor]:
         """bool [S] per family: the layer does not offer to leave out the segment's groups."""
         offered = [families_of(block.attn, block.mlp) for block in self.blocks]
-        units = {"qk": [f.qk for f in offered], "v": [f.v for f in offered]}
+        units = {"qk": [f.qk for f in offered], "v": [f.v or self.whole_heads for f in offered]}
         units["neuron"] = [f.neurons for f in offered]
         places = {(n, layer) for n, all_ in units.items() for layer, unit in enumerate(all_) if not unit}
         return {name: ~free for name, free in self._segments_outside(places).items()}
+
+    @property
+    def whole_heads(self) -> bool:
+        """Whether all v dims of a head go at once: every layer offers heads, but none of their dims."""
+        offered = [families_of(block.attn, block.mlp) for block in self.blocks]
+        alike = len({block.attn.head_dim for block in self.blocks}) == 1
+        return alike and all(f.heads and not f.v for f in offered)
 
     def some(self) -> Tensor:
         """bool [S] of v dims: a head that must stay keeps one of them, if its half runs."""

@@ -47,7 +47,8 @@ class Search(Pruner):
         config, many = self.config, len(self.limits)
         # The state is the host's, where its decisions are: of a device it reads what `Groups` copies at once.
         self.groups = Groups(model)
-        self.state = State.new(self.groups.geometry, config.gate_init, "cpu", many, config.round_to)
+        geometry, whole = self.groups.geometry, self.groups.whole_heads
+        self.state = State.new(geometry, config.gate_init, "cpu", many, config.round_to, whole)
         if config.skip == "none":
             self.state.theta.fill_(6.0)
             self.state.hard = True

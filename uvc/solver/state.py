@@ -296,14 +296,16 @@ class State:
         device: torch.device | str = "cpu",
         limits: int = 1,
         multiples: Sequence[int] = (1, 1),
+        whole_heads: bool = False,
     ) -> State:
         device = torch.device(device)
         theta = torch.full((geometry.layers, 2), float(gate_init), device=device)
         dims, neurons = multiples
+        v = geometry.head_dim if whole_heads else dims
         families = {
             # A multiple of dims is as many groups as hold one.
             name: Family.new(*geometry.segments(name), device, -(-multiple // geometry.unit(name)))
-            for name, multiple in zip(FAMILIES, (dims, dims, neurons), strict=True)
+            for name, multiple in zip(FAMILIES, (dims, v, neurons), strict=True)
         }
         for name, family in families.items() if geometry.sizes else ():
             family.lack(~geometry.there(name).to(device))
