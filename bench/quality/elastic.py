@@ -159,7 +159,7 @@ def _line(task: str, budget: str, pairs: list[tuple[float, float]], alone: str, 
 def stand(rows: list[Row]) -> str:
     """How the runs were made, and how long a switch takes."""
     if not rows:
-        return "No row yet."
+        return ""
     epochs = sorted({f"{row['search_epochs']} and {row['post_epochs']}" for row in rows})
     by_task = {}
     for task in sorted({row["task"] for row in rows}):
