@@ -41,7 +41,14 @@ def _heads(device: torch.device) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     sizes = ((197, 64), (198, 128), *(((577, 64),) if device.type == "cuda" else ()))
     for tokens, dims in sizes:
         whole = torch.ones(2, dims, dtype=torch.bool)
-        yield 1, tokens, whole, whole & (torch.arange(2 * dims).view(2, dims) < dims + 24)
+        # A kernel may do a whole head in one block only where there are heads for all multiprocessors.
+        images = _multiprocessors(device) if tokens == 197 else 1
+        yield images, tokens, whole, whole & (torch.arange(2 * dims).view(2, dims) < dims + 24)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    gpu = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if gpu else 1
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -55,6 +55,11 @@ def test_no_check_runs_while_a_graph_is_captured(monkeypatch):
     assert _dispatch._proven("mlp", HOST, CPU, torch.float32) and len(ran) == 1
 
 
-def test_on_a_gpu_the_examples_have_the_sizes_of_real_models():
-    sizes = [(tokens, qk.shape[1]) for _, tokens, qk, _ in self_check._heads(torch.device("cuda"))]
-    assert {(197, 64), (198, 128), (577, 64)} <= set(sizes)
+def test_on_a_gpu_the_examples_have_the_sizes_of_real_models_and_heads_for_all_of_it(monkeypatch):
+    of_gpu = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
+    examples = list(self_check._heads(torch.device("cuda")))
+    sizes = {(tokens, qk.shape[1]): images * len(qk) for images, tokens, qk, _ in examples}
+    assert {(197, 64), (198, 128), (577, 64)} <= sizes.keys()
+    assert sizes[197, 64] == 264
