@@ -1,12 +1,15 @@
 """Latency of compacted models over the dense model's, in the same runtime: one row a case, kept as CSV.
 
-Both at half of the MACs: `ragged`, a random structure, whose heads differ in size, and `even`, the first
-dims of every head. In each turn both models run twice, of which the second pass is timed, so that a model
-finds its weights where its own last pass left them. The ratio is the median over turns.
+At a share of the MACs: `ragged`, a random structure, whose heads differ in size, and `even`, the first
+dims of every head. Torch runs `uvc.compact(model, "auto")`, other runtimes what `uvc export` writes; with
+--form grouped all run what `compress` saves. In each turn both models run twice, of which the second pass is
+timed, so that a model finds its weights where its own last pass left them. The ratio is the median over
+turns.
 
 python bench/runtimes.py [--models deit_tiny_patch16_224 ...] [--structures ragged even] [--batch 1 8]
                          [--threads 1 2] [--runtimes eager compiled onnxruntime openvino] [--seconds 5]
-python bench/runtimes.py --docs   # the table of docs/export.md from the latest rows
+                         [--shares 0.5] [--form grouped]
+python bench/runtimes.py --docs   # the tables of docs/export.md from the latest rows
 """
 
 import argparse
@@ -25,31 +28,35 @@ import torch
 from torch import Tensor, nn
 
 import uvc
+import uvc.models
 from uvc.environment import commit, device_name, slug, versions_line
+from uvc.io.export import FORM
 from uvc.io.files import write_text
 from uvc.io.runtimes import read_onnx, read_openvino, write_onnx
 
 ROOT = Path(__file__).parent
-PAGE, MARKS = ROOT.parent / "docs" / "export.md", ("<!-- runtimes -->\n", "<!-- /runtimes -->")
-SHARE = 0.5  # of the MACs
-RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
+PAGE = ROOT.parent / "docs" / "export.md"
+MARKS = ("<!-- runtimes -->\n", "<!-- /runtimes -->"), ("<!-- shares -->\n", "<!-- /shares -->")
+SHARE = 0.5  # of the MACs, in the first table; the second is of all others
+FORMS = {"eager": "auto", "compiled": "auto", "onnxruntime": FORM["onnx"], "openvino": FORM["onnx"]}
+RUNTIMES = tuple(FORMS)
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 FIELDS = (
-    "date", "commit", "device", "versions", "model", "structure", "macs", "batch", "threads", "runtime",
-    "dense_ms", "ms", "ratio", "low", "high", "turns",
+    "date", "commit", "device", "versions", "model", "structure", "share", "form", "macs", "batch", "threads",
+    "runtime", "dense_ms", "ms", "ratio", "low", "high", "turns",
 )  # fmt: skip
 FEWEST, MOST = 5, 60  # turns
 Run = Callable[[], object]
 
 
-def structure(model: nn.Module, kind: str) -> uvc.Structure:
-    """The structure of this kind whose MACs come nearest to `SHARE` from below."""
+def structure(model: nn.Module, kind: str, asked: float = SHARE) -> uvc.Structure:
+    """The structure of this kind whose MACs come nearest to this share from below."""
     low, high, whole = 0.0, 1.0, uvc.cost(model).macs
     for _ in range(12):
         keep = (low + high) / 2
         found = make(model, kind, keep)
         share = uvc.costs.cost(model, found).macs / whole
-        low, high = (keep, high) if share <= SHARE else (low, keep)
+        low, high = (keep, high) if share <= asked else (low, keep)
     return make(model, kind, low)
 
 
@@ -123,52 +130,59 @@ def read(path: Path) -> list[dict[str, str]]:
     """The latest row of each case, in order of cases."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    key = ("model", "structure", "batch", "threads", "runtime")
+    key = ("model", "structure", "share", "batch", "threads", "runtime")
     latest = {tuple(r[name] for name in key): r for r in rows}
     names = {name: i for i, name in enumerate((*MODELS, *RUNTIMES, "ragged", "even"))}
 
-    def place(r: Mapping[str, str]) -> tuple[int, ...]:
+    def place(r: Mapping[str, str]) -> tuple[float, ...]:
         words = (names.get(r[name], len(names)) for name in ("model", "structure", "runtime"))
-        return *words, int(r["batch"]), int(r["threads"])
+        return *words, float(r["share"]), int(r["batch"]), int(r["threads"])
 
     return sorted(latest.values(), key=place)
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The latest rows as Markdown: a line for each model, structure, batch and threads."""
+    """The latest rows as Markdown: a line for each model, structure, share, batch and threads."""
     lines: dict[tuple[str, ...], dict[str, Mapping[str, str]]] = {}
     for r in rows:
-        lines.setdefault((r["model"], r["structure"], r["batch"], r["threads"]), {})[r["runtime"]] = r
+        key = tuple(r[name] for name in ("model", "structure", "share", "batch", "threads"))
+        lines.setdefault(key, {})[r["runtime"]] = r
     about = ", ".join(rows[-1][name] for name in ("device", "versions", "date"))
-    heads = " | ".join(f"{name}, dense ms | ratio" for name in RUNTIMES)
+    runtimes = [name for name in RUNTIMES if any(name in found for found in lines.values())]
+    heads = " | ".join(f"{name}, dense ms | ratio" for name in runtimes)
     text = [
-        f"{about}; half of the MACs; milliseconds of the dense model, the compacted model's time over them:",
+        f"{about}; milliseconds of the dense model, the compacted model's time over them:",
         "",
-        f"| model | structure | batch | threads | {heads} |",
-        "|---" * (4 + 2 * len(RUNTIMES)) + "|",
+        f"| model | structure | of the MACs | batch | threads | {heads} |",
+        "|---" * (5 + 2 * len(runtimes)) + "|",
     ]
     for key, found in lines.items():
-        known = [found.get(name) for name in RUNTIMES]
+        known = [found.get(name) for name in runtimes]
         cells = [f"{float(r['dense_ms']):.1f} | **{float(r['ratio']):.3f}**" if r else " | " for r in known]
         text.append(f"| {' | '.join((*key, *cells))} |")
     return "\n".join(text) + "\n"
 
 
 def write_docs(page: Path = PAGE, found: Path | None = None) -> None:
-    """Put the table between its marks."""
-    before, rest = page.read_text().split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    write_text(page, before + MARKS[0] + table(read(found or results())) + MARKS[1] + after)
+    """Put the tables between their marks."""
+    rows, text = read(found or results()), page.read_text()
+    for (begin, end), half in zip(MARKS, (True, False), strict=True):
+        chosen = [r for r in rows if (float(r["share"]) == SHARE) is half]
+        if begin in text and chosen:
+            before, rest = text.split(begin)
+            text = before + begin + table(chosen) + end + rest.split(end)[1]
+    write_text(page, text)
 
 
 def cases(options: argparse.Namespace, folder: Path) -> "Sequence[tuple[dict[str, object], Run, Run]]":
     """What is timed, with both models ready to run."""
-    for name, kind in itertools.product(options.models, options.structures):
+    for name, kind, share in itertools.product(options.models, options.structures, options.shares):
         torch.manual_seed(0)
         dense = timm.create_model(name).eval()
-        kept = structure(dense, kind)
+        kept = structure(dense, kind, share)
         pruned = uvc.apply_structure(copy.deepcopy(dense), kept)
-        share, small = uvc.cost(pruned).macs / uvc.cost(dense).macs, uvc.compact(pruned, "auto").eval()
+        macs = uvc.cost(pruned).macs / uvc.cost(dense).macs
+        small = {form: uvc.compact(pruned, form).eval() for form in ("auto", "grouped")}
         for threads, batch, runtime in itertools.product(options.threads, options.batch, options.runtimes):
             torch.set_num_threads(threads)
             images = torch.randn(batch, *dense.default_cfg["input_size"])
@@ -176,12 +190,15 @@ def cases(options: argparse.Namespace, folder: Path) -> "Sequence[tuple[dict[str
             what = dict(
                 model=name,
                 structure=kind,
-                macs=round(share, 4),
+                share=share,
+                form=options.form or FORMS[runtime],
+                macs=round(macs, 4),
                 batch=batch,
                 threads=threads,
                 runtime=runtime,
             )
-            yield what, *(loaded(model, runtime, images, folder) for model in (dense, small))
+            pair = dense, small[what["form"]]
+            yield what, *(loaded(model, runtime, images, folder) for model in pair)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--structures", nargs="+", default=["ragged", "even"], choices=["ragged", "even"])
+    parser.add_argument("--shares", nargs="+", type=float, default=[SHARE], help="of the MACs")
+    parser.add_argument("--form", choices=["auto", "grouped"], default=None)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--runtimes", nargs="+", default=RUNTIMES, choices=RUNTIMES)
