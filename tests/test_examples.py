@@ -14,7 +14,7 @@ import timm
 from cli_runs import uvc_test_vit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-# What each prints, in order; those that take over 10 seconds on a busy machine are slow.
+# What each prints, in order.
 SAYS = {
     "drop_in_layers": r"outputs differ by \d\.\de-0[4-9]",
     "compress_in_20_lines": r"% at 0\.(49\d\d|5000) of the MACs",
@@ -25,16 +25,17 @@ SAYS = {
     "export_onnx": r"model\.onnx: outputs differ by \d\.\de-0[4-9]",
     "latency_budget": r"0\.[67]\d\d of the time predicted",
 }
-SLOW = {"latency_budget"}
+ARGUMENTS = {"latency_budget": ["1"]}
 NEEDS = {"export_onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in SAYS])
+@pytest.mark.parametrize("name", SAYS)
 def test_an_example_runs(name, capsys, monkeypatch):
     for package in NEEDS.get(name, ()):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"pip install {' '.join(NEEDS[name])}")
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *ARGUMENTS.get(name, ())])
     monkeypatch.setenv("UVC_MEASURE", "0")
     started = time.process_time()
     runpy.run_path(str(EXAMPLES / f"{name}.py"))
