@@ -52,7 +52,7 @@ def test_the_page_is_whole_and_readable_offline(width, scheme, browser, tmp_path
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = [picture.bounding_box() for picture in page.locator("svg").all()]
     assert all(box["x"] + box["width"] <= width for box in boxes)
-    assert len(boxes) == 2 + 2 * 5
+    assert len(boxes) == 2 + 2 * 6
     assert all(box["width"] > 250 and box["height"] > 40 for box in boxes)
     assert page.evaluate(SMALLEST) > 8.0
     assert page.evaluate(OVERLAPS) == [] and page.evaluate(OUTSIDE) == []

@@ -51,6 +51,21 @@ def test_an_exported_program_takes_any_batch_and_computes_the_same(folder, image
     torch.testing.assert_close(found, load(folder).eval()(images), rtol=1e-4, atol=1e-5)
 
 
+@needs_onnx
+@pytest.mark.parametrize("form", ["grouped", "padded"])
+def test_heads_of_an_onnx_program_run_alone_and_are_not_turned_around(form, folder, images, tmp_path):
+    import onnx
+
+    small = load(folder)
+    uvc.save(in_form(small, form), tmp_path / form)
+    target, error = export(tmp_path / form, "onnx")
+    assert error < 1e-5
+    ops = [node.op_type for node in onnx.load(target).graph.node]
+    heads = sum(len(block.record.heads) for block in small.blocks if block.record.attn)
+    assert ops.count("Softmax") == heads
+    assert ops.count("Transpose") <= heads + 2  # keys, which products take turned; patches
+
+
 def test_padded_heads_are_exported_as_one_product(folder, images, tmp_path):
     small = load(folder)
     uvc.save(in_form(small, "padded"), tmp_path / "padded")

@@ -189,7 +189,9 @@ class CompactAttention(nn.Module):
         A head alone in its group keeps its shape. At batch 1 a small model's latency is made of calls.
         """
         dropout = drop_rate(self._modules.get("attn_drop"))
-        if self._flat == [False]:
+        # There one product of several heads turns q, k and v around first, which takes longer.
+        apart = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        if self._flat == [False] and not apart:
             q, k, v = self._heads(x)[0]
             return [attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)]
         outputs, parts = [], self._projected(x)
@@ -197,6 +199,10 @@ class CompactAttention(nn.Module):
         for group, flat, (q, k, v) in zip(self.groups, self._flat, parts, strict=True):
             if flat:
                 outputs.append(weighed(scaled_scores(q, k, self.scale, zero), v, dropout))
+            elif apart and group.dq:
+                for each in zip(*(part.chunk(len(group.heads), -1) for part in (q, k, v)), strict=True):
+                    scores = scaled_scores(*each[:2], self.scale, zero)
+                    outputs.append(weighed(scores, each[2], dropout))
             else:
                 q, k, v = in_heads(group, (q, k, v))
                 outputs.append(attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2))
