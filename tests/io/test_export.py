@@ -8,14 +8,14 @@ import sys
 import pytest
 import timm
 import torch
-from oracle import TOLERANCE, stored
+from oracle import TOLERANCE, small_vit, stored
 from oracle import error as error_of
 
 import uvc
 import uvc.models
 from uvc.cli import run
 from uvc.compaction import in_form
-from uvc.io.export import export
+from uvc.io.export import export, suited
 from uvc.io.serialization import load
 
 needs_onnx = pytest.mark.skipif(
@@ -49,6 +49,17 @@ def test_an_exported_program_takes_any_batch_and_computes_the_same(folder, image
     assert error < 1e-5
     found = torch.export.load(target).module()(images)
     torch.testing.assert_close(found, load(folder).eval()(images), rtol=1e-4, atol=1e-5)
+
+
+def test_neurons_are_padded_for_onnx_alone(images):
+    model = small_vit(mlp_ratio=38 / 24)
+    small = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5))).eval()
+    padded, x = suited(small, "onnx"), images[..., :16, :16]
+    assert suited(small, "torch-export") is small and suited(small, "onnx", int8=True) is small
+    for a, b in zip(small.blocks, padded.blocks, strict=True):
+        assert a.mlp.fc1.out_features % 8 and not b.mlp.fc1.out_features % 8
+        assert a.attn.groups == b.attn.groups
+    torch.testing.assert_close(padded(x), small(x), rtol=1e-4, atol=1e-5)
 
 
 @needs_onnx
