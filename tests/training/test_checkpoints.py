@@ -238,6 +238,7 @@ def test_a_batch_that_processes_cannot_share_is_one_line_before_anything_is_writ
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_thousand_steps_leave_memory_files_and_threads_flat(tmp_path, monkeypatch):
     seen, train_step = [], Trainer._train_step
 
