@@ -22,6 +22,7 @@ class Block(NamedTuple):
 # 32 bytes of a row of 16-bit numbers, as memory is read; few columns, as a layer's are a few hundred.
 BLOCK = Block(512, 16)
 MOST = 3
+PARTS = tl.constexpr(32)  # that rows of a step are added up in
 
 
 @triton.jit
@@ -34,7 +35,9 @@ def _sum(matrix, out, height, width, tile, ACC: tl.constexpr, BLOCK: tl.constexp
         row = (start + tl.arange(0, BLOCK.rows)).to(tl.int64)
         inside = (row < height)[:, None] & (column < width)[None, :]  # [BLOCK]
         total += tl.load(matrix + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(ACC)
-    tl.store(out + column, narrow(tl.sum(total, 0), out.dtype.element_ty), mask=column < width)
+    # In two steps, as one long chain of additions rounds more often.
+    some = tl.sum(tl.reshape(total, (BLOCK.rows // PARTS, PARTS, BLOCK.columns)), 0)
+    tl.store(out + column, narrow(tl.sum(some, 0), out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit(do_not_specialize=("height", "width", "width_1", "width_2"))
