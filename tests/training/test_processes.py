@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +24,7 @@ from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training.compress import compress
 from uvc.training.data import load_data
 from uvc.training.loaders import TensorLoader
-from uvc.training.processes import Several
+from uvc.training.processes import Several, here
 from uvc.training.reduction import Reduction
 from uvc.training.shares import Share, check_share
 from uvc.training.signals import Stopped
@@ -107,6 +108,19 @@ def users(workers):
     torch.manual_seed(0)
     result = compress(digits_model(), train, val, 0.6, config=SHORT)
     return weights(result), result.structure, result.teacher_top1
+
+
+def threads_of(asked):
+    """How many threads a process has that had one, where no variable of the environment says."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    with warnings.catch_warnings(action="error"):
+        here("cpu", asked)
+    return torch.get_num_threads()
+
+
+def test_processes_keep_the_threads_they_were_given():
+    assert gang(2, threads_of, None) == [1, 1]
+    assert gang(2, threads_of, 3) == [3, 3]
 
 
 def test_users_loaders_are_read_once_and_handed_out():

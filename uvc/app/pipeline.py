@@ -65,7 +65,7 @@ def compress_run(
     if run.resume and (out / SUMMARY).is_file():
         return read_summary(out)
     device = choose_device(run.device, run.threads)
-    processes = here(device.type)
+    processes = here(device.type, run.threads)
     processes.wait()  # what is in `out` has been looked at by all before one writes there
     device = processes.device or device
     data = _data(run, _model_input(run))

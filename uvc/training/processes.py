@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -106,9 +107,12 @@ class Alone:
 
 
 class Several(Alone):
-    """One of several processes; Accelerate has made the group and chosen the device."""
+    """One of several processes; Accelerate has made the group and chosen the device.
 
-    def __init__(self, cpu: bool) -> None:
+    threads: those of the CPU; None leaves what torch has, or the share of this process if that is less.
+    """
+
+    def __init__(self, cpu: bool, threads: int | None = None) -> None:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
@@ -118,16 +122,21 @@ class Several(Alone):
                 f"{missing[0]}: it is not set, though {launched()} processes are to find one another "
                 "there; start them by torchrun or accelerate launch"
             )
+        present = torch.get_num_threads()
         try:
-            accelerator = Accelerator(
-                cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
-            )
+            with warnings.catch_warnings():
+                # Without OMP_NUM_THREADS Accelerate sets a number of threads, whatever was chosen before.
+                warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")
+                accelerator = Accelerator(
+                    cpu=cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+                )
         except (RuntimeError, ValueError, OSError) as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RuntimeError(
                 f"the processes cannot meet at {place}: {one_line(error):.200}; look at MASTER_ADDR and "
                 "MASTER_PORT, or name another --master_port"
             ) from None
+        torch.set_num_threads(threads or min(present, torch.get_num_threads()))
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
         self._names: list[str] = []
@@ -253,16 +262,17 @@ ALONE = Alone()
 _started: Several | None = None
 
 
-def here(device: str) -> Alone:
+def here(device: str, threads: int | None = None) -> Alone:
     """The processes of the run that this one belongs to; made when first asked for.
 
-    device: "cpu" or "cuda...", where the run computes. ValueError or RuntimeError when they cannot meet.
+    device: "cpu" or "cuda...", where the run computes; threads: those that --threads asks for. ValueError or
+    RuntimeError when they cannot meet.
     """
     global _started
     if launched() == 1:
         return ALONE
     if _started is None:
-        _started = Several(cpu=device == "cpu")
+        _started = Several(device == "cpu", threads)
     return _started
 
 
