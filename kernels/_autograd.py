@@ -1,6 +1,7 @@
 """What the backward passes of attention and MLP share."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def eager(tensors: Sequence) -> bool:
     """Whether nothing traces, transforms or watches ops: what torch's own ops need not be told of, either."""
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -52,35 +54,58 @@ def eager(tensors: Sequence) -> bool:
     return True
 
 
-def shortcut(op: str, run: Callable, backward: Callable, leaves: int, registered: Callable) -> Callable:
-    """`registered`, an op, or where nothing else needs to see it `run` and `backward`, which are behind it.
+class Gradient(NamedTuple):
+    """The gradient of an op of (tensors, a constant, recompute), which returns its output and what it saves.
 
-    A call through the library costs the host several times what its own Python does. run: of the op's inputs,
-    returns its output and what to save; backward: of (grad, inputs, saved, needs); both with None for what
-    the op has an empty tensor for.
+    op: its public name. backward: of (grad, tensors, constants, saved, needs). leaves: how many of the
+    tensors have gradients. constants: how many of the last two inputs `backward` takes. unused: the tensor
+    that it does not take.
+    """
+
+    op: str
+    backward: Callable
+    leaves: int
+    constants: int = 2
+    unused: int | None = None
+
+    def save(self, ctx, inputs: Sequence, saved: Sequence[Tensor | None]) -> None:
+        """What the forward pass keeps."""
+        tensors = [t for i, t in enumerate(inputs[:-2]) if i != self.unused]
+        ctx.constants, ctx.tensors = inputs[-2:][: self.constants], len(tensors)
+        ctx.save_for_backward(*tensors, *saved)
+        # Else autograd makes zeros as large as what is saved.
+        ctx.set_materialize_grads(False)
+
+    def run(self, ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of all inputs."""
+        inputs = len(ctx.needs_input_grad)
+        if grad is None:
+            return (None,) * inputs
+        forbid_double_backward(self.op)
+        needs = need_bits(ctx.needs_input_grad[: self.leaves])
+        kept = ctx.saved_tensors  # once: under gradient checkpointing they can be unpacked but once
+        tensors, saved = kept[: ctx.tensors], kept[ctx.tensors :]
+        grads = self.backward(grad, *tensors, *ctx.constants, *saved, needs)
+        return *asked_for(grads, needs), *[None] * (inputs - self.leaves)
+
+
+def shortcut(gradient: Gradient, run: Callable, registered: Callable) -> Callable:
+    """`registered`, an op, or where nothing else needs to see it `run` and `gradient`, which are behind it.
+
+    A call through the library costs the host several times what its own Python does. `run` and the gradient
+    may give None for what the op has an empty tensor for.
     """
 
     class Shortcut(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             out, *saved = run(*inputs)
-            ctx.constants = inputs[-2:]
-            ctx.tensors = len(inputs) - 2
-            ctx.save_for_backward(*inputs[:-2], *saved)
-            ctx.set_materialize_grads(False)
+            gradient.save(ctx, inputs, saved)
             return out
 
         @staticmethod
         def backward(ctx, grad):
-            inputs = ctx.tensors + 2
-            if grad is None:
-                return (None,) * inputs
-            forbid_double_backward(op)
-            needs = need_bits(ctx.needs_input_grad[:leaves])
-            kept = ctx.saved_tensors  # once: under gradient checkpointing they can be unpacked but once
-            tensors, saved = kept[: ctx.tensors], kept[ctx.tensors :]
-            grads = backward(grad, *tensors, *ctx.constants, *saved, needs)
-            return *asked_for(grads, needs), *[None] * (inputs - leaves)
+            return gradient.run(ctx, grad)
 
     def call(*inputs):
         if not eager(inputs):
@@ -90,33 +115,32 @@ def shortcut(op: str, run: Callable, backward: Callable, leaves: int, registered
     return call
 
 
-def differentiate(
-    name: str, op: str, backward: Callable, leaves: int, constants: int, unused: int | None = None
-) -> None:
-    """Registers `backward`, an op of (grad, tensors, constants, saved, needs), as the gradient of an op.
-
-    name: that op, of (tensors, a constant, recompute), whose results are its output and what to save. op: its
-    public name. leaves: how many of the tensors have gradients. constants: how many of the last two inputs
-    `backward` takes. unused: the tensor that it does not take.
-    """
+def differentiate(name: str, gradient: Gradient) -> None:
+    """Registers the gradient of the op `name`."""
 
     def setup_context(ctx, inputs, output):
-        tensors = [t for i, t in enumerate(inputs[:-2]) if i != unused]
-        ctx.constants, ctx.tensors = inputs[-2:][:constants], len(tensors)
-        ctx.save_for_backward(*tensors, *output[1:])
+        gradient.save(ctx, inputs, output[1:])
         ctx.mark_non_differentiable(*output[1:])
-        # Else autograd makes zeros as large as what is saved.
-        ctx.set_materialize_grads(False)
 
     def run(ctx, grad, *_):
-        inputs = len(ctx.needs_input_grad)
-        if grad is None:
-            return (None,) * inputs
-        forbid_double_backward(op)
-        needs = need_bits(ctx.needs_input_grad[:leaves])
-        kept = ctx.saved_tensors  # once: under gradient checkpointing they can be unpacked but once
-        tensors, saved = kept[: ctx.tensors], kept[ctx.tensors :]
-        grads = backward(grad, *tensors, *ctx.constants, *saved, needs)
-        return *asked_for(grads, needs), *[None] * (inputs - leaves)
+        return gradient.run(ctx, grad)
 
     torch.library.register_autograd(name, run, setup_context=setup_context)
+
+
+def of_extension(name: str, leaves: int, unused: int) -> Callable:
+    """Registers `name_backward` as the gradient of the extension's op `name`; what calls that for its output.
+
+    The backward pass takes neither `recompute` nor the tensor `unused`.
+    """
+    registered, backward = (
+        getattr(torch.ops.uvc_kernels, f"{name}{end}").default for end in ("", "_backward")
+    )
+    gradient = Gradient(name, backward, leaves, constants=1, unused=unused)
+    differentiate(f"uvc_kernels::{name}", gradient)
+
+    def run(*inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return registered(*inputs)
+
+    return shortcut(gradient, run, registered)

@@ -41,12 +41,6 @@ def attention_reference(
 _dispatch.provide_reference("attention", attention_reference)
 
 
-def _attention_cpu(
-    x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool
-) -> Tensor:
-    return torch.ops.uvc_kernels.attention(x, *weights, *kept[1:5], scale, recompute)[0]
-
-
 def fake(x, *arguments):
     weights = AttentionWeights(*arguments[:4])
     # torch leaves out the last argument where it has its default.
@@ -69,10 +63,15 @@ def fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, *rest):
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::attention", fake)
     torch.library.register_fake("uvc_kernels::attention_backward", fake_backward)
-    _backward = torch.ops.uvc_kernels.attention_backward
     # The backward pass needs no proj_bias.
-    _autograd.differentiate("uvc_kernels::attention", "attention", _backward, 5, constants=1, unused=4)
-    _dispatch.provide("attention", "cpu", _attention_cpu, "cpu", _dtypes.CPU_DTYPES)
+    _call = _autograd.of_extension("attention", 5, unused=4)
+
+    def _cpu(
+        x: Tensor, weights: AttentionWeights, kept: KeptHeads, scale: float, packed: Packed, recompute: bool
+    ) -> Tensor:
+        return _call(x, *weights, *kept[1:5], scale, recompute)
+
+    _dispatch.provide("attention", "cpu", _cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
 def attention_packing(

@@ -92,20 +92,6 @@ def reference(
 _dispatch.provide_reference(OP, reference)
 
 
-def _cpu(
-    x: Tensor,
-    weights: AttentionWeights,
-    kept: KeptHeads,
-    scale: float,
-    positions: Positions,
-    recompute: bool,
-) -> Tensor:
-    turn, partner, bias = positions
-    return torch.ops.uvc_kernels.attention_with_positions(
-        x, *weights, bias, *kept[1:5], turn, partner, scale, recompute
-    )[0]
-
-
 def _fake(x, *arguments):
     # Without the bias, and behind the four lists of what is kept, turn and partner.
     return fake(x, *arguments[:4], *arguments[5:9], *arguments[11:])
@@ -119,9 +105,20 @@ def _fake_backward(grad, x, qkv_weight, qkv_bias, proj_weight, bias, *rest):
 if _dispatch.extension_error is None:
     torch.library.register_fake(f"uvc_kernels::{OP}", _fake)
     torch.library.register_fake(f"uvc_kernels::{OP}_backward", _fake_backward)
-    _backward = torch.ops.uvc_kernels.attention_with_positions_backward
     # The backward pass needs no proj_bias.
-    _autograd.differentiate(f"uvc_kernels::{OP}", OP, _backward, 6, constants=1, unused=4)
+    _call = _autograd.of_extension(OP, 6, unused=4)
+
+    def _cpu(
+        x: Tensor,
+        weights: AttentionWeights,
+        kept: KeptHeads,
+        scale: float,
+        positions: Positions,
+        recompute: bool,
+    ) -> Tensor:
+        turn, partner, bias = positions
+        return _call(x, *weights, bias, *kept[1:5], turn, partner, scale, recompute)
+
     _dispatch.provide(OP, "cpu", _cpu, "cpu", _dtypes.CPU_DTYPES)
 
 

@@ -45,12 +45,6 @@ def mlp_reference(
 _dispatch.provide_reference("mlp", mlp_reference)
 
 
-def _mlp_cpu(
-    x: Tensor, weights: MlpWeights, kept: KeptNeurons, activation: str, packed: Packed, recompute: bool
-) -> Tensor:
-    return torch.ops.uvc_kernels.mlp(x, *weights, kept.neurons, CODES[activation], recompute)[0]
-
-
 def _fake(x, *arguments):
     weights = MlpWeights(*arguments[:6])
     # torch leaves out the last argument where it has its default.
@@ -70,10 +64,15 @@ def _fake_backward(grad, x, fc1_weight, fc1_bias, fc2_weight, gate_weight, gate_
 if _dispatch.extension_error is None:
     torch.library.register_fake("uvc_kernels::mlp", _fake)
     torch.library.register_fake("uvc_kernels::mlp_backward", _fake_backward)
-    _backward = torch.ops.uvc_kernels.mlp_backward
     # The backward pass needs no fc2_bias.
-    _autograd.differentiate("uvc_kernels::mlp", "mlp", _backward, 7, constants=1, unused=4)
-    _dispatch.provide("mlp", "cpu", _mlp_cpu, "cpu", _dtypes.CPU_DTYPES)
+    _call = _autograd.of_extension("mlp", 7, unused=4)
+
+    def _cpu(
+        x: Tensor, weights: MlpWeights, kept: KeptNeurons, activation: str, packed: Packed, recompute: bool
+    ) -> Tensor:
+        return _call(x, *weights, kept.neurons, CODES[activation], recompute)
+
+    _dispatch.provide("mlp", "cpu", _cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
 def mlp_packing(

@@ -79,9 +79,10 @@ class Provider(NamedTuple):
         """
         full_name = self.define(name, whole(forward[0]), forward[1])
         self.define(f"{name}_backward", whole(backward[0]), backward[1])
-        _autograd.differentiate(full_name, op, self.op(f"{name}_backward"), leaves, constants=2)
+        gradient = _autograd.Gradient(op, self.op(f"{name}_backward"), leaves)
+        _autograd.differentiate(full_name, gradient)
         run, run_backward = (partial(way[0], self.pieces) for way in (forward, backward))
-        return _autograd.shortcut(op, run, run_backward, leaves, self.op(name))
+        return _autograd.shortcut(gradient._replace(backward=run_backward), run, self.op(name))
 
     def op(self, name: str) -> Callable:
         """The op that `define` registered."""
