@@ -106,6 +106,7 @@ def on_a_small_disk(folder):
     processes, model = Several(cpu=True), convert(digits_model())
     twin, free = processes.spread(model), 2 * sum(p.nbytes for p in model.parameters()) // 3
     checkpoint._free = lambda folder: free
+    processes.wait()  # the first to fail would end while the other still looks for it
     try:
         processes.checkpoints(folder / "checkpoint.safetensors", twin).save(
             {"model": twin.state_dict()}, {"steps": 1}
