@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .indices import KeptHeads, counts_of
 from .warn_once import warn_once
 
 PROVIDERS = ("reference", "cpu", "triton", "cuda", "cuda-host")
@@ -159,10 +160,15 @@ def serves(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
     return provider == "cpu" or _proven(op, provider, device, dtype)
 
 
-def kernel_serves(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel serves `op` here: the one that the user asked for, or any."""
+def kernel_serves(op: str, device: torch.device, dtype: torch.dtype, kept: KeptHeads | None = None) -> bool:
+    """Whether a kernel serves `op` here: the one that the user asked for, or any.
+
+    kept: of what heads; those that pack take none of more than 128 dims.
+    """
     name = _forced[-1] if _forced else os.environ.get("UVC_BACKEND") or None
-    return any(serves(op, p, device, dtype) for p in PROVIDERS[1:] if name in (None, p))
+    wide = kept is not None and sum(counts_of(kept)) < len(kept.table)
+    found = (p for p in PROVIDERS[1:] if name in (None, p) and serves(op, p, device, dtype))
+    return any(not (wide and packs(op, p)) for p in found)
 
 
 def able(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -122,6 +122,14 @@ if _dispatch.extension_error is None:
     _dispatch.provide(OP, "cpu", _cpu, "cpu", _dtypes.CPU_DTYPES)
 
 
+def _fits(tensor: Tensor, shape: tuple[int | tuple[int, int], ...]) -> bool:
+    """Whether a tensor has this shape, of which some sizes may be either of two."""
+    if tensor.dim() != len(shape):
+        return False
+    pairs = zip(tensor.shape, shape, strict=True)
+    return all(size in wanted if isinstance(wanted, tuple) else size == wanted for size, wanted in pairs)
+
+
 def attention_with_positions(
     x: Tensor,
     qkv_weight: Tensor,
@@ -139,18 +147,21 @@ def attention_with_positions(
     shapes that do not fit.
     """
     check_shapes(x, qkv_weight, proj_weight, kept)
-    (B, N, _), (turn, _, bias) = x.shape, positions
-    K = kept.whole_columns.shape[1]
-    if turn is not None and (turn.dim() != 5 or turn.shape[3:] != (K, -(-N // UNIT) * UNIT)):
+    (B, N, _), (turn, partner, bias), (H, K) = x.shape, positions, kept.whole_columns.shape
+    if turn is not None and not _fits(turn, (2, (1, B), (1, H), K, -(-N // UNIT) * UNIT)):
         raise ValueError(
             f"{OP}: turn must be [2, I, G, {K}, {-(-N // UNIT) * UNIT}], got {tuple(turn.shape)}"
         )
-    if bias is not None and (bias.dim() != 4 or bias.shape[2:] != (N, N) or B % max(1, len(bias))):
+    if turn is not None and (partner is None or partner.shape != (K,)):
+        got = None if partner is None else tuple(partner.shape)
+        raise ValueError(f"{OP}: turn comes with partner [{K}], got {got}")
+    h = kept.v_offsets.shape[0] - 1
+    if bias is not None and (not _fits(bias, (len(bias), (1, h), N, N)) or B % max(1, len(bias))):
         raise ValueError(f"{OP}: bias must be [a divisor of {B}, heads, {N}, {N}], got {tuple(bias.shape)}")
     weights = AttentionWeights(qkv_weight, qkv_bias, proj_weight, proj_bias)
     _dtypes.check_dtypes(OP, x, *weights)
     x = _dtypes.autocast(x)
     if bias is not None and bias.requires_grad and bias.shape[1] == 1:
-        positions = positions._replace(bias=bias.expand(-1, kept.v_offsets.shape[0] - 1, -1, -1))
+        positions = positions._replace(bias=bias.expand(-1, h, -1, -1))
     run = _dispatch.implementation(OP, x.device, x.dtype)
     return run(x, weights, kept, scale, positions, recompute)

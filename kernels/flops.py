@@ -9,6 +9,7 @@ B batch, N tokens, M = B*N, D width; Q and V kept q/k and v dims over all heads,
 counts nothing. Importing this file registers the formulas; `uvc.layers` does.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -63,12 +64,13 @@ def _register(name: str, formula: Callable[[Arguments, set[str] | None], int]) -
     register_flop_formula(op, get_raw=True)(count)
 
 
-_NAMES = {attention: ("attention", "attend"), mlp: ("mlp", "packed_mlp")}
-for _formula, (_name, _packed) in _NAMES.items():
-    for _kind in ("", "_backward"):
+_NAMES = {
+    attention: (("attention", "attend"), ("attention_with_positions", "attend_with_positions")),
+    mlp: (("mlp", "packed_mlp"),),
+}
+for _formula, _ops in _NAMES.items():
+    for (_name, _packed), _kind in itertools.product(_ops, ("", "_backward")):
         for _suffix in SUFFIXES:
             _register(f"{_packed}{_kind}_{_suffix}", _formula)
         if _dispatch.extension_error is None:
             _register(f"{_name}{_kind}", _formula)
-for _kind in ("", "_backward") if _dispatch.extension_error is None else ():
-    _register(f"attention_with_positions{_kind}", attention)

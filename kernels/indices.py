@@ -35,9 +35,9 @@ class KeptHeads(NamedTuple):
     rows [S]: row of qkv_weight for each packed row; columns [V]: column of proj_weight for each packed
     column; -1 is padding. whole_rows [3, H, K], whole_columns [H, K]: the inverse of both, -1 is removed.
     table [h, 6]: per head its first q, k and v columns in packed qkv [M, S], its first column in packed heads
-    [M, V], its padded q/k and v widths, sorted by the smallest of `WIDTHS` that holds both. marks16 ..
-    marks128: two longer than the number of heads of that width, so that a traced op knows its launches
-    without reading the device.
+    [M, V], its padded q/k and v widths, sorted by the smallest of `WIDTHS` that holds both. order [h]:
+    which of the kept heads each of its rows is. marks16 .. marks128: two longer than the number of heads of
+    that width, so that a traced op knows its launches without reading the device.
     """
 
     flat: Tensor
@@ -50,6 +50,7 @@ class KeptHeads(NamedTuple):
     whole_rows: Tensor
     whole_columns: Tensor
     table: Tensor
+    order: Tensor
     marks16: Tensor
     marks32: Tensor
     marks64: Tensor
@@ -117,6 +118,7 @@ def kept_heads(qk_mask: Tensor, v_mask: Tensor, device: torch.device | str | Non
             _inverse(rows, 3 * A),
             _inverse(columns, A),
             [n for i in order for n in table[i]],
+            order,
             *([0] * (buckets.count(width) + _MARKS_MORE) for width in WIDTHS),
         ],
         qk_mask.device if device is None else device,

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._dispatch import backend, provide_check
 from .attention import attention
+from .attention_with_positions import Positions, attention_with_positions, turn_of
 from .gather import gather
 from .group_scores import group_scores
 from .indices import kept_heads, kept_neurons
@@ -60,6 +61,25 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return results
 
 
+def _attention_with_positions(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    results = []
+    for images, tokens, qk, v in _heads(device):
+        A, (H, K) = v.numel(), v.shape
+        partner = torch.arange(K).roll(K // 2)
+        kept = kept_heads(qk & qk[:, partner], v, device)
+        few = tokens < 100
+        # Tables of every image and head, and a bias of every image; or one table for all, and one bias.
+        tables, P = ((images, H, tokens - 1, K), images) if few else ((tokens - 1, K), 1)
+        angles = _tensors(torch.device("cpu"), torch.float64, tables)[0].detach()
+        turn = turn_of(angles.sin(), angles.cos(), partner, 1).to(device, dtype)
+        shapes = (images, tokens, 24), (3 * A, 24), (3 * A,), (24, A), (24,)
+        *inputs, bias = _tensors(device, dtype, *shapes, (P, len(kept.table), tokens, tokens))
+        positions = Positions(turn, partner.to(device), bias)
+        out = attention_with_positions(*inputs, kept, 0.01, positions)
+        results += _with_gradients(out, [*inputs, bias])
+    return results
+
+
 def _mlp(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     inputs = _tensors(device, dtype, (2, 17, 24), (40, 24), (40,), (24, 40), (24,), (40, 24), (40,))
     kept = kept_neurons(torch.arange(40) % 3 == 0, device)
@@ -90,6 +110,7 @@ def _prox_shrink(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
 
 EXAMPLES: dict[str, Callable[[torch.device, torch.dtype], list[Tensor]]] = {
     "attention": _attention,
+    "attention_with_positions": _attention_with_positions,
     "mlp": _mlp,
     "gather": _gather,
     "group_scores": _group_scores,

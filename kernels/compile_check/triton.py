@@ -18,6 +18,8 @@ MODULES = (
     "column_sums",
     "group_scores",
     "prox_shrink",
+    "turn",
+    "bias_gradient",
 )
 
 

@@ -7,7 +7,7 @@ provider supplies the pieces between the GEMMs. See `pieces.py` for what it must
 import torch
 
 from .. import _dispatch
-from . import attention, gather, mlp, solver
+from . import attention, attention_with_positions, gather, mlp, solver
 from .pieces import Pieces, Provider
 
 __all__ = ["Pieces", "provide", "provided"]
@@ -20,6 +20,6 @@ def provide(name: str, device: str, dtypes: tuple[torch.dtype, ...], pieces: Pie
     """Makes `name` a backend for tensors of this device type and these dtypes."""
     provided[name] = pieces
     provider = Provider(name.replace("-", "_"), device, pieces)
-    for module in (attention, gather, mlp, solver):
+    for module in (attention, attention_with_positions, gather, mlp, solver):
         for op, run in module.define(provider).items():
             _dispatch.provide(op, name, run, device, dtypes, packs=True)

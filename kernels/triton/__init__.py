@@ -4,7 +4,7 @@ Under `TRITON_INTERPRET=1`, set before that, the same kernels run on CPU tensors
 """
 
 from ..packed import Pieces, provide
-from . import activation, attention_core, column_sums, gather, group_scores, prox_shrink
+from . import activation, attention_core, bias_gradient, column_sums, gather, group_scores, prox_shrink, turn
 from .launch import DTYPES, INTERPRETED
 
 provide(
@@ -20,5 +20,7 @@ provide(
         column_sums.column_sums,
         group_scores.group_scores,
         prox_shrink.prox_shrink,
+        turn.turn,
+        bias_gradient.bias_gradient,
     ),
 )

@@ -19,22 +19,47 @@ from torch import Tensor
 
 from ..indices import WIDTHS
 from . import attention_whole as whole
-from .attention_head import NUMBERS, Mode, by_of, dot, head_of, load, mode_of, power, scores, store
+from .attention_head import (
+    NUMBERS,
+    Mode,
+    bias_of,
+    by_of,
+    dot,
+    head_of,
+    is_hopper,
+    load,
+    missing,
+    mode_of,
+    plus_bias,
+    power,
+    scores,
+    signature_of,
+    store,
+)
 from .launch import DTYPES, ELEMENT, Case, narrow, wide
 
+LOWEST = tl.constexpr(-1.0e38)
 SMALL = 16  # tokens in the last tile when so few are left
+CROWDED, HOPPER = ("sm_80", "gfx942"), ("sm_90", "sm_100")  # in the compile gate
 HIP = torch.version.hip is not None
 
 
 @triton.jit
-def _join(acc, top, total, q, head, start, N, COLS: tl.constexpr, MODE: tl.constexpr, WHOLE: tl.constexpr):
+def _join(acc, top, total, q, head, first, start, N, ROWS: tl.constexpr, COLS: tl.constexpr,
+          MODE: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     # One block of keys joins the running softmax of some queries.
     k = load(head.k, start, head.qkv_stride, head.qk_width, N, COLS, MODE.width, WHOLE)
     v = load(head.v, start, head.qkv_stride, head.v_width, N, COLS, MODE.width, WHOLE)
     s = scores(q, k, MODE)  # [ROWS, COLS]
+    key = start + tl.arange(0, COLS)
+    if MODE.biased:
+        s = plus_bias(s, head, (first + tl.arange(0, ROWS))[:, None], key[None, :], N, MODE)
     if not WHOLE:
-        s = tl.where((start + tl.arange(0, COLS) < N)[None, :], s, float("-inf"))
+        s = tl.where((key < N)[None, :], s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
+    if MODE.biased:
+        # A bias may forbid every key so far.
+        new_top = tl.maximum(new_top, LOWEST)
     p = power(s, new_top, 1, MODE)
     fade = tl.exp2((top - new_top) * by_of(MODE))
     return (
@@ -52,8 +77,8 @@ def _attend(head, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.co
     top, total = tl.full((ROWS,), float("-inf"), MODE.acc), tl.full((ROWS,), 0.0, MODE.acc)
     last = (N - 1) // BLOCK * BLOCK
     for start in range(0, last, BLOCK):
-        acc, top, total = _join(acc, top, total, q, head, start, N, BLOCK, MODE, True)
-    acc, top, total = _join(acc, top, total, q, head, last, N, TAIL, MODE, False)
+        acc, top, total = _join(acc, top, total, q, head, first, start, N, ROWS, BLOCK, MODE, True)
+    acc, top, total = _join(acc, top, total, q, head, first, last, N, ROWS, TAIL, MODE, False)
     store(head.out, acc / total[:, None], first, head.heads_stride, head.v_width, N, ROWS, MODE.width)
     row = first + tl.arange(0, ROWS)
     tl.store(head.top + row, top, mask=row < N)
@@ -61,13 +86,15 @@ def _attend(head, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.co
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads, first_head,
-             BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads, first_head, bias,
+             order, n_biases, bias_heads, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+             MODE: tl.constexpr):  # fmt: skip
     tiles = (N + BLOCK - 1) // BLOCK
     tile, pair = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     head = head_of(
-        qkv, heads, heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
-    )
+        qkv, heads, heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride,
+        bias, order, n_biases, bias_heads, MODE,
+    )  # fmt: skip
     if TAIL == BLOCK or tile + 1 < tiles:
         _attend(head, tile * BLOCK, N, BLOCK, BLOCK, TAIL, MODE)
     else:
@@ -75,7 +102,7 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
 
 
 @triton.jit
-def _rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr):
+def rows_of(head, start, N, ROWS: tl.constexpr, MODE: tl.constexpr):
     # What the backward pass reads of some queries; those behind the last token weigh nothing.
     q = load(head.q, start, head.qkv_stride, head.qk_width, N, ROWS, MODE.width, False)
     o = load(head.out, start, head.heads_stride, head.v_width, N, ROWS, MODE.width, False)
@@ -95,8 +122,12 @@ def _backward_keys(head, grad_k_out, grad_v_out, first, N, COLS: tl.constexpr, S
     v = load(head.v, first, head.qkv_stride, head.v_width, N, COLS, MODE.width, False)
     grad_k, grad_v = tl.full((COLS, MODE.width), 0.0, MODE.acc), tl.full((COLS, MODE.width), 0.0, MODE.acc)
     for start in range(0, N, STEP):
-        q, grad, top, inverse, delta = _rows_of(head, start, N, STEP, MODE)
-        p = power(scores(k, q, MODE), top, 0, MODE) * inverse[None, :]  # [COLS, STEP]
+        q, grad, top, inverse, delta = rows_of(head, start, N, STEP, MODE)
+        s = scores(k, q, MODE)  # [COLS, STEP]
+        if MODE.biased:
+            query, key = start + tl.arange(0, STEP), first + tl.arange(0, COLS)
+            s = plus_bias(s, head, query[None, :], key[:, None], N, MODE)
+        p = power(s, top, 0, MODE) * inverse[None, :]
         grad_v += dot(narrow(p, v.dtype), grad, MODE)
         grad_s = p * (dot(v, tl.trans(grad), MODE) - delta[None, :])
         grad_k += dot(narrow(grad_s, k.dtype), q, MODE)
@@ -107,12 +138,15 @@ def _backward_keys(head, grad_k_out, grad_v_out, first, N, COLS: tl.constexpr, S
 @triton.jit
 def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.constexpr, MODE: tl.constexpr):
     # dq of one tile of queries.
-    q, grad, top, inverse, delta = _rows_of(head, first, N, ROWS, MODE)
+    q, grad, top, inverse, delta = rows_of(head, first, N, ROWS, MODE)
     grad_q = tl.full((ROWS, MODE.width), 0.0, MODE.acc)
     for start in range(0, N, STEP):
         k = load(head.k, start, head.qkv_stride, head.qk_width, N, STEP, MODE.width, False)
         v = load(head.v, start, head.qkv_stride, head.v_width, N, STEP, MODE.width, False)
-        s = tl.where((start + tl.arange(0, STEP) < N)[None, :], scores(q, k, MODE), float("-inf"))
+        s, key = scores(q, k, MODE), start + tl.arange(0, STEP)
+        if MODE.biased:
+            s = plus_bias(s, head, (first + tl.arange(0, ROWS))[:, None], key[None, :], N, MODE)
+        s = tl.where((key < N)[None, :], s, float("-inf"))
         p = power(s, top, 1, MODE) * inverse[:, None]  # [ROWS, STEP]
         grad_s = p * (dot(grad, tl.trans(v), MODE) - delta[:, None])
         grad_q += dot(narrow(grad_s, k.dtype), k, MODE)
@@ -121,7 +155,8 @@ def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.c
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
-              first_head, BLOCK: tl.constexpr, TAIL: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+              first_head, bias, order, n_biases, bias_heads, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+              MODE: tl.constexpr):  # fmt: skip
     # A program owns either the dk and dv of one tile of keys or the dq of one tile of queries: nothing is
     # written twice, so there are no atomics and every run adds up in the same order. The inner loops go in
     # steps of half a tile: a step of a whole one, or a shorter last step, spills registers.
@@ -129,8 +164,9 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
     tiles = (N + BLOCK - 1) // BLOCK
     part, pair = tl.program_id(0) % (2 * tiles), tl.program_id(0) // (2 * tiles)
     head = head_of(
-        qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride, heads_stride
-    )
+        qkv, heads, grad_heads, top, inverse, table, pair, n_heads, first_head, N, M, qkv_stride,
+        heads_stride, bias, order, n_biases, bias_heads, MODE,
+    )  # fmt: skip
     first = part // 2 * BLOCK
     if part % 2 == 0:
         if TAIL == BLOCK or first + BLOCK < N:
@@ -146,68 +182,78 @@ def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_s
             _backward_queries(head, grad_qkv + head.q_place, first, N, TAIL, STEP, MODE)
 
 
-def _block(dtype: torch.dtype, width: int) -> int:
-    """Tokens in a tile: what tensor cores want, less where float32 tiles would leave the registers."""
+def block_of(dtype: torch.dtype, width: int, crowded: bool = False) -> int:
+    """Tokens in a tile: what tensor cores want, less where float32 tiles would leave the registers.
+
+    crowded: before Hopper, with a bias: then tiles of 64 dims would leave them, too.
+    """
     if dtype.itemsize == 2:
-        return 64
+        return 32 if crowded and width >= 64 else 64
     return 32 if width < 128 else 16
 
 
-def _options(kernel, width: int, dtype: torch.dtype, hip: bool) -> dict[str, int]:
+def _options(kernel, width: int, dtype: torch.dtype, hip: bool, biased: bool) -> dict[str, int]:
     # AMD's warps are twice as wide, and its threads have twice the registers.
     options = {"num_warps": 8 if width * dtype.itemsize > 128 and not hip else 4, "num_stages": 2}
     # Left to itself ptxas stops at 72 to 96 registers on some targets, and spills.
     half, most = dtype.itemsize == 2, None
     if kernel is _forward and width * dtype.itemsize == 64:
-        most = 128 if half else 168
+        most = 128 if half and not biased else 168
     elif kernel is _backward and (width == 64 or not half):
         most = 255 if width in (32, 64) else 128
+    elif kernel is _backward and biased and width < 64:
+        most = 255
     return options if hip or most is None else options | {"maxnreg": most}
 
 
-def _shape(tokens: int, mode: Mode, dtype: torch.dtype) -> dict[str, object]:
+def _shape(tokens: int, mode: Mode, dtype: torch.dtype, crowded: bool) -> dict[str, object]:
     """The compile-time arguments for so many tokens."""
-    block = _block(dtype, mode.width)
-    return {"BLOCK": block, "TAIL": SMALL if (tokens - 1) % block < SMALL else block, "MODE": mode}
+    block = block_of(dtype, mode.width, crowded)
+    # Of a small tile's bias each of the many threads that 128 dims take would read a single number.
+    small = (tokens - 1) % block < SMALL and not (mode.biased and mode.width == 128)
+    return {"BLOCK": block, "TAIL": SMALL if small else block, "MODE": mode}
 
 
 def attention_core(
     qkv: Tensor, table: Tensor, counts: list[int], tokens: int, scale: float, heads: Tensor, top: Tensor,
-    inverse: Tensor,
+    inverse: Tensor, bias: Tensor | None = None, order: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes `heads` [M, V] and the softmax statistics `top`, `inverse` [h, M] from the packed `qkv` [M, S].
 
     table: int32 [h, 6], per kept head the columns of its q, k, v in `qkv` and of its v in `heads`, and its
     q/k and v widths, all multiples of 8; counts: how many of its rows, in order, are as wide as each of
-    `WIDTHS`.
+    `WIDTHS`. bias, order: see `Bias`; `top` is then with scale and bias.
     """
-    _launch(_forward, (qkv, heads, top, inverse, table), counts, tokens, scale, 1)
+    _launch(_forward, (qkv, heads, top, inverse, table), counts, tokens, scale, 1, bias, order)
 
 
 def attention_core_backward(
     qkv: Tensor, heads: Tensor, grad_heads: Tensor, top: Tensor, inverse: Tensor, table: Tensor,
-    counts: list[int], tokens: int, scale: float, grad_qkv: Tensor,
+    counts: list[int], tokens: int, scale: float, grad_qkv: Tensor, bias: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes `grad_qkv` from `grad_heads` and what `attention_core` wrote."""
-    _launch(_backward, (qkv, heads, grad_heads, grad_qkv, top, inverse, table), counts, tokens, scale, 2)
+    tensors = qkv, heads, grad_heads, grad_qkv, top, inverse, table
+    _launch(_backward, tensors, counts, tokens, scale, 2, bias, order)
 
 
-def _launch(kernel, tensors, counts, tokens, scale, programs_per_tile) -> None:
+def _launch(kernel, tensors, counts, tokens, scale, programs_per_tile, bias, order) -> None:
     qkv, heads, M = tensors[0], tensors[1], tensors[0].shape[0]
-    backward = kernel is _backward
+    backward, added = kernel is _backward, bias_of(bias, order)
+    crowded = bias is not None and not is_hopper(qkv.device)
     first = 0
     for width, count in zip(WIDTHS, counts, strict=True):
-        numbers = (tokens, M, qkv.stride(0), heads.stride(0), count, first)
-        programs, mode = count * (M // tokens), mode_of(width, scale, qkv.dtype)
-        if programs and whole.fits(tokens, width, qkv, backward):
+        numbers = (tokens, M, qkv.stride(0), heads.stride(0), count, first, *added)
+        programs, mode = count * (M // tokens), mode_of(width, scale, qkv.dtype, bias is not None)
+        if programs and whole.fits(tokens, width, qkv, backward, bias is not None):
             (whole.backward if backward else whole.forward)(tensors, numbers, programs, mode)
         elif programs:
-            tiles = triton.cdiv(tokens, _block(qkv.dtype, width))
+            tiles = triton.cdiv(tokens, block_of(qkv.dtype, width, crowded))
             kernel[(programs * tiles * programs_per_tile,)](
                 *tensors,
                 *numbers,
-                **_shape(tokens, mode, qkv.dtype),
-                **_options(kernel, width, qkv.dtype, HIP),
+                **_shape(tokens, mode, qkv.dtype, crowded),
+                **_options(kernel, width, qkv.dtype, HIP, bias is not None),
             )
         first += count
 
@@ -215,15 +261,19 @@ def _launch(kernel, tensors, counts, tokens, scale, programs_per_tile) -> None:
 def cases() -> list[Case]:
     """Everything the two can launch, at the scale of 64 dims."""
     found = []
-    for kernel, dtype, width in itertools.product((_forward, _backward), DTYPES, WIDTHS):
+    every = itertools.product((_forward, _backward), DTYPES, WIDTHS, (False, True))
+    for kernel, dtype, width, biased in every:
         types = {"top": wide(dtype), "inverse": wide(dtype), "table": "i32"}
-        types |= dict.fromkeys(("qkv", "heads", "grad_heads", "grad_qkv"), ELEMENT[dtype])
-        signature = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names[:-3]}
-        block = _block(dtype, width)
-        for tokens in (1, block) if block > SMALL else (1,):
-            shape = _shape(tokens, mode_of(width, 0.125, dtype), dtype)
-            label = f"{ELEMENT[dtype]} width {width} tail {shape['TAIL']}"
-            half = dtype.itemsize == 2
-            options = {hip: _options(kernel, width, dtype, hip) for hip in (False, True)}
-            found.append(Case(kernel, label, signature, shape, options, half))
+        types |= dict.fromkeys(("qkv", "heads", "grad_heads", "grad_qkv", "bias"), ELEMENT[dtype])
+        signature = signature_of(kernel.arg_names[:-3], types, biased)
+        mode, half = mode_of(width, 0.125, dtype, biased), dtype.itemsize == 2
+        options = {hip: _options(kernel, width, dtype, hip, biased) for hip in (False, True)}
+        shapes = {}
+        for tokens, crowded in itertools.product((1, block_of(dtype, width)), (False, biased)):
+            shape = _shape(tokens, mode, dtype, crowded)
+            shapes.setdefault((shape["BLOCK"], shape["TAIL"]), (shape, set()))[1].add(crowded)
+        for (_, tail), (shape, crowds) in shapes.items():
+            label = f"{ELEMENT[dtype]} width {width} tail {tail}{' bias' * biased}"
+            targets = () if len(crowds) > 1 or not biased else CROWDED if True in crowds else HOPPER
+            found.append(Case(kernel, label, signature, shape | missing(biased), options, half, targets))
     return found

@@ -34,11 +34,13 @@ def case(backend, *values, slow=False):
     return pytest.param(backend, *values, id=name, marks=marks)
 
 
-def on_every_backend(quick=None, interpreted=None, all_of=None, also=()):
+def on_every_backend(quick=None, interpreted=None, all_of=None, also=(), without=()):
     """Parametrizes (backend, dtype) and, with sizes, size: the `quick` ones, `interpreted` in Triton's slow
-    interpreter; the others of `all_of` are marked slow. `also`: further pairs.
+    interpreter; the others of `all_of` are marked slow. `also`: further pairs; `without`: backends that are
+    left out.
     """
-    pairs = [(b, d) for b in BACKENDS for d in DTYPES.get(b, (torch.float32, *HALF))] + [*also]
+    pairs = [(b, d) for b in BACKENDS for d in DTYPES.get(b, (torch.float32, *HALF)) if b not in without]
+    pairs += also
     if quick is None:
         return pytest.mark.parametrize(("backend", "dtype"), [case(*pair) for pair in pairs])
     cases = []

@@ -58,7 +58,14 @@ def _load() -> None:
         _interpret_the_standard_library()
         _patch_once_per_launch()
         with uvc_kernels.backend("triton"):
-            for op in ("attention", "mlp", "gather", "group_scores", "prox_shrink"):
+            for op in (
+                "attention",
+                "attention_with_positions",
+                "mlp",
+                "gather",
+                "group_scores",
+                "prox_shrink",
+            ):
                 uvc_kernels.select(op, torch.device(DEVICE), torch.float32)
     finally:
         if before is None:

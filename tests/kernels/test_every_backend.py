@@ -56,6 +56,69 @@ def test_attention_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size
     accuracy.check(lambda *t: uvc_kernels.attention(*t, kept, 0.125), tensors, dtype, backend)
 
 
+# Images, (I, G) of the tables that turn, (P, heads) of the bias.
+PLACED = {
+    "one table": (2, (1, 1), None),
+    "a table of each head": (2, (1, 3), None),
+    "a table of each image": (2, (2, 1), None),
+    "tables of images and heads": (5, (5, 3), None),
+    "a bias of each head": (2, None, (1, 3)),
+    "one bias for all heads": (2, None, (1, 1)),
+    "a bias of each window": (4, None, (2, 3)),
+    "tables and a bias": (5, (1, 3), (5, 3)),
+}
+
+
+def positions_case(placed, tokens, device, dims=64, keep=None):
+    """Tensors, bias behind the weights where there is one, what is kept, and what turns."""
+    images, tables, biases = PLACED[placed]
+    partner = torch.arange(dims).roll(dims // 2) if images == 2 else torch.arange(dims) ^ 1
+    qk, v = ragged(3, dims) if keep is None else keep
+    kept = uvc_kernels.kept_heads(qk & qk[:, partner], v, device)
+    A = 3 * dims
+    shapes = [(images, tokens, WIDTH), (3 * A, WIDTH), 3 * A, (WIDTH, A), WIDTH]
+    if biases is not None:
+        heads = len(kept.table) if biases[1] > 1 else 1
+        shapes.append((biases[0], heads, tokens, tokens))
+    x, qkv, bias, proj, *rest = numbers(*shapes, device=device)
+    positions = uvc_kernels.Positions()
+    if tables is not None:
+        (angles,) = numbers((*tables, tokens - 1, dims))
+        turn = uvc_kernels.turn_of(angles.sin(), angles.cos(), partner, 1)
+        positions = uvc_kernels.Positions(turn.to(device), partner.to(device))
+    return [x, qkv * 0.2, bias, proj * 0.2, *rest], kept, positions
+
+
+def attend_with_positions(kept, positions, scale=0.125, recompute=False):
+    def run(*tensors):
+        given = positions._replace(bias=tensors[5]) if len(tensors) > 5 else positions
+        return uvc_kernels.attention_with_positions(*tensors[:5], kept, scale, given, recompute)
+
+    return run
+
+
+without_positions = ("cuda", "cuda-host")
+
+
+@on_every_backend([(2,), (17,), (70,)], [(17,)], [(2,), (17,), (70,), (197,)], without=without_positions)
+@pytest.mark.parametrize("placed", PLACED)
+def test_attention_with_positions_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size, placed):
+    tensors, kept, positions = positions_case(placed, *size, BACKENDS[backend])
+    accuracy.check(attend_with_positions(kept, positions), tensors, dtype, backend)
+
+
+@on_every_backend(without=(*without_positions, "reference"))
+def test_positions_with_recomputing_give_the_same_bits(backend, dtype):
+    tensors, kept, positions = positions_case("tables and a bias", 17, BACKENDS[backend])
+    tensors = [t.to(dtype) for t in tensors]
+    with uvc_kernels.backend(backend):
+        one, other = (
+            accuracy.with_gradients(attend_with_positions(kept, positions, recompute=again), tensors)
+            for again in (False, True)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def mlp_case(neurons, tokens, gated, device, width=WIDTH):
     F = max(100, neurons)
     shapes = [(1, tokens, width), (F, width), F, (width, F), width] + [(F, width), F] * gated
@@ -171,5 +234,6 @@ def test_every_op_of_every_backend_here_was_registered():
         if (device == "cuda" and not GPU) or (backend == "triton" and on_triton is None):
             continue
         with uvc_kernels.backend(backend):
-            for op in ("attention", "mlp", "gather", "group_scores", "prox_shrink"):
+            ops = ["attention", "mlp", "gather", "group_scores", "prox_shrink"]
+            for op in ops if "cuda" in backend else [*ops, "attention_with_positions"]:
                 assert uvc_kernels.select(op, torch.device(device), torch.float32) == backend

@@ -53,6 +53,7 @@ def test_the_table_lists_every_head_once_by_width(keep):
         assert all(below < w <= width for w in widths[first : first + count])
         first += count
     assert first == len(fields) == int(v.any(1).sum())
+    assert torch.equal(kept.table[:, 2].argsort().argsort().int(), kept.order)
     for q, k, value, out, qk_width, v_width in fields:
         assert out == value - (len(kept.rows) - len(kept.columns))
         for start, width in ((q, qk_width), (k, qk_width), (value, v_width)):

@@ -17,6 +17,8 @@ SMALL = (
     "activation.backward bf16 gelu",
     "scores bf16",
     "shrink bf16",
+    "turn bf16 by fp32 width 64",
+    "bias_gradient bf16 width 64",
 )
 
 

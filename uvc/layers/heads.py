@@ -227,7 +227,9 @@ class Heads(Prunable):
             self._gate is not None
             or any(norm is not None and type(norm) is not nn.Identity for norm in norms)
             or drop_rate(self.attn_drop)
-            or not uvc_kernels.kernel_serves("attention_with_positions", x.device, x.dtype)
+            or not uvc_kernels.kernel_serves(
+                "attention_with_positions", x.device, x.dtype, self.kept(x.device)
+            )
         ):
             return None
         return self.placed(x, self._masks[1].any(1).nonzero().flatten().tolist(), **positions)
