@@ -154,36 +154,40 @@ class NestedSearch(Pruner):
 
 
 class Joint(Pruner):
-    """Each step trains the smallest budget, one between, in turn, and the largest, on the same batch.
+    """Each step trains the smallest budget, and in turn one of the others, on the same batch.
 
-    The largest comes last: it is what the model has between steps, and all that has a gradient is in it.
+    Of equal compute this makes more than steps of three budgets, whose larger ones the smallest follows too
+    seldom. Between steps the model has the largest.
     """
 
     def __init__(self, model: nn.Module, structures: Mapping[float, Structure]) -> None:
         super().__init__(model)
         self.structures = dict(structures)
-        largest, *between = list(self.structures.values())
-        smallest = between.pop()
-        trios = [(smallest, one, largest) for one in between] or [(smallest, largest)]
         # What blocks derive from a structure is derived once: a step switches three times.
-        self.trios = [[self._selections(structure) for structure in trio] for trio in trios]
+        self.largest, *others = [self._selections(structure) for structure in self.structures.values()]
+        smallest = others.pop()
+        self.pairs = [(smallest, one) for one in (*others, self.largest)]
+        self._select(self.largest)
 
     @property
     def passes(self) -> int:
-        return len(self.trios[0])
+        return 2
 
     def _selections(self, structure: Structure) -> list[Any]:
         """What each block keeps; the model has this structure from here on."""
         apply_structure(self.model, structure)
         return [block.selection() for block in blocks_of(self.model)]
 
-    def turn(self, number: int) -> None:
-        selections = self.trios[self.count % len(self.trios)][number]
+    def _select(self, selections: list[Any]) -> None:
         for block, selection in zip(blocks_of(self.model), selections, strict=True):
             block.select(selection)
 
+    def turn(self, number: int) -> None:
+        self._select(self.pairs[self.count % len(self.pairs)][number])
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         self.count += 1
+        self._select(self.largest)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"count": torch.tensor(self.count), "structures": to_bytes(self.structures)}
