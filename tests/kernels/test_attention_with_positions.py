@@ -152,3 +152,9 @@ def test_what_does_not_fit_is_refused():
         attend(kept, turned("halves", 20))(*tensors)
     with pytest.raises(ValueError, match=r"bias must be \[a divisor of 2, heads, 5, 5\], got \(3, 1, 5, 5\)"):
         attend(kept, Positions())(*tensors, torch.zeros(3, 1, 5, 5))
+    with pytest.raises(ValueError, match=r"turn must be \[2, I, G, 8, 16\], got \(2, 3, 1, 8, 16\)"):
+        attend(kept, turned("halves", 5, leading=(3, 1)))(*tensors)
+    with pytest.raises(ValueError, match=r"turn comes with partner \[8\], got None"):
+        attend(kept, positions._replace(partner=None))(*tensors)
+    with pytest.raises(ValueError, match=r"bias must be \[a divisor of 2, heads, 5, 5\], got \(1, 4, 5, 5\)"):
+        attend(kept, Positions())(*tensors, torch.zeros(1, 4, 5, 5))
