@@ -85,7 +85,7 @@ def _attend(head, first, N, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.co
     tl.store(head.inverse + row, 1.0 / total, mask=row < N)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=("order",))
 def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads, first_head, bias,
              order, n_biases, bias_heads, BLOCK: tl.constexpr, TAIL: tl.constexpr,
              MODE: tl.constexpr):  # fmt: skip
@@ -153,7 +153,7 @@ def _backward_queries(head, grad_q_out, first, N, ROWS: tl.constexpr, STEP: tl.c
     store(grad_q_out, grad_q * MODE.scale, first, head.qkv_stride, head.qk_width, N, ROWS, MODE.width)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=("order",))
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
               first_head, bias, order, n_biases, bias_heads, BLOCK: tl.constexpr, TAIL: tl.constexpr,
               MODE: tl.constexpr):  # fmt: skip

@@ -99,7 +99,7 @@ def _attend(head, keys0, keys1, keys2, first, N, ROWS: tl.constexpr, KEYS: tl.co
     tl.store(head.inverse + row, inverse, mask=row < N)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=("order",))
 def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads, first_head, bias,
              order, n_biases, bias_heads, KEYS: tl.constexpr, WHOLE: tl.constexpr,
              MODE: tl.constexpr):  # fmt: skip
@@ -118,7 +118,7 @@ def _forward(qkv, heads, top, inverse, table, N, M, qkv_stride, heads_stride, n_
         _attend(head, keys0, keys1, keys2, first, N, ROWS, KEYS, WHOLE, MODE)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=("order",))
 def _backward(qkv, heads, grad_heads, grad_qkv, top, inverse, table, N, M, qkv_stride, heads_stride, n_heads,
               first_head, bias, order, n_biases, bias_heads, KEYS: tl.constexpr, STEP: tl.constexpr,
               MODE: tl.constexpr):  # fmt: skip

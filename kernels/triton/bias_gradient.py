@@ -19,7 +19,7 @@ from .attention_head import NUMBERS, bias_of, dot, head_of, is_hopper, load, mod
 from .launch import DTYPES, ELEMENT, Case, narrow, wide
 
 
-@triton.jit(do_not_specialize=(*NUMBERS, "all_heads"))
+@triton.jit(do_not_specialize=(*NUMBERS, "all_heads"), do_not_specialize_on_alignment=("order",))
 def _bias_gradient(qkv, heads, grad_heads, top, inverse, table, grad_bias, N, M, qkv_stride, heads_stride,
                    n_heads, first_head, bias, order, n_biases, bias_heads, all_heads, BLOCK: tl.constexpr,
                    MODE: tl.constexpr):  # fmt: skip

@@ -40,7 +40,11 @@ def _turned(base, tables, token, stride, width, N, TOKENS: tl.constexpr, E: tl.c
     tl.store(place, narrow(t, base.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=("N", "images", "stride", "n_heads", "K", "table_images", "table_heads"))
+# What is kept decides where in one buffer its lists begin.
+@triton.jit(
+    do_not_specialize=("N", "images", "stride", "n_heads", "K", "table_images", "table_heads"),
+    do_not_specialize_on_alignment=("table", "rows", "whole_rows"),
+)
 def _turn(qkv, table, rows, whole_rows, partner, turn, N, images, stride, n_heads, K, table_images,
           table_heads, BACK: tl.constexpr, IMAGES: tl.constexpr, TOKENS: tl.constexpr, E: tl.constexpr,
           ACC: tl.constexpr):  # fmt: skip
