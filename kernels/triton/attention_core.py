@@ -194,13 +194,14 @@ def block_of(dtype: torch.dtype, width: int, crowded: bool = False) -> int:
 
 def _options(kernel, width: int, dtype: torch.dtype, hip: bool, biased: bool) -> dict[str, int]:
     # AMD's warps are twice as wide, and its threads have twice the registers.
-    options = {"num_warps": 8 if width * dtype.itemsize > 128 and not hip else 4, "num_stages": 2}
-    # Left to itself ptxas stops at 72 to 96 registers on some targets, and spills.
     half, most = dtype.itemsize == 2, None
+    many = width * dtype.itemsize > (64 if biased and kernel is _backward and not half else 128)
+    options = {"num_warps": 8 if many and not hip else 4, "num_stages": 2}
+    # Left to itself ptxas stops at 72 to 96 registers on some targets, and spills.
     if kernel is _forward and width * dtype.itemsize == 64:
         most = 128 if half and not biased else 168
     elif kernel is _backward and (width == 64 or not half):
-        most = 255 if width in (32, 64) else 128
+        most = 255 if width in (32, 64) or (biased and width == 128) else 128
     elif kernel is _backward and biased and width < 64:
         most = 255
     return options if hip or most is None else options | {"maxnreg": most}
