@@ -61,8 +61,8 @@ class Nowhere:
         return ()
 
     def bias_gradient(self, pieces: Pieces, *core) -> Tensor:
-        """The gradient of that bias, of what the core's backward pass reads."""
-        raise NotImplementedError
+        """The gradient of that bias, of what the core's backward pass reads; never asked for without one."""
+        raise RuntimeError("there is no bias that could have a gradient")
 
 
 NOWHERE = Nowhere()
