@@ -13,7 +13,12 @@ import torch
 from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.naflexvit import NaFlexVitCfg
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -112,7 +117,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
     def run(x: Tensor, **arguments) -> Tensor:
         parameters, handles = dict(model.named_parameters()), []
         for (name, block), kept in zip(named_blocks(model).items(), structure.blocks, strict=True):
-            if isinstance(block, ParallelScalingBlock):
+            if isinstance(block, ParallelScalingBlock | DiffParallelScalingBlock):
                 handles += without(name, block, kept, parameters)
                 continue
             A = block.attn.proj.in_features
@@ -147,10 +152,14 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
 
 
 def without(
-    name: str, block: ParallelScalingBlock, kept: BlockStructure, parameters: dict[str, Tensor]
+    name: str,
+    block: ParallelScalingBlock | DiffParallelScalingBlock,
+    kept: BlockStructure,
+    parameters: dict[str, Tensor],
 ) -> list:
     """Takes contributions of a block of parallel halves out of `parameters`; gives hooks that skip halves."""
-    A, F, K = block.attn_out_proj.in_features, block.mlp_out_proj.in_features, block.head_dim
+    F, A = block.in_split[:2]
+    K = A // block.num_heads
     first, v, neurons = torch.ones(F + 3 * A), torch.zeros(A), torch.zeros(F)
     first[F : F + A] = 0
     for head, qk_dims, v_dims in zip(kept.heads, kept.qk_dims, kept.v_dims, strict=True):
@@ -159,11 +168,15 @@ def without(
     neurons[list(kept.neurons)] = 1
     masks = {"in_proj.weight": first[:, None], "in_proj.bias": first}
     masks |= {"attn_out_proj.weight": v, "mlp_out_proj.weight": neurons}
+    # One last product reads both halves, and has the MLP's bias.
+    masks |= {"out_proj.weight": torch.cat([v * kept.attn, neurons * kept.mlp])}
+    masks |= {"out_proj.bias": torch.tensor(float(kept.mlp))}
     for part, mask in masks.items():
         if (path := f"{name}.{part}") in parameters:
             parameters[path] = parameters[path] * mask.to(parameters[path])
-    halves = ((kept.attn, block.attn_out_proj), (kept.mlp, block.mlp_out_proj))
-    return [half.register_forward_hook(lambda *given: given[2] * 0.0) for runs, half in halves if not runs]
+    skipped = [name for name, runs in (("attn", kept.attn), ("mlp", kept.mlp)) if not runs]
+    halves = (block._modules.get(f"{name}_out_proj") for name in skipped)
+    return [half.register_forward_hook(lambda *given: given[2] * 0.0) for half in halves if half is not None]
 
 
 def second(mlp: nn.Module) -> nn.Linear:

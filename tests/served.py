@@ -24,7 +24,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from timm.models.vitamin import GeGluMlp
@@ -190,6 +190,22 @@ KINDS = {
         VisionTransformer,
         dict(block_fn=ParallelScalingBlock, qk_norm=True, qkv_bias=False),
         {**FREE, "qk": 0},
+    ),
+    "parallel halves, one last product": (
+        VisionTransformer,
+        dict(block_fn=partial(ParallelScalingBlock, fuse_out_proj=True), init_values=0.5),
+        FREE,
+    ),
+    "parallel halves, differential attention": (
+        VisionTransformer,
+        dict(block_fn=DiffParallelScalingBlock, init_values=0.5, reg_tokens=1),
+        {**FREE, "v": 0},
+    ),
+    "parallel halves, differential attention, q/k norms": (
+        VisionTransformer,
+        # Read off one token, the norms would lose more of float32 than the bound, in timm's block too.
+        dict(block_fn=DiffParallelScalingBlock, qk_norm=True, qkv_bias=False, num_heads=2, global_pool="avg"),
+        {**FREE, "qk": 0, "v": 0},
     ),
     "sam": (
         VisionTransformerSAM,

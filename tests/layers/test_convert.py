@@ -1,13 +1,11 @@
 """Models that `convert` cannot serve: one line that names the layer, and the model stays as it was."""
 
-from functools import partial
-
 import pytest
 import timm
 import torch
 from oracle import small_vit
 from timm.layers import LayerNorm
-from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
+from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
 import uvc
@@ -42,9 +40,6 @@ UNSUPPORTED = {
         "blocks.0.attn.qkv", OfAnotherClass(24, 72)
     ),
     r"blocks\.0 is a ParallelThingsBlock": lambda: small_vit(block_fn=ParallelThingsBlock),
-    r"blocks\.0\.attn\.out_proj is of attention and MLP at once": lambda: small_vit(
-        block_fn=partial(ParallelScalingBlock, fuse_out_proj=True)
-    ),
     r"the model is a ResNet of resnet, without lists of transformer": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a Block of convit": lambda: timm.create_model("convit_tiny"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),

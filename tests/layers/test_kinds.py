@@ -64,7 +64,18 @@ def test_tokens_stay_where_positions_are_part_of_the_attention():
 
 
 @pytest.mark.parametrize(
-    "name", ["eva02 small", "dinov3", "beit", "geglu", "talking heads", "swin", "hiera", "parallel halves"]
+    "name",
+    [
+        "eva02 small",
+        "dinov3",
+        "beit",
+        "geglu",
+        "talking heads",
+        "swin",
+        "hiera",
+        "parallel halves",
+        "parallel halves, one last product",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:UVC")
 def test_a_search_meets_the_budget_and_keeps_pairs_whole(name):

@@ -4,6 +4,7 @@ What is read is judged by whether a rebuild gives the same modules, not here.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm.layers
@@ -14,6 +15,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import (
     Block,
+    DiffParallelScalingBlock,
     ParallelScalingBlock,
     ResPostBlock,
     VisionTransformer,
@@ -33,7 +35,7 @@ class Maker(NamedTuple):
     read: arguments that are plain values. optional: those that `read` gives only where they say something, as
     older files know nothing of them. parts: arguments that other fields of a file tell, of "norm_layer",
     "act_layer", "mlp_layer", "block_fn", "weight_init" and "depth". blocks: the block that normalises first,
-    the one last, and if there is one that whose halves are parallel.
+    the one last, and if there are any those with parallel halves.
     """
 
     make: type[nn.Module]
@@ -41,7 +43,7 @@ class Maker(NamedTuple):
     arguments: frozenset[str]
     optional: frozenset[str]
     parts: tuple[str, ...]
-    blocks: tuple[type[nn.Module] | None, ...]
+    blocks: tuple[Callable[..., nn.Module] | None, ...]
 
 
 def is_there(module: nn.Module | None) -> bool:
@@ -93,7 +95,7 @@ def of_vit(dense: VisionTransformer) -> Arguments:
     """Arguments of timm's VisionTransformer and of classes after it."""
     block, stem = dense.blocks[0], dense.patch_embed
     has_fc_norm = is_there(dense.fc_norm)
-    parallel = isinstance(block, ParallelScalingBlock)
+    parallel = isinstance(block, ParallelScalingBlock | DiffParallelScalingBlock)
     scale = block.ls if parallel else block if block.norm_last else block.ls1
     differential = isinstance(block.attn, timm.layers.DiffAttention)
     return {
@@ -102,7 +104,7 @@ def of_vit(dense: VisionTransformer) -> Arguments:
         **({"attn_layer": "diff"} if differential else {}),
         "mlp_ratio": mlp_ratio(dense),
         "qkv_bias": block.attn.sources()[0].bias is not None,
-        "proj_bias": block.attn.proj.bias is not None,
+        "proj_bias": (block.mlp.fc2 if parallel else block.attn.proj).bias is not None,
         "init_values": getattr(scale, "init_values", None),
         "class_token": dense.has_class_token,
         "pos_embed": "none" if dense.pos_embed is None else "learn",
@@ -284,7 +286,13 @@ CAIT = (ALL - {"init_values"}) | {"pos_drop_rate", "depth_token_only", "mlp_rati
 CAIT_PARTS = ("norm_layer", "act_layer", "depth")
 
 VIT_PARTS = ("weight_init", "norm_layer", "mlp_layer", "act_layer", "block_fn", "depth")
-VIT_BLOCKS = (Block, ResPostBlock, ParallelScalingBlock)
+VIT_BLOCKS = (
+    Block,
+    ResPostBlock,
+    ParallelScalingBlock,
+    partial(ParallelScalingBlock, fuse_out_proj=True),
+    DiffParallelScalingBlock,
+)
 MAKERS = {
     maker.make.__name__: maker
     for maker in (

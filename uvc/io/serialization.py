@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import create_model, is_model
-from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
 from torch import nn
 
 from uvc.compaction import compact, compacted, forms_of, in_form
@@ -60,7 +60,13 @@ FIELDS = {
 }
 # fmt: on
 
-BLOCKS = ("Block", "ResPostBlock", "ParallelScalingBlock")
+BLOCKS = (
+    "Block",
+    "ResPostBlock",
+    "ParallelScalingBlock",
+    "ParallelScalingBlock, one last product",
+    "DiffParallelScalingBlock",
+)
 NORMS = {
     "LayerNorm": nn.LayerNorm,
     "timm.LayerNorm": timm.layers.LayerNorm,
@@ -256,15 +262,22 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def parts_of(block: nn.Module, name: str) -> dict[str, Any]:
     """The classes of a block's parts; ValueError, naming the part, for one that is not known."""
-    parallel = isinstance(block, ParallelScalingBlock)
+    parallel = isinstance(block, ParallelScalingBlock | DiffParallelScalingBlock)
     norm = "in_norm" if parallel else "norm1"
     first = getattr(block, norm)
     return {
-        "block": BLOCKS[2] if parallel else BLOCKS[1] if block.norm_last else BLOCKS[0],
+        "block": BLOCKS[which_of(block)],
         "norm": {"name": name_of(first, f"{name}.{norm}", NORMS), "eps": first.eps},
         "mlp": "Mlp" if parallel else name_of(block.mlp, f"{name}.mlp", MLPS),
         "activation": name_of(block.mlp.act, f"{name}.mlp.act", ACTIVATIONS),
     }
+
+
+def which_of(block: nn.Module) -> int:
+    """The place of a block's class in `BLOCKS`, for classes that have more than one."""
+    if isinstance(block, ParallelScalingBlock):
+        return 2 if block.out_proj is None else 3
+    return 4 if isinstance(block, DiffParallelScalingBlock) else int(block.norm_last)
 
 
 def has_own_calls(module: nn.Module) -> bool:

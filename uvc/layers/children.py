@@ -31,7 +31,7 @@ GLOBAL_HOOKS = tuple(
 )
 # fmt: off
 LINEARS = (
-    "qkv", "in_proj", "q_proj", "k_proj", "v_proj", "proj", "gate",
+    "qkv", "in_proj", "q_proj", "k_proj", "v_proj", "proj", "out_proj", "gate",
     "fc1", "fc1_g", "fc1_x", "fc2", "w0", "w1", "w2",
 )
 # fmt: on

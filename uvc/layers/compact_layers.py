@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uvc.layers.children import drop_rate, is_plain, is_untouched, product
+from uvc.layers.columns import Columns, columns_of
 from uvc.layers.token_pruning import Slimming, row_scores
 
 # How what is kept runs: a product for each group of equal heads; or one for all of them, with zeros up to one
@@ -399,14 +400,17 @@ def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-def smaller(dense: nn.Linear, rows: list[int] | None = None, columns: list[int] | None = None) -> nn.Linear:
+def smaller(
+    dense: nn.Linear | Columns, rows: list[int] | None = None, columns: list[int] | None = None
+) -> nn.Linear:
     """A copy of the given rows, or columns, of `dense`; without columns the bias stays."""
     if rows is not None:
         bias = None if dense.bias is None else select(dense.bias, 0, rows)
         return linear_of(select(dense.weight, 0, rows), bias)
     bias = dense.bias
     bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    return linear_of(select(dense.weight, 1, columns), bias)
+    weight, first = columns_of(dense)
+    return linear_of(select(weight, 1, after(first, columns)), bias)
 
 
 def without_inputs(linear: nn.Module, x: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ SUPPORTED = (
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
-    "DiffParallelScalingBlock": "its attention and MLP are one layer; whole heads and neurons could go",
     "ParallelThingsBlock": "it adds several attentions and MLPs; heads, dims and neurons of each could go",
     "CLIPModel": "it has blocks for text, too; give its vision_model, of which all could go",
     "convit": "its attention adds gated positions; v dims and the MLP's neurons could go",

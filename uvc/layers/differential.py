@@ -78,18 +78,13 @@ class CompactDiffAttention(_Maps, CompactAttention):
         return through_part(self, "proj_drop", self.proj(out)), None
 
 
-class UVCDiffAttention(_Maps, Heads, DiffAttention):
-    """timm's DiffAttention, of which heads and q/k dims can be left out."""
+class DiffHeads(_Maps, Heads):
+    """What every differential attention shares; heads and q/k dims can be left out."""
 
     SMALL = CompactDiffAttention
     OUTSIDE = "differential attention"
     slims = False
     free_bases = ()
-
-    @property
-    def head_dim(self) -> int:
-        """K; timm calls half of it so."""
-        return self.proj.in_features // self.num_heads
 
     def ties(self) -> dict[str, str]:
         """There is a norm over the v dims of a head."""
@@ -101,10 +96,13 @@ class UVCDiffAttention(_Maps, Heads, DiffAttention):
         """There are no positions; norms are of each map."""
         return q, k
 
+    def placed(self, x: Tensor, heads: list[int], **positions) -> None:
+        """The op of one map does not serve."""
+
     def _dense(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         q, k, v = self._heads(x)
         if self.fused_attn:
-            share = self._compute_lambda().type_as(v)
+            share = DiffAttention._compute_lambda(self).type_as(v)
             first, second = (
                 F.scaled_dot_product_attention(
                     self.q_norm(q), self.k_norm(k), v, attn_mask, drop_rate(self.attn_drop), is_causal
@@ -142,6 +140,15 @@ class UVCDiffAttention(_Maps, Heads, DiffAttention):
         first = self.weights(q_first, k_first, mask, is_causal)
         out = self.norm(self.subtracted(first, self.weights(q_second, k_second, mask, is_causal), values))
         return self.proj_drop(F.linear(out, self.proj.weight[:, kept[-1][0]], self.proj.bias))
+
+
+class UVCDiffAttention(DiffHeads, DiffAttention):
+    """timm's DiffAttention, of which heads and q/k dims can be left out."""
+
+    @property
+    def head_dim(self) -> int:
+        """K; timm calls half of it so."""
+        return self.proj.in_features // self.num_heads
 
 
 def maps_of(part: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uvc_kernels.warn_once import warn_once
 
 from uvc.layers.children import DROPS, drop_rate, is_plain, is_untouched, linear_fault, say_called, watched
+from uvc.layers.columns import columns_of
 from uvc.layers.compact_layers import CompactAttention, added, attend, heads_of_mask, masked
 from uvc.layers.prunable import Part, Prunable, device_of, rows
 from uvc.layers.token_pruning import Slimming, row_scores
@@ -134,7 +135,7 @@ class Heads(Prunable):
 
     def parts(self) -> list[Part]:
         """A q/k dim is a row of q and one of k; a v dim one of v and of the gate, and a column of proj."""
-        A, found, biases = self.dims, [Part("v", self.proj.weight, 0, self.dims, 1, True)], []
+        A, found, biases = self.dims, [Part("v", *columns_of(self.proj), self.dims, 1, True)], []
         for (family, gates), source in zip(QKV, self.sources(), strict=True):
             found.append(Part(family, source.weight, source.row, A, 0, gates))
             if source.bias is not None:

@@ -24,6 +24,7 @@ from uvc.layers.children import (
     say_called,
     watched,
 )
+from uvc.layers.columns import columns_of
 from uvc.layers.compact_layers import CompactGluMlp, CompactMlp, CompactSwiGLU, without_inputs
 from uvc.layers.prunable import Part, Prunable, device_of, rows
 
@@ -57,7 +58,7 @@ class Neurons(Prunable):
 
     def parts(self) -> list[Part]:
         """A neuron is its rows of the first layers, and a column of fc2."""
-        return [Part("neuron", self.fc2.weight, 0, self.neurons, 1, True), *self._rows()]
+        return [Part("neuron", *columns_of(self.fc2), self.neurons, 1, True), *self._rows()]
 
     def _rows(self) -> list[Part]:
         return rows("neuron", self.fc1, 0, self.neurons)

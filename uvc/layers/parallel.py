@@ -1,17 +1,21 @@
 """Blocks whose attention and MLP read the same tokens, side by side, in one product (ViT-22B).
 
-B batch, N tokens, D width, A dims of all heads. The first product gives the neurons, then q, k and v.
+Where the last product is one, too, its bias is the MLP's.
+
+B batch, N tokens, D width, A dims of all heads. The first product gives the neurons, then q, k and v; a last
+one for both halves reads what the heads give, then the neurons.
 """
 
 import copy
 from typing import Self
 
-from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
 
 from uvc.layers._surgery import take_over
-from uvc.layers.block import gated
+from uvc.layers.block import UVCBlock, gated
+from uvc.layers.columns import Columns
 from uvc.layers.compact_layers import CompactMlp, linear_of, select
+from uvc.layers.differential import LAMBDAS, DiffHeads
 from uvc.layers.heads import Heads, Source
 from uvc.layers.mlp import Neurons
 from uvc.layers.other_blocks import LAYOUTS, CompactOtherBlock, Layout, OtherBlock, kind_of
@@ -22,7 +26,7 @@ from uvc.layers.prunable import Part
 class SeenParallelAttention(SeenHeads, Heads):
     """The attention in such a block, whose q, k and v come behind the neurons."""
 
-    LINEARS = ("in_proj", "proj")
+    LINEARS = ("in_proj", "proj", "out_proj")
     OUTSIDE = "a norm of q and k"
     slims = False
 
@@ -30,14 +34,10 @@ class SeenParallelAttention(SeenHeads, Heads):
         children = module._modules
         names = ("in_proj", "q_norm", "k_norm", "attn_drop")
         found = {name: children[name] for name in names} | {"norm": nn.Identity()}
-        return found | {"proj": children.get("attn_out_proj")}
-
-    @classmethod
-    def fault(cls, attn: nn.Module) -> str | None:
-        """Beside other children: one product for the outputs of both halves."""
-        if attn.proj is None:
-            return "out_proj is of attention and MLP at once; heads, v dims and neurons could go"
-        return super().fault(attn)
+        if (whole := children.get("out_proj")) is None:
+            return found | {"proj": children["attn_out_proj"]}
+        self.__dict__["proj"] = Columns(whole, 0, module.in_split[1], False)
+        return found | {"out_proj": whole}
 
     def sources(self) -> tuple[Source, Source, Source]:
         """Where q, k and v come from."""
@@ -60,12 +60,31 @@ class SeenParallelAttention(SeenHeads, Heads):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+class SeenParallelDiffAttention(DiffHeads, SeenParallelAttention):
+    """The same, of two maps a head."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self.head_dim = 2 * module.head_dim  # K; timm calls half of it so
+
+    def _named(self, module: nn.Module) -> dict[str, nn.Module]:
+        self.lambda_init = module.lambda_init
+        self._parameters.update((name, getattr(module, name)) for name in LAMBDAS)
+        return super()._named(module) | {"sub_norm": module.sub_norm}
+
+    def fixed_params(self) -> int:
+        """The shares of the second map, too, and the norm of what both make."""
+        own = (*(self._parameters[name] for name in LAMBDAS), *self.sub_norm.parameters())
+        return super().fixed_params() + sum(p.numel() for p in own if p is not None)
+
+
 class CompactParallelMlp(CompactMlp):
     """The kept neurons of the MLP in such a block."""
 
     def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
-        weight, bias, *_ = dense._first_layer()
-        self.fc1 = linear_of(select(weight, 0, neurons), None if bias is None else select(bias, 0, neurons))
+        # The neurons are the first rows of these parameters.
+        weight, *bias = (select(part.parameter, 0, neurons) for part in dense._rows())
+        self.fc1 = linear_of(weight, bias[0] if bias else None)
 
 
 class SeenParallelMlp(SeenNeurons, Neurons):
@@ -78,8 +97,12 @@ class SeenParallelMlp(SeenNeurons, Neurons):
         children = module._modules
         self._drops = ("drop2",)
         self._parameters["mlp_bias"] = module._parameters["mlp_bias"]
-        names = {"in_proj": "in_proj", "act": "mlp_act", "drop1": "mlp_drop", "fc2": "mlp_out_proj"}
-        return {name: children.get(own) for name, own in names.items()}
+        found = {"in_proj": children["in_proj"], "act": children["mlp_act"], "drop1": children["mlp_drop"]}
+        if (whole := children.get("out_proj")) is None:
+            return found | {"fc2": children["mlp_out_proj"]}
+        F, A = module.in_split[:2]
+        self.__dict__["fc2"], self.LINEARS = Columns(whole, A, F, True), ("in_proj", "out_proj")
+        return found | {"out_proj": whole}
 
     def _rows(self) -> list[Part]:
         weight, bias = self.in_proj.weight, self.in_proj.bias if self.mlp_bias is None else self.mlp_bias
@@ -126,16 +149,14 @@ class Parallel(nn.Module):
 
 
 class UVCParallelBlock(Parallel, OtherBlock):
-    """timm's ParallelScalingBlock, of which halves, heads, v dims and neurons can be left out."""
+    """One of timm's two such blocks, of which halves and what layers of both offer can be left out."""
 
     @classmethod
     def take_over(cls, block: nn.Module) -> Self:
         """One of these on the parameters, children and hooks of `block`, with nothing left out."""
         new = take_over(kind_of(block), block)
-        new._layers = (
-            SeenParallelAttention(new),
-            SeenParallelMlp(new),
-        )  # in a tuple, so that they are no children
+        layers = (new.layout.kind(new), SeenParallelMlp(new))
+        new._layers = layers  # in a tuple, so that they are no children
         new.norm_last = False
         new._skip, new._gates, new._slimming = (False, False), (None, None), None
         return new
@@ -160,7 +181,7 @@ class UVCParallelBlock(Parallel, OtherBlock):
         """x [B, N, D] -> [B, N, D]; masks as in timm."""
         attn, mlp = self.attn, self.mlp
         if attn.is_dense and mlp.is_dense and not any(self._skip) and self._gates == (None, None):
-            return ParallelScalingBlock.forward(self, x, attn_mask=attn_mask, is_causal=is_causal)
+            return super(UVCBlock, self).forward(x, attn_mask=attn_mask, is_causal=is_causal)
         runs = (not skip for skip in self._skip)
         return self.summed(x, *runs, self._gates, attn_mask=attn_mask, is_causal=is_causal)
 
@@ -179,6 +200,13 @@ class CompactParallelBlock(Parallel, CompactOtherBlock):
         return self.summed(x, self.record.attn, self.record.mlp, attn_mask=attn_mask, is_causal=is_causal)
 
 
-LAYOUTS["timm", "ParallelScalingBlock"] = Layout(
-    ("in_norm", "in_norm"), "in_proj", mlp="in_proj", block=UVCParallelBlock, small=CompactParallelBlock
+_PARALLEL = Layout(
+    ("in_norm", "in_norm"),
+    "in_proj",
+    kind=SeenParallelAttention,
+    mlp="in_proj",
+    block=UVCParallelBlock,
+    small=CompactParallelBlock,
 )
+LAYOUTS["timm", "ParallelScalingBlock"] = _PARALLEL
+LAYOUTS["timm", "DiffParallelScalingBlock"] = _PARALLEL._replace(kind=SeenParallelDiffAttention)

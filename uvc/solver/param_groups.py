@@ -247,7 +247,11 @@ class Groups:
         }
         flat = torch.cat([rows[part.family][part.layer][part.units] for part in parts])
         slices = [part.of(tensor.detach()) for part, tensor in zip(parts, tensors, strict=True)]
-        prox_shrink(slices, sent(flat, self.device), [part.dim for part in parts])
+        whole = [t.contiguous() for t in slices]  # columns among others are not
+        prox_shrink(whole, sent(flat, self.device), [part.dim for part in parts])
+        for mine, scaled in zip(slices, whole, strict=True):
+            if scaled is not mine:
+                mine.copy_(scaled)
 
 
 def here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
