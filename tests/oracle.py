@@ -133,7 +133,7 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
             masks = {"attn.qkv.weight": q[:, None], "attn.qkv.bias": q, "attn.proj.weight": v}
             masks |= {"attn.q_bias": q[:A], "attn.q_proj.weight": q[:A, None], "attn.q_proj.bias": q[:A]}
             for part, mask in {**masks, "mlp.fc2.weight": neurons, "mlp.w2.weight": neurons}.items():
-                path = f"{name}.{part}"
+                path = place_of(name, part)
                 if path in parameters:
                     parameters[path] = parameters[path] * mask.to(parameters[path])
             for runs, half in ((kept.attn, "1"), (kept.mlp, "2")):
@@ -149,6 +149,14 @@ def absent(model: nn.Module, structure: Structure) -> Callable[..., Tensor]:
         return out
 
     return run
+
+
+def place_of(block: str, part: str) -> str:
+    """Where a part of an attention or MLP is: of "blocks.0[1]", the second of several in their own lists."""
+    if "[" not in block:
+        return f"{block}.{part}"
+    name, index = block.rstrip("]").split("[")
+    return f"{name}.{'attns' if part.startswith('attn') else 'ffns'}.{index}.{part}"
 
 
 def without(

@@ -14,7 +14,7 @@ import other_models
 import pytest
 import torch
 from oracle import MODELS, images, needs_whole_naflex, small_vit
-from timm.layers import Attention
+from timm.layers import Attention, SwiGLU
 from timm.models.beit import Beit
 from timm.models.cait import Cait
 from timm.models.eva import Eva
@@ -24,7 +24,12 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
-from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    VisionTransformer,
+)
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from timm.models.vitamin import GeGluMlp
@@ -206,6 +211,12 @@ KINDS = {
         # Read off one token, the norms would lose more of float32 than the bound, in timm's block too.
         dict(block_fn=DiffParallelScalingBlock, qk_norm=True, qkv_bias=False, num_heads=2, global_pool="avg"),
         {**FREE, "qk": 0, "v": 0},
+    ),
+    "parallel things": (VisionTransformer, dict(block_fn=ParallelThingsBlock, init_values=0.5), FREE),
+    "parallel things, q/k norms": (
+        VisionTransformer,
+        dict(block_fn=ParallelThingsBlock, qk_norm=True, qkv_bias=False, mlp_layer=SwiGLU, global_pool="avg"),
+        {**FREE, "qk": 0},
     ),
     "sam": (
         VisionTransformerSAM,

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from uvc.elastic import STRUCTURES
-from uvc.layers import FORMS, blocks_of, check, check_children, compact_kind, heads_in_groups, replaced
+from uvc.layers import (
+    FORMS,
+    blocks_of,
+    check,
+    check_children,
+    compact_kind,
+    heads_in_groups,
+    joined,
+    replaced,
+)
 from uvc.structure import Structure, fit_structure, sizes_of, structure_of
 
 # What one product less is worth with one image, in multiply-accumulates: calls, and smaller products.
@@ -92,7 +101,7 @@ def check_forms(form: object, blocks: int) -> tuple[str, ...]:
 
 def _with_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
     # The memo says that the copy of the blocks is there already, so that the full blocks are not copied.
-    small = copy.deepcopy(model, replaced(model, blocks))
+    small = copy.deepcopy(model, replaced(model, list(joined(model, blocks))))
     vars(small).pop(STRUCTURES, None)
     return small
 

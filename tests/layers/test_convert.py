@@ -20,8 +20,8 @@ class OfAnotherClass(nn.Linear):
     """A linear layer that might compute anything."""
 
 
-def with_child(path: str, child: nn.Module) -> nn.Module:
-    model = small_vit()
+def with_child(path: str, child: nn.Module, **changes) -> nn.Module:
+    model = small_vit(**changes)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, child)
     return model
@@ -39,7 +39,9 @@ UNSUPPORTED = {
     r"blocks\.0\.attn\.qkv is a OfAnotherClass": lambda: with_child(
         "blocks.0.attn.qkv", OfAnotherClass(24, 72)
     ),
-    r"blocks\.0 is a ParallelThingsBlock": lambda: small_vit(block_fn=ParallelThingsBlock),
+    r"blocks\.1\[1\]\.mlp is a GatedMlp": lambda: with_child(
+        "blocks.1.ffns.1.mlp", timm.layers.GatedMlp(24, 40), block_fn=ParallelThingsBlock
+    ),
     r"the model is a ResNet of resnet, without lists of transformer": lambda: timm.create_model("resnet18"),
     r"blocks\.0 is a Block of convit": lambda: timm.create_model("convit_tiny"),
     r"blocks\.0 is a Sequential": lambda: timm.create_model("mixnet_s"),

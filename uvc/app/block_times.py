@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from uvc_kernels.timing import wait
 
-from uvc.layers import blocks_of
+from uvc.layers import entries_of, listed
 
 PARTS = ("attn", "mlp", "rest")  # of a block; the rest: norms, layer scales, sums
 FEWEST, MOST = 3, 20  # passes
@@ -43,13 +43,13 @@ def block_times(
 def _pass(model: nn.Module, images: Tensor) -> list[list[float]]:
     """Milliseconds of the parts of each block in one pass."""
     clocks, handles = {}, []
-    blocks = blocks_of(model)
-    for i, block in enumerate(blocks):
-        for part, module in (("block", block), *((p, block._modules.get(p)) for p in PARTS[:2])):
-            if module is not None:
-                clocks[i, part] = clock = _Clock(images.device)
-                handles.append(module.register_forward_pre_hook(clock.begin))
-                handles.append(module.register_forward_hook(clock.end))
+    blocks = {block: entries_of(block) for block in listed(model).values()}
+    for block, entries in blocks.items():
+        parts = [each._modules.get(name) for each in entries for name in PARTS[:2]]
+        for module in (block, *(part for part in parts if part is not None)):
+            clocks[module] = clock = _Clock(images.device)
+            handles.append(module.register_forward_pre_hook(clock.begin))
+            handles.append(module.register_forward_hook(clock.end))
     try:
         with torch.no_grad():
             model(images)
@@ -57,10 +57,15 @@ def _pass(model: nn.Module, images: Tensor) -> list[list[float]]:
         for handle in handles:
             handle.remove()
     rows = []
-    for i in range(len(blocks)):
-        whole, attn, mlp = (clocks[i, p].ms if (i, p) in clocks else 0.0 for p in ("block", *PARTS[:2]))
-        rows.append([attn, mlp, max(whole - attn - mlp, 0.0)])
+    for block, entries in blocks.items():
+        found = [[_ms(clocks.get(each._modules.get(name))) for name in PARTS[:2]] for each in entries]
+        rest = max(clocks[block].ms - sum(map(sum, found)), 0.0) / len(entries)
+        rows += [[*halves, rest] for halves in found]
     return rows
+
+
+def _ms(clock: "_Clock | None") -> float:
+    return 0.0 if clock is None else clock.ms
 
 
 class _Clock:

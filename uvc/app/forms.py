@@ -16,7 +16,7 @@ from uvc.compaction import forms_of, in_form
 from uvc.costs import count_macs, flop_counter
 from uvc.io.dtypes import input_dtype
 from uvc.latency_table import quiet_clock
-from uvc.layers import FORMS, blocks_of, image_of, is_compacted
+from uvc.layers import FORMS, blocks_of, entries_of, image_of, is_compacted, listed
 
 
 class Timed(NamedTuple):
@@ -75,9 +75,9 @@ def choose(small: nn.Module, batch: int = 1, rounds: int = 20, seconds: float = 
 
 
 def _calls(model: nn.Module, images: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
-    """The arguments with which each block is called on these images."""
-    found, handles = [], []
-    for block in blocks_of(model):
+    """The arguments with which each block is called on these images, or what it is one of several in."""
+    found, handles, blocks = [], [], listed(model).values()
+    for block in blocks:
         handles.append(
             block.register_forward_pre_hook(
                 lambda module, args, kwargs: found.append((args, kwargs)), with_kwargs=True
@@ -89,7 +89,7 @@ def _calls(model: nn.Module, images: Tensor) -> list[tuple[tuple, dict[str, Any]
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return [call for block, call in zip(blocks, found, strict=True) for _ in entries_of(block)]
 
 
 def _timed(

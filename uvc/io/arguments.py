@@ -17,13 +17,14 @@ from timm.models.vision_transformer import (
     Block,
     DiffParallelScalingBlock,
     ParallelScalingBlock,
+    ParallelThingsBlock,
     ResPostBlock,
     VisionTransformer,
 )
 from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 from torch import nn
 
-from uvc.layers import UVCMlp
+from uvc.layers import UVCMlp, blocks_of
 from uvc.models import T2TVisionTransformer
 
 Arguments = dict[str, Any]
@@ -53,7 +54,7 @@ def is_there(module: nn.Module | None) -> bool:
 
 def mlp_ratio(dense: nn.Module) -> float:
     """The ratio of which timm makes the hidden width of the first layer."""
-    mlp = dense.blocks[0].mlp
+    mlp = blocks_of(dense)[0].mlp
     return ratio_of(dense.embed_dim, mlp.fc1.out_features if hasattr(mlp, "fc1") else mlp.neurons)
 
 
@@ -65,7 +66,8 @@ def ratio_of(D: int, F: int) -> float:
 
 def of_all(dense: nn.Module) -> Arguments:
     """Arguments that all classes take."""
-    block, stem = dense.blocks[0], dense.patch_embed
+    blocks, stem = blocks_of(dense), dense.patch_embed
+    block = blocks[0]
     return {
         "img_size": stem.img_size,
         "patch_size": stem.patch_size,
@@ -77,7 +79,7 @@ def of_all(dense: nn.Module) -> Arguments:
         "drop_rate": dense.head_drop.p,
         "proj_drop_rate": block.attn.proj_drop.p,
         "attn_drop_rate": block.attn.attn_drop.p,
-        "drop_path_rate": getattr(drop_path(dense.blocks[-1]), "drop_prob", 0.0),
+        "drop_path_rate": getattr(drop_path(blocks[-1]), "drop_prob", 0.0),
     }
 
 
@@ -93,7 +95,7 @@ def where(**flags: bool) -> Arguments:
 
 def of_vit(dense: VisionTransformer) -> Arguments:
     """Arguments of timm's VisionTransformer and of classes after it."""
-    block, stem = dense.blocks[0], dense.patch_embed
+    block, stem = blocks_of(dense)[0], dense.patch_embed
     has_fc_norm = is_there(dense.fc_norm)
     parallel = isinstance(block, ParallelScalingBlock | DiffParallelScalingBlock)
     scale = block.ls if parallel else block if block.norm_last else block.ls1
@@ -292,6 +294,7 @@ VIT_BLOCKS = (
     ParallelScalingBlock,
     partial(ParallelScalingBlock, fuse_out_proj=True),
     DiffParallelScalingBlock,
+    ParallelThingsBlock,
 )
 MAKERS = {
     maker.make.__name__: maker

@@ -29,15 +29,16 @@ from uvc.io.makers import MAKERS
 from uvc.io.others import fill_from_new, name_of_other
 from uvc.io.preprocessing import check_preprocessing, preprocessing_of, take_preprocessing
 from uvc.layers import (
+    Thing,
     UVCGeGluMlp,
     UVCGluMlp,
     UVCMlp,
     UVCSwiGLU,
-    blocks_of,
     cfg_of,
     check_children,
     convert,
     is_compacted,
+    listed,
     meta_copy,
     named_blocks,
     replaced,
@@ -66,7 +67,10 @@ BLOCKS = (
     "ParallelScalingBlock",
     "ParallelScalingBlock, one last product",
     "DiffParallelScalingBlock",
+    "ParallelThingsBlock",
 )
+# Of blocks that have several, entries in a structure.
+ENTRIES = {"ParallelThingsBlock": 2}
 NORMS = {
     "LayerNorm": nn.LayerNorm,
     "timm.LayerNorm": timm.layers.LayerNorm,
@@ -225,10 +229,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         raise ValueError(f"cannot save a {type(model).__name__}; {', '.join(MAKERS)} can be saved")
     check_children(model, hooks=False)
     if is_compacted(model):
-        dense = meta_copy(model, replaced(model, [block.origin for block in blocks_of(model)]))
+        dense = meta_copy(model, replaced(model, [block.origin for block in listed(model).values()]))
     else:
         dense = convert(meta_copy(model))
-    (name, block), *rest = named_blocks(dense).items()
+    name, block = next(iter(named_blocks(dense).items()))
     config = {
         "format": FORMAT,
         "class": kind,
@@ -244,7 +248,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         # The largest, whatever the model stands at.
         config["structure"] = next(iter(structures.values())).to_data()
         config["structures"] = structures_to_data(structures)
-    depth = 1 + len(rest)
+    depth = len(listed(dense))
     try:
         compare(dense, rebuild_dense(config, depth))
     except ValueError:
@@ -277,6 +281,8 @@ def which_of(block: nn.Module) -> int:
     """The place of a block's class in `BLOCKS`, for classes that have more than one."""
     if isinstance(block, ParallelScalingBlock):
         return 2 if block.out_proj is None else 3
+    if isinstance(block, Thing):
+        return 5
     return 4 if isinstance(block, DiffParallelScalingBlock) else int(block.norm_last)
 
 
@@ -296,7 +302,7 @@ def rebuild(config: object) -> tuple[Structure, nn.Module]:
     if config["format"] != FORMAT:
         raise ValueError(f"format must be {FORMAT!r}, got {config['format']!r}")
     structure = Structure.from_data(config["structure"])
-    dense = rebuild_dense(config, len(structure.blocks))
+    dense = rebuild_dense(config, len(structure.blocks) // ENTRIES.get(config["block"], 1))
     fit(structure, sizes_of(dense))
     if "structures" in config:
         if config["compacted"]:

@@ -28,7 +28,8 @@ from uvc.layers.kinds import timm_classes
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.other_blocks import seen
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
-from uvc.layers.stages import blocks_of, lists_of, named_blocks, replaced
+from uvc.layers.stages import blocks_of, entries_of, listed, lists_of, named_blocks, replaced
+from uvc.layers.things import Thing, joined
 from uvc.layers.token_pruning import Slimming, slimming
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Prunable",
     "Reads",
     "Slimming",
+    "Thing",
     "UVCAttention",
     "UVCBlock",
     "UVCGeGluMlp",
@@ -52,14 +54,17 @@ __all__ = [
     "check_children",
     "compact_kind",
     "convert",
+    "entries_of",
     "facts_of",
     "families",
     "families_of",
     "heads_in_groups",
     "image_of",
     "is_compacted",
+    "joined",
     "kind_of_block",
     "layers_of",
+    "listed",
     "lists_of",
     "meta_copy",
     "named_blocks",

@@ -2,9 +2,8 @@
 
 from torch import nn
 
-from uvc.layers.block import UVCBlock
-from uvc.layers.block_kinds import BLOCKS, kind_of_block
-from uvc.layers.children import first_change
+from uvc.layers.block_kinds import BLOCKS, OURS, kind_of_block
+from uvc.layers.children import HOOKS, first_change
 from uvc.layers.compact_block import CompactBlock
 from uvc.layers.families import families_of, layers_of
 from uvc.layers.inputs import is_served, trunk_of
@@ -12,7 +11,7 @@ from uvc.layers.kinds import ATTENTIONS, MLPS, kind_of_layer
 from uvc.layers.other_blocks import layout_of, needs_names, seen
 from uvc.layers.prepack import pack_ahead
 from uvc.layers.prunable import Prunable
-from uvc.layers.stages import blocks_of, lists_of, named_blocks
+from uvc.layers.stages import blocks_of, listed, lists_of, named_blocks, named_entries
 
 SUPPORTED = (
     "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
@@ -22,7 +21,6 @@ SUPPORTED = (
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.
 WHY = {
-    "ParallelThingsBlock": "it adds several attentions and MLPs; heads, dims and neurons of each could go",
     "CLIPModel": "it has blocks for text, too; give its vision_model, of which all could go",
     "convit": "its attention adds gated positions; v dims and the MLP's neurons could go",
     "crossvit": "it has branches of several widths; heads, dims and neurons inside each could go",
@@ -43,7 +41,7 @@ def convert(model: nn.Module) -> nn.Module:
     check(model)
     for blocks in lists_of(model).values():
         for index, block in enumerate(blocks):
-            if not isinstance(block, UVCBlock):
+            if not isinstance(block, OURS):
                 blocks[index] = kind_of_block(block).take_over(block)
         if isinstance(blocks, nn.Sequential):  # a list is never called as one
             pack_ahead(blocks)
@@ -75,7 +73,7 @@ def _served(half: nn.Module, kinds: dict[type, type], ours: bool) -> bool:
 
 def check(model: nn.Module) -> None:
     """ValueError, naming the layer, unless `convert` can serve `model`."""
-    blocks = named_blocks(model)
+    blocks = listed(model)
     if not blocks:
         raise ValueError(f"the model is {described(model)}, without lists of transformer blocks; {SUPPORTED}")
     if is_compacted(model):
@@ -84,31 +82,39 @@ def check(model: nn.Module) -> None:
             "change"
         )
     for name, block in blocks.items():
-        ours = isinstance(block, UVCBlock)
-        theirs = needs_names(block)
-        if not ours and not theirs and type(block) not in BLOCKS:
+        if not isinstance(block, OURS) and not needs_names(block) and type(block) not in BLOCKS:
             raise ValueError(f"{name} is {described(block)}; {SUPPORTED}")
-        layout = layout_of(block) if theirs else None
-        halves = ("attn", "mlp") if layout is None else (layout.attn, layout.mlp)
-        halves = [(f"{name}.{half}", getattr(block, half)) for half in halves]
-        for path, module in ((name, block), *halves):
-            if not ours and ("forward" in vars(module) or module._compiled_call_impl):
-                raise ValueError(
-                    f"{path} has a forward of its own, which would run in place of the pruned one; convert "
-                    "the model before it is compiled or wrapped"
-                )
-        if layout_of(block) is not None:
-            block = seen(block)
-        elif not _served(block.attn, ATTENTIONS, ours):
-            raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
-        elif not _served(block.mlp, MLPS, ours):
-            raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
-        if fault := kind_of_layer(block.attn).fault(block.attn):
-            raise ValueError(f"{name}.attn.{fault}")
-        if fault := kind_of_layer(block.mlp).fault(block.mlp):
-            raise ValueError(f"{name}.mlp.{fault}")
+        _check_calls(name, block, block)
+        for key, entry in named_entries(name, block).items():
+            _check_halves(key, entry, isinstance(block, OURS))
     if not is_served(trunk_of(model)):
         raise ValueError(f"the model is {described(model)}; {SUPPORTED}")
+
+
+def _check_calls(name: str, module: nn.Module, block: nn.Module) -> None:
+    """ValueError if a dense block, or a part of it, has a forward of its own."""
+    if not isinstance(block, OURS) and ("forward" in vars(module) or module._compiled_call_impl):
+        raise ValueError(
+            f"{name} has a forward of its own, which would run in place of the pruned one; convert "
+            "the model before it is compiled or wrapped"
+        )
+
+
+def _check_halves(name: str, block: nn.Module, ours: bool) -> None:
+    """ValueError, naming the layer, unless the halves of a block, dense or one of ours, can be served."""
+    layout = layout_of(block) if needs_names(block) else None
+    for half in ("attn", "mlp") if layout is None else (layout.attn, layout.mlp):
+        _check_calls(f"{name}.{half}", getattr(block, half), block)
+    if layout_of(block) is not None:
+        block = seen(block)
+    elif not _served(block.attn, ATTENTIONS, ours):
+        raise ValueError(f"{name}.attn is {described(block.attn)}; {SUPPORTED}")
+    elif not _served(block.mlp, MLPS, ours):
+        raise ValueError(f"{name}.mlp is {described(block.mlp)}; {SUPPORTED}")
+    if fault := kind_of_layer(block.attn).fault(block.attn):
+        raise ValueError(f"{name}.attn.{fault}")
+    if fault := kind_of_layer(block.mlp).fault(block.mlp):
+        raise ValueError(f"{name}.mlp.{fault}")
 
 
 def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) -> None:
@@ -118,6 +124,11 @@ def check_children(model: nn.Module, hooks: bool = True, weight: bool = True) ->
     """
     for name, block in named_blocks(model).items():
         block = seen(block)
+        if hooks and any(getattr(holder, kind) for holder in getattr(block, "holders", ()) for kind in HOOKS):
+            raise ValueError(
+                f"{name}: what holds its norm and its attention or MLP has hooks, which nothing smaller "
+                "would run; set them on the attention or MLP"
+            )
         for half in ("attn", "mlp"):
             layer = getattr(block, half, None)
             if isinstance(layer, Prunable) and (fault := layer.torn()):

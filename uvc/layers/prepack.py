@@ -13,6 +13,7 @@ import uvc_kernels
 from torch import Tensor, nn
 
 from uvc.layers.block import UVCBlock
+from uvc.layers.stages import entries_of
 
 
 class _Pass:
@@ -57,10 +58,11 @@ def pack_ahead(blocks: nn.Sequential) -> None:
 
 def _halves(blocks: nn.Sequential) -> list[nn.Module]:
     halves = []
-    for block in blocks:
-        if isinstance(block, UVCBlock):
-            running = ((block.attn, block.skip_attn), (block.mlp, block.skip_mlp))
-            halves += [half for half, off in running if not (off or half.is_dense) and half.reads_weights]
+    for listed in blocks:
+        for block in (listed,) if isinstance(listed, UVCBlock) else entries_of(listed):
+            if isinstance(block, UVCBlock):
+                running = ((block.attn, block.skip_attn), (block.mlp, block.skip_mlp))
+                halves += [half for half, off in running if not (off or half.is_dense) and half.reads_weights]
     return halves
 
 

@@ -33,7 +33,13 @@ def slimming(model: nn.Module, tokens: int | None) -> Slimming | None:
     """How blocks of a timm model keep `tokens` patch tokens (None: all); ValueError where none may go."""
     if tokens is None:
         return None
-    layers = (block.attn for block in blocks_of(model))
+    blocks = blocks_of(model)
+    if not all(getattr(block, "slims", True) for block in blocks):
+        raise ValueError(
+            "tokens: several attentions of a ParallelThingsBlock read the same ones, so none can be left "
+            "out; keep all tokens"
+        )
+    layers = (block.attn for block in blocks)
     if (own := next((attn for attn in layers if not getattr(attn, "slims", True)), None)) is not None:
         raise ValueError(
             f"tokens: positions are part of {type(own).__name__}, so none can be left out; keep all tokens"

@@ -17,7 +17,7 @@ from torch import nn
 from uvc_kernels import by_preference
 
 from uvc.io.runtimes import need_compiler
-from uvc.layers import blocks_of
+from uvc.layers import listed
 from uvc.solver.rows import is_spread
 
 # Kinds of one class of blocks that are compiled; what comes after them torch runs as it is, and says so.
@@ -31,7 +31,7 @@ class Compiled:
 
     def __init__(self, model: nn.Module, backend: str | None) -> None:
         """backend: None leaves all as it is."""
-        self._blocks = blocks_of(model) if backend else []
+        self._blocks = list(listed(model).values()) if backend else []
         # FSDP gathers the weights of a half as it is called, which nothing may trace.
         if is_spread(next(model.parameters())):
             from uvc.training.fsdp.spread import gathered

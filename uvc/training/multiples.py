@@ -22,7 +22,7 @@ from uvc.config import Config
 from uvc.io.dtypes import input_dtype
 from uvc.io.files import one_line, write_json
 from uvc.latency_table import quiet_clock
-from uvc.layers import Families, blocks_of, compact_kind, image_of, layers_of, units_of
+from uvc.layers import Families, blocks_of, compact_kind, image_of, layers_of, listed, units_of
 from uvc.structure import BlockStructure, Size, sizes_of
 
 MULTIPLES = "multiples.json"  # what was measured, in the folder of a run
@@ -151,7 +151,7 @@ def _neurons(block: nn.Module, size: Size, offered: Families, n: int) -> BlockSt
 def _first_call(model: nn.Module, batch: int) -> Call:
     """The arguments with which the first block is called on random images."""
     found: list[Call] = []
-    handle = blocks_of(model)[0].register_forward_pre_hook(
+    handle = next(iter(listed(model).values())).register_forward_pre_hook(
         lambda module, args, kwargs: found.append((args, kwargs)), with_kwargs=True
     )
     parameter, training = next(model.parameters()), model.training

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from uvc.layers import blocks_of
+from uvc.layers import blocks_of, listed
 from uvc.training.exchange import lost
 
 BUCKET = 25 << 20  # bytes that are sent together, as in torch's DDP
@@ -62,7 +62,7 @@ class Reduction(NoReduction):
         self.blocks = [b for b in blocks_of(model) if hasattr(b, "skip_attn")]
         self._names = {p: name for name, p in model.named_parameters()}
         self._places = {p: i for i, p in enumerate(self._names)}
-        blocks = blocks_of(model)
+        blocks = listed(model).values()
         self._block_of = {p: i for i, block in enumerate(blocks) for p in block.parameters()}
         self._kept: dict[nn.Parameter, Kept] = {}
         self._seen: dict[nn.Module, int] = {}  # a digest of each half's masks

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from uvc.layers import UVCBlock, blocks_of
+from uvc.layers import UVCBlock, entries_of, listed
 from uvc.solver.rows import whole
 from uvc.structure import apply_structure, structure_of
 from uvc.training.exchange import lost
@@ -35,7 +35,7 @@ def spread(model: nn.Module) -> nn.Module:
     if device.type != "cpu":
         model.to("cpu")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in blocks_of(twin):
+    for block in listed(twin).values():
         # A half that is skipped is not gathered. Other kinds of blocks may read what is a half's elsewhere.
         for half in (block.attn, block.mlp) if type(block) is UVCBlock else ():
             place = _places(half, mesh.size())
@@ -47,8 +47,8 @@ def spread(model: nn.Module) -> nn.Module:
 
 def gathered(block: nn.Module) -> list[nn.Module]:
     """What of a block is gathered as it is called: its halves, or the whole."""
-    halves = [block.attn, block.mlp]
-    return halves if isinstance(block.attn, FSDPModule) else [block]
+    halves = [half for each in entries_of(block) for half in (each.attn, each.mlp)]
+    return halves if isinstance(halves[0], FSDPModule) else [block]
 
 
 def _places(half: nn.Module, count: int) -> Callable[[nn.Parameter], Shard | None]:
