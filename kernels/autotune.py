@@ -123,7 +123,9 @@ def choose(
     ran = _ran.setdefault((x.device, case), set())
     capturing = _dispatch.capturing(x.device)
     if name is None and not capturing:
-        times = _times(op, [*providers, *variants], arguments, packing)
+        # What gradient checkpointing counts and keeps of a pass is not of a measurement in it.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            times = _times(op, [*providers, *variants], arguments, packing)
         name = _record(x.device, case, times, providers[0])
         ran.update(times)
     # What is in the file may not be what runs now: a kernel that failed its self-check since, say.

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import uvc_kernels
+from torch.utils.checkpoint import checkpoint
 from uvc_kernels import _dispatch, autotune, dense
 from uvc_kernels.attention import attention_reference
 from uvc_kernels.mlp import mlp_reference
@@ -341,6 +342,15 @@ def test_a_real_measurement_changes_neither_gradients_nor_random_numbers(tmp_pat
     assert choice["fastest"] in ("cpu", "dense") and all(ms > 0 for ms in choice["ms"].values())
     (file,) = tmp_path.glob("*.json")
     assert stat.S_ISREG(file.stat().st_mode)
+
+
+def test_a_measurement_under_gradient_checkpointing_is_no_part_of_what_that_computes_again():
+    x, w1, w2 = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 8), (100, 8), (8, 100)))
+    kept = uvc_kernels.kept_neurons(torch.arange(100) < 50)
+    out = checkpoint(uvc_kernels.mlp, x, w1, None, w2, None, kept, use_reentrant=False)
+    found = torch.autograd.grad(out.sum(), (x, w1, w2))
+    expected = torch.autograd.grad(uvc_kernels.mlp(x, w1, None, w2, None, kept).sum(), (x, w1, w2))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("gated", [False, True])
