@@ -14,6 +14,7 @@ from short_runs import run
 from test_checkpoints import spoil
 from test_compress import digits_model
 from test_processes import REACH, SHORT, digits, farthest, meddle, search
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelThingsBlock, VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from uvc.config import SolverConfig
@@ -99,6 +100,39 @@ def test_what_is_sent_follows_the_structure(count):
         most = 1.05 if count == 2 else 2
         assert 1 <= sent["_allgather_base_"] / (2 * kept) < most
         assert 1 <= sent["_reduce_scatter_base_"] / kept < most
+
+
+def of_other_blocks(block):
+    """How far gradients of a spread model of such blocks are from those of one that is whole."""
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=4, num_classes=5)
+    model = convert(VisionTransformer(**sizes, block_fn=block))
+    torch.nn.init.normal_(model.head.weight)
+    processes, images, far = Several(cpu=True), torch.randn(4, 3, 16, 16), []
+    twin = processes.spread(model)
+    reduction = processes.reduction(twin)
+    for structure in (
+        Structure.dense(model),
+        Structure.random(model, 0.5),
+        Structure.uniform(model, blocks=0.5),
+    ):
+        for each in (model, twin):
+            apply_structure(each, structure)
+            each.zero_grad()
+        with reduction.guard():
+            twin(images).square().mean().backward()
+        model(images).square().mean().backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                far.append(
+                    float((whole(twin.get_parameter(name).grad) - p.grad).norm() / (1e-3 + p.grad.norm()))
+                )
+    return max(far)
+
+
+@pytest.mark.parametrize("block", [ParallelThingsBlock, DiffParallelScalingBlock])
+def test_blocks_whose_halves_are_elsewhere_are_spread_as_one(block):
+    assert max(gang(2, of_other_blocks, block)) < 1e-4
 
 
 def on_a_small_disk(folder):
