@@ -41,10 +41,17 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
   m.def("cuda_gather(Tensor[] sources, Tensor[] indices, int[] dims, Tensor(a!)[] outs) -> ()");
   m.def(
       "cuda_attention_core(Tensor qkv, Tensor table, int[] counts, int tokens, float scale, Tensor(a!) heads, "
-      "Tensor(b!) top, Tensor(c!) inverse) -> ()");
+      "Tensor(b!) top, Tensor(c!) inverse, Tensor? bias=None, Tensor? order=None) -> ()");
   m.def(
       "cuda_attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor top, Tensor inverse, "
-      "Tensor table, int[] counts, int tokens, float scale, Tensor(a!) grad_qkv) -> ()");
+      "Tensor table, int[] counts, int tokens, float scale, Tensor(a!) grad_qkv, Tensor? bias=None, Tensor? order=None) "
+      "-> ()");
+  m.def(
+      "cuda_bias_gradient(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor top, Tensor inverse, Tensor table, "
+      "int[] counts, int tokens, float scale, Tensor bias, Tensor order, Tensor(a!) grad_bias) -> ()");
+  m.def(
+      "cuda_turn(Tensor(a!) qkv, Tensor table, int[] counts, int tokens, Tensor rows, Tensor whole_rows, "
+      "Tensor partner, Tensor tables, bool back) -> ()");
   m.def("cuda_activate(Tensor u, Tensor? gate, int activation, Tensor(a!) a) -> ()");
   m.def(
       "cuda_activate_backward(Tensor u, Tensor? gate, Tensor grad_a, int activation, Tensor(a!) a, "

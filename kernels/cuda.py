@@ -41,6 +41,8 @@ def _pieces() -> packed.Pieces:
         column_sums=ops.cuda_column_sums.default,
         group_scores=ops.cuda_group_scores.default,
         prox_shrink=ops.cuda_prox_shrink.default,
+        turn=ops.cuda_turn.default,
+        bias_gradient=ops.cuda_bias_gradient.default,
     )
 
 

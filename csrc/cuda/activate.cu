@@ -117,8 +117,6 @@ __global__ void __launch_bounds__(kThreads) activate_backward_kernel(const T* u,
   });
 }
 
-using MaybeTensor = std::optional<Tensor>;
-
 // Null without a tensor; each must be like `u`, so that eight elements lie alike in all of them.
 template <class T>
 T* like(const Tensor& u, const MaybeTensor& t) {

@@ -26,17 +26,28 @@ struct Queries {
 };
 
 // 16 keys from `row` of the slot on, of which `left` exist.
-template <class T, int W, int R, class Steps>
+template <class T, int W, int R, bool BIASED, class Steps>
 __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, const Tile<T, true>& values, int row,
-                              int left, Steps qk_steps, Steps v_steps, Wide<T> size) {
+                              int left, Steps qk_steps, Steps v_steps, Wide<T> size, const Bias<T, BIASED>& bias,
+                              int query) {
   using A = Wide<T>;
   Sums<T> s[R][2];
+  // on its way while scores are multiplied, where registers allow it
+  A16<T> added[R];
+  if constexpr (BIASED && is_half<T>) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) added[r] = bias.of(query + 16 * r, bias.N - left);
+  }
 #pragma unroll
   for (int k = 0; k < W / 16; ++k) {
     if (k >= qk_steps) break;
     const B16<T> b = keys.right_turned(row, 16 * k);
 #pragma unroll
     for (int r = 0; r < R; ++r) multiply(s[r], my.q[r][k], b);
+  }
+  if constexpr (BIASED) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) bias.add(s[r], is_half<T> ? added[r] : bias.of(computed_again(query) + 16 * r, bias.N - left));
   }
   if (left < 16) {
     const int mine = left - 2 * (lane_index() % 4);
@@ -81,7 +92,7 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       A& x = s[r][i / 4].at[i % 4];
-      x = power_of_two(x * size - my.top[r][i / 2 % 2]);
+      x = power_of_two(multiply_add(x, size, -my.top[r][i / 2 % 2]));
       my.total[r][i / 2 % 2] += x;
     }
     p[r] = as_factor<T>(s[r]);
@@ -95,11 +106,12 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
   }
 }
 
-template <class T, int W>
+template <class T, int W, bool BIASED>
 __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_kernel(const Call<T> call, int groups, int rounds, int slots, int room) {
   using A = Wide<T>;
   constexpr int R = kTiles<T, W>, TOKENS = kSlotTokens<T>;
   const Head<T> head(call, static_cast<int>(blockIdx.x) / groups);
+  const Bias<T, BIASED> bias(call, static_cast<int>(blockIdx.x) / groups);
   const int N = call.tokens, block = static_cast<int>(blockIdx.x);
   // A scheduler has the same warps of every block: which of them goes without queries in the end must not be the same, too.
   const auto first_of = [&](int block, int round) {
@@ -124,7 +136,7 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
   for (int part = 0; part < ahead; ++part) bring_part(part);
 
   // the greatest score has the greatest exponent once the sign of the scale is that of q; not 0, as 0 * inf is NaN
-  const A size = fmax(call.exponent < 0 ? -call.exponent : call.exponent, A(1e-30));
+  const A size = BIASED ? A(kLog2E) : fmax(call.exponent < 0 ? -call.exponent : call.exponent, A(1e-30));
 #pragma unroll 1
   for (int round = 0; round < (kAlone<T, W> ? rounds : 1); ++round) {
     const int first = first_of(block, round);
@@ -134,7 +146,7 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
 #pragma unroll
       for (int k = 0; k < W / 16; ++k) {
         my.q[r][k] = fetch(head.q(), call.qkv_stride, first + 16 * r, N, head.qk_width, 16 * k);
-        if (call.exponent < 0) negate(my.q[r][k]);
+        if (!BIASED && call.exponent < 0) negate(my.q[r][k]);
       }
       for (int half = 0; half < 2; ++half) my.top[r][half] = A(-1e30), my.total[r][half] = 0;
     }
@@ -150,7 +162,7 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
         const Tile<T, true> keys = tile(part, 0), values = tile(part, 1);
 #pragma unroll 1
         for (int row = 0; row < TOKENS && part * TOKENS + row < N; row += 16)
-          attend<T, W, R>(my, keys, values, row, N - part * TOKENS - row, qk_steps, v_steps, size);
+          attend(my, keys, values, row, N - part * TOKENS - row, qk_steps, v_steps, size, bias, first);
       }
     };
     with_steps<T, W>(head, meet_keys);
@@ -175,19 +187,20 @@ __global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_ker
 }
 
 void attention_core(Tensor qkv, Tensor table, std::vector<int64_t> counts, int64_t tokens, double scale, Tensor heads,
-                    Tensor top, Tensor inverse) {
+                    Tensor top, Tensor inverse, MaybeTensor bias, MaybeTensor order) {
   const char* op = "cuda_attention_core";
   const Device device(qkv);
-  for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, [&]<class T, int W>(Call<T> call, int64_t pairs) {
+  const auto run = [&]<class T, int W, bool BIASED>(Call<T> call, int64_t pairs) {
     const int64_t units = (tokens + 16 * kTiles<T, W> - 1) / (16 * kTiles<T, W>), shares = (units + kWarps - 1) / kWarps;
     const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T));
     // One block for all shares of a head, unless few heads would keep some multiprocessor busy longer, by a sixteenth.
     const auto each = [&](int64_t blocks) { return (blocks + device.processors() - 1) / device.processors(); };
     const bool alone = kAlone<T, W> && ring.room >= tokens && 16 * shares * each(pairs) <= 17 * each(shares * pairs);
     const int64_t groups = alone ? 1 : shares;
-    device.launch(op, &forward_kernel<T, W>, pairs * groups, static_cast<int>((units + shares - 1) / shares) * WARP,
+    device.launch(op, &forward_kernel<T, W, BIASED>, pairs * groups, static_cast<int>((units + shares - 1) / shares) * WARP,
                   ring.bytes, call, static_cast<int>(groups), static_cast<int>(shares / groups), ring.slots, ring.room);
-  });
+  };
+  for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, bias, order, run);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(uvc_kernels, UVC_DISPATCH_KEY, m) {

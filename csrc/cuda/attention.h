@@ -1,5 +1,5 @@
 // What the forward and the backward kernel of the attention core share.
-//   S = scale q k^T,   P = exp(S) / rows' sums,   o = P v
+//   S = scale q k^T (+ bias),   P = exp(S) / rows' sums,   o = P v
 // One (image, head) of N tokens; its dims in `qkv` and `heads` are multiples of 8 and never more than W. A warp owns
 // tiles of 16 tokens, whose fragments stay in registers, and meets the other tokens in shared memory, slot by slot.
 // Exponents are of base 2; `top` (at most 2^8 away from the largest exponent of a query) and `inverse` = 1 / sum are
@@ -10,6 +10,8 @@
 #include "cuda/mma.h"
 
 namespace uvc::UVC_BUILD {
+
+constexpr double kLog2E = 1.4426950408889634;
 
 // What a launch works on: heads `first` to `first + count` of the table, every image.
 template <class T>
@@ -23,6 +25,11 @@ struct Call {
   int64_t rows, qkv_stride, heads_stride;  // rows = images * tokens
   int32_t tokens, first, count;
   Wide<T> scale, exponent;  // exponent = scale / log(2)
+  // Added to the scores, or null: [biases, bias_heads, tokens, bias_stride], zeros behind the last token. That of image i
+  // is i % biases, that of row r of the table order[r], or the only one where bias_heads is 1.
+  const T* bias;
+  const int32_t* order;
+  int32_t biases, bias_heads, bias_stride;
 };
 
 // One head of one image. What is kept of it are a few numbers; its pointers are sums of them and of the call's.
@@ -95,6 +102,45 @@ __device__ inline A16<T> fetch(const T* matrix, int64_t stride, int first, int N
   }
   return out;
 }
+// The bias of one head of one image; no number of it is kept where there is none.
+template <class T, bool BIASED>
+struct Bias {
+  const T* rows = nullptr;
+  int N = 0, stride = 0;
+  Wide<T> scale = 0;
+
+  __device__ Bias(const Call<T>& call, int pair) {
+    if constexpr (BIASED) {
+      N = call.tokens, stride = call.bias_stride, scale = call.scale;
+      const int head = call.bias_heads > 1 ? call.order[call.first + pair % call.count] : 0;
+      const int64_t place = static_cast<int64_t>(pair / call.count % call.biases) * call.bias_heads + head;
+      rows = call.bias + place * N * stride;
+    }
+  }
+  // Of 16 queries (rows) and 16 keys (columns), zeros behind the last.
+  __device__ A16<T> of(int query, int key) const { return fetch(rows, stride, query, N, stride, key); }
+  // Of 16 keys (rows) and 16 queries (columns).
+  __device__ A16<T> turned(int query, int key) const {
+    A16<T> out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = query + 2 * (lane_index() % 4) + 8 * (i / 2), at = key + lane_index() / 4 + 8 * (i % 2);
+      const T* from = rows + static_cast<int64_t>(token) * stride + at;
+      out.at[i].low = token < N && at < stride ? *from : T{};
+      out.at[i].high = token + 1 < N && at < stride ? from[stride] : T{};
+    }
+    return out;
+  }
+  // Makes products of q and k whole scores, with scale and bias; their exponents are then kLog2E as large.
+  __device__ void add(Sums<T> (&s)[2], const A16<T>& tile) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Wide<T>* const pair = s[i / 2].at + 2 * (i % 2);
+      pair[0] = multiply_add(pair[0], scale, widen(tile.at[i].low));
+      pair[1] = multiply_add(pair[1], scale, widen(tile.at[i].high));
+    }
+  }
+};
 // All dims of 16 tokens; the fragments are held in registers, or fetched where they are used when they are too many.
 template <class T, int W, bool HELD>
 struct Tokens {
@@ -232,10 +278,12 @@ struct Ring {
   }
 };
 
-// Checks what both ops are given and calls work.template operator()<T, W>(call, pairs of image and head) per width W.
+// Checks what the ops are given and calls work.template operator()<T, W, BIASED>(call, pairs of image and head) per width
+// W, with a bias or without.
 template <class F>
 void for_widths(const char* op, const Tensor& qkv, const Tensor& table, const std::vector<int64_t>& counts, int64_t tokens,
-                double scale, const Tensor& heads, const Tensor& top, const Tensor& inverse, F&& work) {
+                double scale, const Tensor& heads, const Tensor& top, const Tensor& inverse, const MaybeTensor& bias,
+                const MaybeTensor& order, F&& work) {
   const std::string name(op);
   const int64_t rows = qkv.dim() == 2 ? qkv.size(0) : -1, h = top.dim() == 2 ? top.size(0) : -1;
   check(rows >= 0 && heads.dim() == 2 && heads.size(0) == rows, name + ": qkv and heads must be matrices of M rows");
@@ -254,15 +302,32 @@ void for_widths(const char* op, const Tensor& qkv, const Tensor& table, const st
   check(qkv.size(1) % 8 == 0 && heads.size(1) % 8 == 0 && aligned(qkv.mutable_data_ptr()) &&
             aligned(heads.mutable_data_ptr()),
         name + ": rows must start at multiples of 16 bytes and have a multiple of 8 columns");
-  const int64_t images = rows / tokens;
+  const int64_t images = rows / tokens, padded = (tokens + 7) / 8 * 8;
+  check(bias.has_value() == order.has_value(), name + ": a bias comes with its order");
+  if (bias) {
+    check(bias->dim() == 4 && bias->size(0) > 0 && images % bias->size(0) == 0 &&
+              (bias->size(1) == 1 || bias->size(1) == h) && bias->size(2) == tokens && bias->size(3) == padded,
+          name + ": bias must be [a divisor of the images, heads or 1, tokens, tokens up to a multiple of 8]");
+    check(bias->scalar_type() == qkv.scalar_type() && order->scalar_type() == ScalarType::Int && order->numel() == h,
+          name + ": bias must have the dtype of qkv, order must be int32 [heads]");
+    for (const Tensor* t : {&*bias, &*order})
+      check(t->is_contiguous() && t->get_device_index() == qkv.get_device_index(),
+            name + ": tensors must be contiguous and on one device");
+    check(aligned(bias->mutable_data_ptr()), name + ": bias must start at a multiple of 16 bytes");
+  }
   for_type(qkv, op, [&]<class T>() {
     Call<T> call{data<T>(qkv), data<T>(heads), nullptr, nullptr, data<Wide<T>>(top), data<Wide<T>>(inverse),
                  data<int32_t>(table), rows, qkv.size(1), heads.size(1), static_cast<int32_t>(tokens), 0, 0,
-                 static_cast<Wide<T>>(scale), static_cast<Wide<T>>(scale * 1.4426950408889634)};
+                 static_cast<Wide<T>>(scale), static_cast<Wide<T>>(scale * kLog2E), nullptr, nullptr, 1, 1, 0};
+    if (bias)
+      call.bias = data<T>(*bias), call.order = data<int32_t>(*order), call.biases = static_cast<int32_t>(bias->size(0)),
+      call.bias_heads = static_cast<int32_t>(bias->size(1)), call.bias_stride = static_cast<int32_t>(padded);
     const auto next = [&]<int W>(int64_t count) {
       call.count = static_cast<int32_t>(count);
       check(images * count <= INT32_MAX, name + ": too many images for one launch");
-      if (images * count > 0) work.template operator()<T, W>(call, images * count);
+      const int64_t pairs = images * count;
+      if (pairs > 0 && bias) work.template operator()<T, W, true>(call, pairs);
+      if (pairs > 0 && !bias) work.template operator()<T, W, false>(call, pairs);
       call.first += call.count;
     };
     // Narrow heads lose little in a kernel for wider ones, as work goes by the dims of each head: registers.

@@ -26,7 +26,7 @@ __device__ inline void weigh(Sums<T> (&s)[R][2], Sums<T> (&dp)[R][2], const Stat
     for (int j = 0; j < 2 * R; ++j) {
       const int at = i % 2 + 2 * (j % 2);
       Wide<T>&p = s[j / 2][i / 2].at[at], &d = dp[j / 2][i / 2].at[at];
-      p = power_of_two(p * exponent - query.top) * query.inverse;
+      p = power_of_two(multiply_add(p, exponent, -query.top)) * query.inverse;
       d = p * (d - query.product);
     }
   }
@@ -92,10 +92,11 @@ struct Whole {
   }
 };
 
-template <class T, int W>
+template <class T, int W, bool BIASED>
 __global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call<T> call) {
   constexpr int TOKENS = kSlotTokens<T>;
   const Head<T> head(call, static_cast<int>(blockIdx.x));
+  const Bias<T, BIASED> bias(call, static_cast<int>(blockIdx.x));
   const int N = call.tokens, first = 16 * kOwned * warp_index();
   const Whole<T, W> layout(N);
   unsigned char* const memory = shared_memory();
@@ -130,9 +131,18 @@ __global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call
 #pragma unroll 1
       for (int row = part * TOKENS; row < end; row += 16) {
         Sums<T> s[kOwned][2], dp[kOwned][2];
+        A16<T> added[kOwned];  // on its way while scores are multiplied
+        if constexpr (BIASED) {
+#pragma unroll
+          for (int r = 0; r < kOwned; ++r) added[r] = bias.turned(row, first + 16 * r);
+        }
         times_rows(s, k, queries, row, qk_steps);
+        if constexpr (BIASED) {
+#pragma unroll
+          for (int r = 0; r < kOwned; ++r) bias.add(s[r], added[r]);
+        }
         times_rows(dp, v, grads, row, v_steps);
-        weigh<T>(s, dp, statistics + row, call.exponent);
+        weigh<T>(s, dp, statistics + row, BIASED ? Wide<T>(kLog2E) : call.exponent);
         add_rows<T, W>(grad_v, Factors<T, kOwned>(s).at, grads, row, v_steps);
         if (first + 16 * kOwned > N) {
           // a key behind the last has some P, but no weight in dq
@@ -214,7 +224,7 @@ constexpr int kKinds = W <= 64 ? 2 : 3;
 template <class T, int W>
 constexpr bool kHeld = W * sizeof(T) <= 256;
 
-template <class T, int W>
+template <class T, int W, bool BIASED>
 __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3 : 1)
     stream_kernel(const Call<T> call, int groups, int slots, int room) {
   using A = Wide<T>;
@@ -223,6 +233,7 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
     return 16 * (block % parts / kKinds<W> * (static_cast<int>(blockDim.x) / WARP) + warp_index());
   };
   const Head<T> head(call, block / parts);
+  const Bias<T, BIASED> bias(call, block / parts);
   const int N = call.tokens, first = first_of(block);
   T* const memory = reinterpret_cast<T*>(shared_memory());
   const int qk_steps = (head.qk_width + 15) / 16, v_steps = (head.v_width + 15) / 16;
@@ -239,11 +250,12 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
           for (int row = 16 * warp_index(); row < tokens; row += static_cast<int>(blockDim.x) / 2)
             gather_statistics<T, W, 1>(statistics + place + row, head, begin + row, N);
         },
-        [&](const Tile<T, true>& queries, const Tile<T, true>& grads, int row, int, int place) {
+        [&](const Tile<T, true>& queries, const Tile<T, true>& grads, int row, int left, int place) {
           Sums<T> s[1][2], dp[1][2];
           times_rows(s, k, queries, row, qk_steps);
+          if constexpr (BIASED) bias.add(s[0], bias.turned(N - left, first));
           if constexpr (K) times_rows(dp, v, grads, row, v_steps);
-          weigh<T>(s, dp, statistics + place + row, call.exponent);
+          weigh<T>(s, dp, statistics + place + row, BIASED ? Wide<T>(kLog2E) : call.exponent);
           if constexpr (V) add_rows<T, W>(grad_v, {as_factor<T>(s[0])}, grads, row, v_steps);
           if constexpr (K) add_rows<T, W>(grad_k, {as_factor<T>(dp[0])}, queries, row, qk_steps);
         });
@@ -274,12 +286,14 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
       [&](const Tile<T, true>& keys, const Tile<T, true>& values, int row, int left, int) {
         Sums<T> s[1][2], dp[1][2];
         times_rows(s, q, keys, row, qk_steps);
+        if constexpr (BIASED) bias.add(s[0], bias.of(first, N - left));
         times_rows(dp, grad, values, row, v_steps);
+        const A exponent = BIASED ? A(kLog2E) : call.exponent;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int half = i / 2 % 2, key = 8 * (i / 4) + 2 * (lane_index() % 4) + i % 2;
           A& d = dp[0][i / 4].at[i % 4];
-          const A p = power_of_two(s[0][i / 4].at[i % 4] * call.exponent - top[half]) * inverse[half];
+          const A p = power_of_two(multiply_add(s[0][i / 4].at[i % 4], exponent, -top[half])) * inverse[half];
           // a key behind the last has some P, but no weight in dq
           d = key < left ? p * (d - product[half]) : 0;
         }
@@ -291,29 +305,32 @@ __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3
 }
 
 void attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor top, Tensor inverse, Tensor table,
-                             std::vector<int64_t> counts, int64_t tokens, double scale, Tensor grad_qkv) {
+                             std::vector<int64_t> counts, int64_t tokens, double scale, Tensor grad_qkv, MaybeTensor bias,
+                             MaybeTensor order) {
   const char* op = "cuda_attention_core_backward";
   for (const auto& [grad, of] : {std::pair(grad_heads, heads), std::pair(grad_qkv, qkv)})
     check(grad.is_contiguous() && grad.scalar_type() == of.scalar_type() && grad.numel() == of.numel() &&
               grad.dim() == 2 && grad.get_device_index() == of.get_device_index() && aligned(grad.mutable_data_ptr()),
           std::string(op) + ": gradients must be contiguous, start at 16 bytes, and be like what they belong to");
   const Device device(qkv);
-  for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, [&]<class T, int W>(Call<T> call, int64_t pairs) {
+  const auto run = [&]<class T, int W, bool BIASED>(Call<T> call, int64_t pairs) {
     call.grad_heads = data<T>(grad_heads), call.grad_qkv = data<T>(grad_qkv);
     const int64_t tiles = (tokens + 15) / 16;
     if constexpr (kCanBeWhole<T, W>) {
       const Whole<T, W> layout(static_cast<int>(tokens));
       const int64_t warps = (tiles + kOwned - 1) / kOwned;
       if (warps <= kWholeWarps && layout.bytes <= device.shared_memory()) {
-        device.launch(op, &whole_kernel<T, W>, pairs, static_cast<int>(warps) * WARP, layout.bytes, call);
+        device.launch(op, &whole_kernel<T, W, BIASED>, pairs, static_cast<int>(warps) * WARP, layout.bytes, call);
         return;
       }
     }
     const int64_t groups = (tiles + kStreamWarps - 1) / kStreamWarps;
     const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T) + sizeof(Statistics<Wide<T>>));
-    device.launch(op, &stream_kernel<T, W>, pairs * kKinds<W> * groups, static_cast<int>((tiles + groups - 1) / groups) * WARP,
-                  ring.bytes, call, static_cast<int>(groups), ring.slots, ring.room);
-  });
+    device.launch(op, &stream_kernel<T, W, BIASED>, pairs * kKinds<W> * groups,
+                  static_cast<int>((tiles + groups - 1) / groups) * WARP, ring.bytes, call, static_cast<int>(groups),
+                  ring.slots, ring.room);
+  };
+  for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, bias, order, run);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(uvc_kernels, UVC_DISPATCH_KEY, m) {

@@ -179,6 +179,10 @@ __device__ inline void copies_arrived(int left) {
 #endif
 }
 
+// a b + c, rounded once: nvcc makes that of a product and a sum, another compiler only where the processor has it.
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 __device__ inline double power_of_two(double x) { return exp2(x); }
 // Two units in the last place, like exp2f, without its care for results below 2^-126.
 __device__ inline float power_of_two(float x) {

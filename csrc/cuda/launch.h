@@ -26,6 +26,7 @@ namespace uvc::UVC_BUILD {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 inline void check(bool condition, const std::string& message) {
   if (!condition) throw std::runtime_error(message);

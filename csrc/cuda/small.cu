@@ -4,3 +4,4 @@
 #include "cuda/gather.cu"
 #include "cuda/group_scores.cu"
 #include "cuda/prox_shrink.cu"
+#include "cuda/turn.cu"

@@ -18,9 +18,10 @@ from .report import Row
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 # What nvcc compiles, and the kernels in it.
 UNITS = {
-    "small.cu": ("gather", "activate", "activate_backward", "sums", "scores", "shrink"),
+    "small.cu": ("gather", "activate", "activate_backward", "sums", "scores", "shrink", "turn"),
     "attention.cu": ("forward",),
     "attention_backward.cu": ("whole", "stream"),
+    "bias_gradient.cu": ("bias_gradient",),
 }
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 SHARED = 48 * 1024  # bytes of static shared memory that a block may have on any target
@@ -111,7 +112,8 @@ def _row(name: str, report: str, target: str, code: str) -> Row:
     spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
     shared = sum(int(size) for size in re.findall(r"(\d+) bytes smem", report))
     instruction = next((found for found in ("HMMA", "mma.sync") if found in code), "")
-    multiplies = kernel in ("forward", "whole", "stream") and "fp32" not in configuration
+    multiplies = kernel in ("forward", "whole", "stream", "bias_gradient")
+    multiplies = multiplies and not configuration.startswith("fp32")
     faults = [
         spilled and f"spills {spilled} bytes",
         shared > SHARED and f"wants {shared} bytes shared",
@@ -135,5 +137,5 @@ def readable(name: str) -> tuple[str, str]:
     """Kernel and template arguments of a mangled name."""
     kernel, arguments = re.search(r"\d([a-z_]+)_kernelI(.*?)EEv", name).groups()
     types = [_TYPES[found] for found in re.findall("|".join(_TYPES), arguments)]
-    width = re.search(r"Li(\d+)", arguments)
-    return kernel, " to ".join(types) + (f" width {width[1]}" if width else "")
+    width, biased = re.search(r"Li(\d+)", arguments), "Lb1" in arguments
+    return kernel, " to ".join(types) + (f" width {width[1]}" if width else "") + " bias" * biased

@@ -87,9 +87,7 @@ def _fake_backward(grad, x, *arguments):
 
 
 def define(provider: Provider) -> dict[str, Callable]:
-    """The op of this provider, where it has the pieces."""
-    if provider.pieces.turn is None:
-        return {}
+    """The op of this provider."""
     forward, backward = (_attend, _fake), (_attend_backward, _fake_backward)
     run_op = provider.differentiable(NAME, OP, 6, forward, backward)
 

@@ -20,8 +20,8 @@ class Pieces(NamedTuple):
     wide, the next counts[1] at most 32, then 64, then 128. top, inverse: largest score and 1 / sum of each
     query, for the backward pass, in statistics dtype.
     attention_core_backward(qkv, heads, grad_heads, top, inverse, table, counts, tokens, scale, grad_qkv).
-    Where positions are served both take two more, of a bias that is added to the scores: bias [P, heads or 1,
-    N, N up to a multiple of 8], in the dtype of qkv, zeros behind N, and order, of `KeptHeads`.
+    Both take two more for a bias that is added to the scores: bias [P, heads or 1, N, N up to a multiple of
+    8], in the dtype of qkv, zeros behind N, and order, of `KeptHeads`.
     activate(u, gate or None, activation, a): a = act(u), or act(gate) u; all [M, F'].
     activate_backward(u, gate or None, grad_a, activation, a, grad_u, grad_gate or None): a again, and the
     gradients.
@@ -29,7 +29,7 @@ class Pieces(NamedTuple):
     dtype; one launch.
     group_scores(a, b, dims) -> scores; prox_shrink(weights, factors, dims): the ops of these names.
     turn(qkv, table, counts, tokens, rows, whole_rows, partner, tables, back): q and k of qkv turned in place
-    by `Positions.turn`, or their gradients turned back; None where positions are not served.
+    by `Positions.turn`, or their gradients turned back.
     bias_gradient(qkv, heads, grad_heads, top, inverse, table, counts, tokens, scale, bias, order, grad_bias):
     the gradient [P, h, N, N] of such a bias, in its own dtype.
     """
@@ -42,8 +42,8 @@ class Pieces(NamedTuple):
     column_sums: Callable[[list[Tensor], list[Tensor]], None]
     group_scores: Callable[[list[Tensor], list[Tensor], list[int]], Tensor]
     prox_shrink: Callable[[list[Tensor], Tensor, list[int]], None]
-    turn: Callable[..., None] | None = None
-    bias_gradient: Callable[..., None] | None = None
+    turn: Callable[..., None]
+    bias_gradient: Callable[..., None]
 
 
 SUFFIXES = ("triton", "cuda", "cuda_host")

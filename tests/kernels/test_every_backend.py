@@ -9,6 +9,7 @@ import pytest
 import torch
 import uvc_kernels
 from backends import BACKENDS, GPU, HALF, on_every_backend, on_triton
+from uvc_kernels import self_check
 
 TOKENS, HEADS, NEURONS = (1, 17, 50, 63, 196, 197, 198, 577), (1, 3, 6, 12, 16), (0, 1, 7, 100, 1536)
 PRODUCTS = [("cpu", torch.float64), ("cpu", torch.float16)]  # what attention and MLP take besides
@@ -97,17 +98,14 @@ def attend_with_positions(kept, positions, scale=0.125, recompute=False):
     return run
 
 
-without_positions = ("cuda", "cuda-host")
-
-
-@on_every_backend([(2,), (17,), (70,)], [(17,)], [(2,), (17,), (70,), (197,)], without=without_positions)
+@on_every_backend([(2,), (17,), (70,)], [(17,)], [(2,), (17,), (70,), (197,)])
 @pytest.mark.parametrize("placed", PLACED)
 def test_attention_with_positions_is_at_most_twice_as_wrong_as_plain_torch(backend, dtype, size, placed):
     tensors, kept, positions = positions_case(placed, *size, BACKENDS[backend])
     accuracy.check(attend_with_positions(kept, positions), tensors, dtype, backend)
 
 
-@on_every_backend(without=(*without_positions, "reference"))
+@on_every_backend(without=("reference",))
 def test_positions_with_recomputing_give_the_same_bits(backend, dtype):
     tensors, kept, positions = positions_case("tables and a bias", 17, BACKENDS[backend])
     tensors = [t.to(dtype) for t in tensors]
@@ -234,6 +232,5 @@ def test_every_op_of_every_backend_here_was_registered():
         if (device == "cuda" and not GPU) or (backend == "triton" and on_triton is None):
             continue
         with uvc_kernels.backend(backend):
-            ops = ["attention", "mlp", "gather", "group_scores", "prox_shrink"]
-            for op in ops if "cuda" in backend else [*ops, "attention_with_positions"]:
+            for op in self_check.EXAMPLES:
                 assert uvc_kernels.select(op, torch.device(device), torch.float32) == backend

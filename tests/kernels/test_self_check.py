@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(_dispatch.extension_error is not None, reason="t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", [op for op in self_check.EXAMPLES if op != "attention_with_positions"])
+@pytest.mark.parametrize("op", self_check.EXAMPLES)
 def test_every_op_of_the_cuda_sources_passes(op, dtype):
     assert self_check.fault(op, HOST, CPU, dtype) is None
 
