@@ -17,8 +17,10 @@ needs_nvcc = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.miss
 def test_attention_forward_compiles_for_sm_90a():
     rows = list(cuda.rows(["sm_90a"], ["cuda.forward"]))
     assert {row.configuration for row in rows} == {
-        *(f"{name} width {width}" for name in ("bf16", "fp16") for width in (32, 64, 128)),
-        *(f"fp32 width {width}" for width in (64, 128)),
+        f"{name} width {width}{bias}"
+        for name, widths in (("bf16", (32, 64, 128)), ("fp16", (32, 64, 128)), ("fp32", (64, 128)))
+        for width in widths
+        for bias in ("", " bias")
     }
     assert not [row for row in rows if row.fault]
     # more registers, and three blocks no longer share a multiprocessor
@@ -49,6 +51,12 @@ def test_the_gate_names_what_is_wrong(spilled, shared, code, fault):
     row = cuda._row(NAME, REPORT.format(spilled=spilled, shared=shared), "sm_90a", code)
     assert (row.kernel, row.configuration, row.registers) == ("cuda.forward", "bf16 width 64", 128)
     assert row.fault == fault
+
+
+def test_a_kernel_with_a_bias_has_a_name_of_its_own():
+    biased = NAME.replace("ELi64EEEv", "ELi64ELb1EEEv")
+    assert cuda.readable(biased) == ("forward", "bf16 width 64 bias")
+    assert cuda.readable(NAME.replace("ELi64EEEv", "ELi64ELb0EEEv")) == ("forward", "bf16 width 64")
 
 
 def test_without_nvcc_the_gate_says_so(monkeypatch):
