@@ -68,7 +68,7 @@ def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """All blocks with an entry in a structure, in order."""
-    return list(named_blocks(model).values())
+    return [entry for block in listed(model).values() for entry in entries_of(block)]
 
 
 def replaced(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, object]:
