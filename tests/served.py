@@ -165,6 +165,7 @@ KINDS = {
         dict(FLEX, rope_type="axial", global_pool="avg", reg_tokens=2, swiglu_mlp=True),
         TURNED,
     ),
+    "naflex, parallel things": (NaFlexVit, dict(FLEX, block_fn=ParallelThingsBlock), FREE),
     "swin": (SwinTransformer, STAGES, FREE),
     "swin, window sizes of its own in each stage": (
         SwinTransformer,

@@ -4,6 +4,7 @@ from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
 from uvc.io.arguments import VIT_BLOCKS, Arguments, Maker, drop_path, is_there, of_rope, ratio_of, where
+from uvc.layers import blocks_of
 
 TYPES = {"cat": "axial", "mixed": "mixed", "dinov3": "dinov3", "mrope": "mrope"}
 
@@ -32,7 +33,8 @@ def of_naflex(dense: NaFlexVit) -> Arguments:
     """Arguments of timm's NaFlexVit; ValueError where that of the installed timm does not take them all."""
     if not hasattr(dense.embeds, "pos_embed_antialias"):
         raise ValueError("a NaFlexVit is made again with timm 1.0.31 and later alone; update timm")
-    block, pool, rope = dense.blocks[0], dense.attn_pool, dense.rope
+    blocks, pool, rope = blocks_of(dense), dense.attn_pool, dense.rope
+    block = blocks[0]
     attn, mlp = block.attn, block.mlp
     scale = getattr(block, "init_values", getattr(getattr(block, "ls1", None), "init_values", None))
     fused = getattr(attn, "qkv", None) is not None
@@ -59,7 +61,7 @@ def of_naflex(dense: NaFlexVit) -> Arguments:
         "proj_drop_rate": attn.proj_drop.p,
         "attn_drop_rate": attn.attn_drop.p,
         "patch_drop_rate": getattr(dense.patch_drop, "prob", 0.0),
-        "drop_path_rate": getattr(drop_path(dense.blocks[-1]), "drop_prob", 0.0),
+        "drop_path_rate": getattr(drop_path(blocks[-1]), "drop_prob", 0.0),
         "pre_norm": is_there(dense.norm_pre),
         "final_norm": is_there(dense.norm) or is_there(dense.fc_norm),
         "fc_norm": is_there(dense.fc_norm),

@@ -8,16 +8,13 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm.layers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import create_model, is_model
-from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock
 from torch import nn
 
 from uvc.compaction import compact, compacted, forms_of, in_form
@@ -27,13 +24,9 @@ from uvc.io.files import one_line, write_tensors, write_text
 from uvc.io.finite import refuse_not_finite
 from uvc.io.makers import MAKERS
 from uvc.io.others import fill_from_new, name_of_other
+from uvc.io.parts import ACTIVATIONS, BLOCKS, ENTRIES, MLPS, NORMS, PARTS, parts_of
 from uvc.io.preprocessing import check_preprocessing, preprocessing_of, take_preprocessing
 from uvc.layers import (
-    Thing,
-    UVCGeGluMlp,
-    UVCGluMlp,
-    UVCMlp,
-    UVCSwiGLU,
     cfg_of,
     check_children,
     convert,
@@ -61,47 +54,6 @@ FIELDS = {
 }
 # fmt: on
 
-BLOCKS = (
-    "Block",
-    "ResPostBlock",
-    "ParallelScalingBlock",
-    "ParallelScalingBlock, one last product",
-    "DiffParallelScalingBlock",
-    "ParallelThingsBlock",
-)
-# Of blocks that have several, entries in a structure.
-ENTRIES = {"ParallelThingsBlock": 2}
-NORMS = {
-    "LayerNorm": nn.LayerNorm,
-    "timm.LayerNorm": timm.layers.LayerNorm,
-    "timm.LayerNormFp32": timm.layers.LayerNormFp32,
-    "timm.RmsNorm": timm.layers.RmsNorm,
-}
-MLPS = {
-    "Mlp": UVCMlp,
-    "GluMlp": UVCGluMlp,
-    "GluMlp, gate first": functools.partial(UVCGluMlp, gate_last=False),
-    "SwiGLU": UVCSwiGLU,
-    "GeGluMlp": UVCGeGluMlp,
-}
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "sigmoid": nn.Sigmoid,
-    "mish": nn.Mish,
-    "timm.gelu": timm.layers.activations.GELU,
-    "timm.gelu_tanh": timm.layers.activations.GELUTanh,
-    "timm.quick_gelu": timm.layers.activations.QuickGELU,
-}
-# Of models whose arguments say them.
-PARTS = {
-    "block": "Block",
-    "norm": {"name": "LayerNorm", "eps": 1e-6},
-    "mlp": "Mlp",
-    "activation": "gelu",
-}
 # Attributes that tell how a model was initialised, is trained, or picks among equal kernels: not part of it.
 UNSAVED = {
     "training",
@@ -264,28 +216,6 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def parts_of(block: nn.Module, name: str) -> dict[str, Any]:
-    """The classes of a block's parts; ValueError, naming the part, for one that is not known."""
-    parallel = isinstance(block, ParallelScalingBlock | DiffParallelScalingBlock)
-    norm = "in_norm" if parallel else "norm1"
-    first = getattr(block, norm)
-    return {
-        "block": BLOCKS[which_of(block)],
-        "norm": {"name": name_of(first, f"{name}.{norm}", NORMS), "eps": first.eps},
-        "mlp": "Mlp" if parallel else name_of(block.mlp, f"{name}.mlp", MLPS),
-        "activation": name_of(block.mlp.act, f"{name}.mlp.act", ACTIVATIONS),
-    }
-
-
-def which_of(block: nn.Module) -> int:
-    """The place of a block's class in `BLOCKS`, for classes that have more than one."""
-    if isinstance(block, ParallelScalingBlock):
-        return 2 if block.out_proj is None else 3
-    if isinstance(block, Thing):
-        return 5
-    return 4 if isinstance(block, DiffParallelScalingBlock) else int(block.norm_last)
-
-
 def has_own_calls(module: nn.Module) -> bool:
     """Whether calling a module does what its class does not: a hook from outside, or a forward of its own."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
@@ -348,17 +278,6 @@ def rebuild_dense(config: dict[str, Any], depth: int) -> nn.Module:
         }
         model = make(**arguments, **{part: parts[part] for part in maker.parts})
     return convert(model)
-
-
-def name_of(module: nn.Module, path: str, table: dict[str, Callable[..., nn.Module]]) -> str:
-    """The entry of `table` that makes modules like `module`; ValueError naming `path` when there is none."""
-    for name, make in table.items():
-        kind = make.func if isinstance(make, functools.partial) else make
-        settings = make.keywords if isinstance(make, functools.partial) else {}
-        default = {nn.GELU: {"approximate": "none"}, UVCGluMlp: {"gate_last": True}}.get(kind, {})
-        if type(module) is kind and all(getattr(module, k) == v for k, v in {**default, **settings}.items()):
-            return name
-    raise ValueError(f"cannot save: {path} is a {type(module).__name__}; {', '.join(table)} can be saved")
 
 
 def compare(saved: nn.Module, rebuilt: nn.Module) -> None:
