@@ -29,7 +29,7 @@ __device__ inline void multiply_tokens(Sums<T> (&sums)[kSide][kSide][2], const T
 }
 
 template <class T, class G>
-__global__ void __launch_bounds__(kGradientWarps * WARP)
+__global__ void __launch_bounds__(kGradientWarps * WARP, 1)
     bias_gradient_kernel(const Call<T> call, G* grad_bias, int all_heads, int images) {
   using A = Wide<T>;
   const int N = call.tokens, lane = lane_index(), across = (N + 16 * kSide - 1) / (16 * kSide), tiles = across * across;
