@@ -47,7 +47,8 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
   }
   if constexpr (BIASED) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) bias.add(s[r], is_half<T> ? added[r] : bias.of(computed_again(query) + 16 * r, bias.N - left));
+    for (int r = 0; r < R; ++r)
+      bias.add(s[r], is_half<T> ? added[r] : bias.of(computed_again(query) + 16 * r, bias.N - left));
   }
   if (left < 16) {
     const int mine = left - 2 * (lane_index() % 4);
@@ -107,11 +108,12 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
 }
 
 template <class T, int W, bool BIASED>
-__global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1) forward_kernel(const Call<T> call, int groups, int rounds, int slots, int room) {
+__global__ void __launch_bounds__(kWarps * WARP, is_half<T> ? 3 : 1)
+    forward_kernel(const Call<T> call, int groups, int rounds, int slots, int room, const Added<T> added) {
   using A = Wide<T>;
   constexpr int R = kTiles<T, W>, TOKENS = kSlotTokens<T>;
   const Head<T> head(call, static_cast<int>(blockIdx.x) / groups);
-  const Bias<T, BIASED> bias(call, static_cast<int>(blockIdx.x) / groups);
+  const Bias<T, BIASED> bias(call, added, static_cast<int>(blockIdx.x) / groups);
   const int N = call.tokens, block = static_cast<int>(blockIdx.x);
   // A scheduler has the same warps of every block: which of them goes without queries in the end must not be the same, too.
   const auto first_of = [&](int block, int round) {
@@ -190,7 +192,7 @@ void attention_core(Tensor qkv, Tensor table, std::vector<int64_t> counts, int64
                     Tensor top, Tensor inverse, MaybeTensor bias, MaybeTensor order) {
   const char* op = "cuda_attention_core";
   const Device device(qkv);
-  const auto run = [&]<class T, int W, bool BIASED>(Call<T> call, int64_t pairs) {
+  const auto run = [&]<class T, int W, bool BIASED>(Call<T> call, const Added<T>& added, int64_t pairs) {
     const int64_t units = (tokens + 16 * kTiles<T, W> - 1) / (16 * kTiles<T, W>), shares = (units + kWarps - 1) / kWarps;
     const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T));
     // One block for all shares of a head, unless few heads would keep some multiprocessor busy longer, by a sixteenth.
@@ -198,7 +200,8 @@ void attention_core(Tensor qkv, Tensor table, std::vector<int64_t> counts, int64
     const bool alone = kAlone<T, W> && ring.room >= tokens && 16 * shares * each(pairs) <= 17 * each(shares * pairs);
     const int64_t groups = alone ? 1 : shares;
     device.launch(op, &forward_kernel<T, W, BIASED>, pairs * groups, static_cast<int>((units + shares - 1) / shares) * WARP,
-                  ring.bytes, call, static_cast<int>(groups), static_cast<int>(shares / groups), ring.slots, ring.room);
+                  ring.bytes, call, static_cast<int>(groups), static_cast<int>(shares / groups), ring.slots, ring.room,
+                  added);
   };
   for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, bias, order, run);
 }

@@ -25,11 +25,15 @@ struct Call {
   int64_t rows, qkv_stride, heads_stride;  // rows = images * tokens
   int32_t tokens, first, count;
   Wide<T> scale, exponent;  // exponent = scale / log(2)
-  // Added to the scores, or null: [biases, bias_heads, tokens, bias_stride], zeros behind the last token. That of image i
-  // is i % biases, that of row r of the table order[r], or the only one where bias_heads is 1.
-  const T* bias;
-  const int32_t* order;
-  int32_t biases, bias_heads, bias_stride;
+};
+
+// What is added to the scores, or nothing: [biases, heads, tokens, stride], zeros behind the last token. That of image i
+// is i % biases, that of row r of the table order[r], or the only one where heads is 1.
+template <class T>
+struct Added {
+  const T* bias = nullptr;
+  const int32_t* order = nullptr;
+  int32_t biases = 1, heads = 1, stride = 0;
 };
 
 // One head of one image. What is kept of it are a few numbers; its pointers are sums of them and of the call's.
@@ -109,12 +113,12 @@ struct Bias {
   int N = 0, stride = 0;
   Wide<T> scale = 0;
 
-  __device__ Bias(const Call<T>& call, int pair) {
+  __device__ Bias(const Call<T>& call, const Added<T>& added, int pair) {
     if constexpr (BIASED) {
-      N = call.tokens, stride = call.bias_stride, scale = call.scale;
-      const int head = call.bias_heads > 1 ? call.order[call.first + pair % call.count] : 0;
-      const int64_t place = static_cast<int64_t>(pair / call.count % call.biases) * call.bias_heads + head;
-      rows = call.bias + place * N * stride;
+      N = call.tokens, stride = added.stride, scale = call.scale;
+      const int head = added.heads > 1 ? added.order[call.first + pair % call.count] : 0;
+      const int64_t place = static_cast<int64_t>(pair / call.count % added.biases) * added.heads + head;
+      rows = added.bias + place * N * stride;
     }
   }
   // Of 16 queries (rows) and 16 keys (columns), zeros behind the last.
@@ -278,8 +282,8 @@ struct Ring {
   }
 };
 
-// Checks what the ops are given and calls work.template operator()<T, W, BIASED>(call, pairs of image and head) per width
-// W, with a bias or without.
+// Checks what the ops are given and calls work.template operator()<T, W, BIASED>(call, added, pairs of image and head) per
+// width W, with a bias or without.
 template <class F>
 void for_widths(const char* op, const Tensor& qkv, const Tensor& table, const std::vector<int64_t>& counts, int64_t tokens,
                 double scale, const Tensor& heads, const Tensor& top, const Tensor& inverse, const MaybeTensor& bias,
@@ -318,16 +322,17 @@ void for_widths(const char* op, const Tensor& qkv, const Tensor& table, const st
   for_type(qkv, op, [&]<class T>() {
     Call<T> call{data<T>(qkv), data<T>(heads), nullptr, nullptr, data<Wide<T>>(top), data<Wide<T>>(inverse),
                  data<int32_t>(table), rows, qkv.size(1), heads.size(1), static_cast<int32_t>(tokens), 0, 0,
-                 static_cast<Wide<T>>(scale), static_cast<Wide<T>>(scale * kLog2E), nullptr, nullptr, 1, 1, 0};
+                 static_cast<Wide<T>>(scale), static_cast<Wide<T>>(scale * kLog2E)};
+    Added<T> added;
     if (bias)
-      call.bias = data<T>(*bias), call.order = data<int32_t>(*order), call.biases = static_cast<int32_t>(bias->size(0)),
-      call.bias_heads = static_cast<int32_t>(bias->size(1)), call.bias_stride = static_cast<int32_t>(padded);
+      added = {data<T>(*bias), data<int32_t>(*order), static_cast<int32_t>(bias->size(0)),
+               static_cast<int32_t>(bias->size(1)), static_cast<int32_t>(padded)};
     const auto next = [&]<int W>(int64_t count) {
       call.count = static_cast<int32_t>(count);
       check(images * count <= INT32_MAX, name + ": too many images for one launch");
       const int64_t pairs = images * count;
-      if (pairs > 0 && bias) work.template operator()<T, W, true>(call, pairs);
-      if (pairs > 0 && !bias) work.template operator()<T, W, false>(call, pairs);
+      if (pairs > 0 && bias) work.template operator()<T, W, true>(call, added, pairs);
+      if (pairs > 0 && !bias) work.template operator()<T, W, false>(call, added, pairs);
       call.first += call.count;
     };
     // Narrow heads lose little in a kernel for wider ones, as work goes by the dims of each head: registers.

@@ -93,10 +93,10 @@ struct Whole {
 };
 
 template <class T, int W, bool BIASED>
-__global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call<T> call) {
+__global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call<T> call, const Added<T> added) {
   constexpr int TOKENS = kSlotTokens<T>;
   const Head<T> head(call, static_cast<int>(blockIdx.x));
-  const Bias<T, BIASED> bias(call, static_cast<int>(blockIdx.x));
+  const Bias<T, BIASED> bias(call, added, static_cast<int>(blockIdx.x));
   const int N = call.tokens, first = 16 * kOwned * warp_index();
   const Whole<T, W> layout(N);
   unsigned char* const memory = shared_memory();
@@ -131,15 +131,15 @@ __global__ void __launch_bounds__(kWholeWarps * WARP, 1) whole_kernel(const Call
 #pragma unroll 1
       for (int row = part * TOKENS; row < end; row += 16) {
         Sums<T> s[kOwned][2], dp[kOwned][2];
-        A16<T> added[kOwned];  // on its way while scores are multiplied
+        A16<T> of_keys[kOwned];  // on its way while scores are multiplied
         if constexpr (BIASED) {
 #pragma unroll
-          for (int r = 0; r < kOwned; ++r) added[r] = bias.turned(row, first + 16 * r);
+          for (int r = 0; r < kOwned; ++r) of_keys[r] = bias.turned(row, first + 16 * r);
         }
         times_rows(s, k, queries, row, qk_steps);
         if constexpr (BIASED) {
 #pragma unroll
-          for (int r = 0; r < kOwned; ++r) bias.add(s[r], added[r]);
+          for (int r = 0; r < kOwned; ++r) bias.add(s[r], of_keys[r]);
         }
         times_rows(dp, v, grads, row, v_steps);
         weigh<T>(s, dp, statistics + row, BIASED ? Wide<T>(kLog2E) : call.exponent);
@@ -226,14 +226,14 @@ constexpr bool kHeld = W * sizeof(T) <= 256;
 
 template <class T, int W, bool BIASED>
 __global__ void __launch_bounds__(kStreamWarps * WARP, is_half<T> && W <= 64 ? 3 : 1)
-    stream_kernel(const Call<T> call, int groups, int slots, int room) {
+    stream_kernel(const Call<T> call, int groups, int slots, int room, const Added<T> added) {
   using A = Wide<T>;
   const int parts = kKinds<W> * groups, block = static_cast<int>(blockIdx.x), kind = block % parts % kKinds<W>;
   const auto first_of = [&](int block) {
     return 16 * (block % parts / kKinds<W> * (static_cast<int>(blockDim.x) / WARP) + warp_index());
   };
   const Head<T> head(call, block / parts);
-  const Bias<T, BIASED> bias(call, block / parts);
+  const Bias<T, BIASED> bias(call, added, block / parts);
   const int N = call.tokens, first = first_of(block);
   T* const memory = reinterpret_cast<T*>(shared_memory());
   const int qk_steps = (head.qk_width + 15) / 16, v_steps = (head.v_width + 15) / 16;
@@ -313,14 +313,14 @@ void attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor
               grad.dim() == 2 && grad.get_device_index() == of.get_device_index() && aligned(grad.mutable_data_ptr()),
           std::string(op) + ": gradients must be contiguous, start at 16 bytes, and be like what they belong to");
   const Device device(qkv);
-  const auto run = [&]<class T, int W, bool BIASED>(Call<T> call, int64_t pairs) {
+  const auto run = [&]<class T, int W, bool BIASED>(Call<T> call, const Added<T>& added, int64_t pairs) {
     call.grad_heads = data<T>(grad_heads), call.grad_qkv = data<T>(grad_qkv);
     const int64_t tiles = (tokens + 15) / 16;
     if constexpr (kCanBeWhole<T, W>) {
       const Whole<T, W> layout(static_cast<int>(tokens));
       const int64_t warps = (tiles + kOwned - 1) / kOwned;
       if (warps <= kWholeWarps && layout.bytes <= device.shared_memory()) {
-        device.launch(op, &whole_kernel<T, W, BIASED>, pairs, static_cast<int>(warps) * WARP, layout.bytes, call);
+        device.launch(op, &whole_kernel<T, W, BIASED>, pairs, static_cast<int>(warps) * WARP, layout.bytes, call, added);
         return;
       }
     }
@@ -328,7 +328,7 @@ void attention_core_backward(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor
     const Ring ring(tokens, kSlotTokens<T>, 2 * W * sizeof(T) + sizeof(Statistics<Wide<T>>));
     device.launch(op, &stream_kernel<T, W, BIASED>, pairs * kKinds<W> * groups,
                   static_cast<int>((tiles + groups - 1) / groups) * WARP, ring.bytes, call, static_cast<int>(groups),
-                  ring.slots, ring.room);
+                  ring.slots, ring.room, added);
   };
   for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, bias, order, run);
 }

@@ -30,19 +30,19 @@ __device__ inline void multiply_tokens(Sums<T> (&sums)[kSide][kSide][2], const T
 
 template <class T, class G>
 __global__ void __launch_bounds__(kGradientWarps * WARP, 1)
-    bias_gradient_kernel(const Call<T> call, G* grad_bias, int all_heads, int images) {
+    bias_gradient_kernel(const Call<T> call, const Added<T> added, G* grad_bias, int all_heads, int images) {
   using A = Wide<T>;
   const int N = call.tokens, lane = lane_index(), across = (N + 16 * kSide - 1) / (16 * kSide), tiles = across * across;
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * kGradientWarps + warp_index();
   const int tile = static_cast<int>(mine % tiles), pair = static_cast<int>(mine / tiles);
-  if (pair >= call.biases * call.count) return;
+  if (pair >= added.biases * call.count) return;
   const int first = tile / across * 16 * kSide, start = tile % across * 16 * kSide;
   A total[kSide][kSide][8] = {};
 #pragma unroll 1
-  for (int image = pair / call.count; image < images; image += call.biases) {
+  for (int image = pair / call.count; image < images; image += added.biases) {
     const int of_image = image * call.count + pair % call.count;
     const Head<T> head(call, of_image);
-    const Bias<T, true> bias(call, of_image);
+    const Bias<T, true> bias(call, added, of_image);
     Sums<T> s[kSide][kSide][2], dp[kSide][kSide][2];
     multiply_tokens(s, head.q(), call.qkv_stride, first, head.k(), call.qkv_stride, start, N, head.qk_width);
     multiply_tokens(dp, head.grad_out(), call.heads_stride, first, head.v(), call.qkv_stride, start, N, head.v_width);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kGradientWarps * WARP, 1)
       }
     }
   }
-  const int64_t place = static_cast<int64_t>(pair / call.count) * all_heads + call.order[call.first + pair % call.count];
+  const int64_t place = static_cast<int64_t>(pair / call.count) * all_heads + added.order[call.first + pair % call.count];
 #pragma unroll
   for (int i = 0; i < 8 * kSide * kSide; ++i) {
     const int r = i / (8 * kSide), c = i / 8 % kSide, in = i % 8;
@@ -90,12 +90,12 @@ void bias_gradient(Tensor qkv, Tensor heads, Tensor grad_heads, Tensor top, Tens
             grad_bias.get_device_index() == bias.get_device_index(),
         std::string(op) + ": the gradient of the bias must be contiguous, [biases, heads, tokens, tokens]");
   const Device device(qkv);
-  const auto run = [&]<class T, int, bool BIASED>(Call<T> call, int64_t pairs) {
+  const auto run = [&]<class T, int, bool BIASED>(Call<T> call, const Added<T>& added, int64_t pairs) {
     call.grad_heads = data<T>(grad_heads);
-    const int64_t across = (tokens + 16 * kSide - 1) / (16 * kSide), warps = call.biases * call.count * across * across;
+    const int64_t across = (tokens + 16 * kSide - 1) / (16 * kSide), warps = added.biases * call.count * across * across;
     for_type(grad_bias, op, [&]<class G>() {
       device.launch(op, &bias_gradient_kernel<T, G>, (warps + kGradientWarps - 1) / kGradientWarps, kGradientWarps * WARP, 0,
-                    call, data<G>(grad_bias), static_cast<int>(grad_bias.size(1)), static_cast<int>(pairs / call.count));
+                    call, added, data<G>(grad_bias), static_cast<int>(grad_bias.size(1)), static_cast<int>(pairs / call.count));
     });
   };
   for_widths(op, qkv, table, counts, tokens, scale, heads, top, inverse, bias, order, run);
