@@ -36,7 +36,7 @@ __device__ inline void attend(Queries<T, W, R>& my, const Tile<T, true>& keys, c
   A16<T> added[R];
   if constexpr (BIASED && is_half<T>) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) added[r] = bias.of(query + 16 * r, bias.N - left);
+    for (int r = 0; r < R; ++r) added[r] = bias.of(computed_again(query) + 16 * r, bias.N - left);
   }
 #pragma unroll
   for (int k = 0; k < W / 16; ++k) {
