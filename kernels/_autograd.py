@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def apart() -> torch.autograd.graph.saved_tensors_hooks:
+    """For kernels that run inside the caller's forward pass but are no part of it: gradient checkpointing
+    counts, and computes again, what its hooks see of a pass.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
 def need_bits(needs: Sequence[bool]) -> int:
     """`ctx.needs_input_grad` as one bit per gradient, in order: what a backward op takes."""
     return sum(1 << i for i, need in enumerate(needs) if need)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import _dispatch
+from . import _autograd, _dispatch
 from .gather import gather
 from .timing import milliseconds, take_turns
 from .warn_once import warn_once
@@ -123,8 +123,7 @@ def choose(
     ran = _ran.setdefault((x.device, case), set())
     capturing = _dispatch.capturing(x.device)
     if name is None and not capturing:
-        # What gradient checkpointing counts and keeps of a pass is not of a measurement in it.
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        with _autograd.apart():
             times = _times(op, [*providers, *variants], arguments, packing)
         name = _record(x.device, case, times, providers[0])
         ran.update(times)

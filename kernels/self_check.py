@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ._autograd import apart
 from ._dispatch import backend, provide_check
 from .attention import attention
 from .attention_with_positions import Positions, attention_with_positions, turn_of
@@ -126,10 +127,11 @@ def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
     when the provider cannot serve.
     """
     example = EXAMPLES[op]
-    # The caller may be in inference mode, under autocast, have a default device of its own, or count calls.
+    # The caller may be in inference mode, under autocast or gradient checkpointing, have a default device of
+    # its own, or count calls.
     autocast_off = torch.autocast(device.type, enabled=False)
     quiet = _disable_current_modes()
-    with quiet, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), autocast_off:
+    with quiet, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), autocast_off, apart():
         with backend("reference"):
             exact = example(torch.device("cpu"), torch.float64)
             plain = example(device, dtype)

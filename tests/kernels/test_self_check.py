@@ -3,6 +3,7 @@
 import pytest
 import torch
 import uvc_kernels
+from torch.utils.checkpoint import checkpoint
 from uvc_kernels import _dispatch, self_check
 
 CPU = torch.device("cpu")
@@ -31,6 +32,18 @@ def test_the_verdict_does_not_depend_on_the_mode_of_the_first_call(op, caller, m
     monkeypatch.setattr(_dispatch, "_proofs", {})
     with CALLERS[caller]():
         assert _dispatch._proven(op, HOST, CPU, torch.float32)
+
+
+def test_a_check_under_gradient_checkpointing_is_no_part_of_what_that_computes_again(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_proofs", {})
+    x = torch.randn(5, requires_grad=True)
+
+    def run(x):
+        assert _dispatch._proven("mlp", HOST, CPU, torch.float32)  # at the first call alone
+        return x.exp().sin()
+
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, x.exp().cos() * x.exp())
 
 
 def test_attention_is_checked_at_the_sizes_of_real_models(monkeypatch):
