@@ -376,6 +376,20 @@ def test_the_forward_pass_makes_one_tensor_as_large_as_qkv(recompute):
     assert large.made == 1
 
 
+def fitting():
+    """Arguments of `cuda_attention_core` that fit: two heads of 8 dims in two images of 5 tokens."""
+    return {
+        "qkv": torch.randn(10, 48),
+        "table": dense(2, 8).table,
+        "counts": [2, 0, 0, 0],
+        "tokens": 5,
+        "scale": 1.0,
+        "heads": torch.empty(10, 16),
+        "top": torch.empty(2, 10),
+        "inverse": torch.empty(2, 10),
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -390,16 +404,5 @@ def test_the_forward_pass_makes_one_tensor_as_large_as_qkv(recompute):
     ids=["mixed dtypes", "counts off", "tokens off", "wide table", "strides", "wide statistics", "few heads"],
 )
 def test_what_does_not_fit_is_one_clear_line(change, message):
-    kept = dense(2, 8)
-    case = {
-        "qkv": torch.randn(10, 48),
-        "table": kept.table,
-        "counts": [2, 0, 0, 0],
-        "tokens": 5,
-        "scale": 1.0,
-        "heads": torch.empty(10, 16),
-        "top": torch.empty(2, 10),
-        "inverse": torch.empty(2, 10),
-    }
     with pytest.raises(RuntimeError, match=f"cuda_attention_core: .*{message}"):
-        ops.cuda_attention_core(*change(case).values())
+        ops.cuda_attention_core(*change(fitting()).values())

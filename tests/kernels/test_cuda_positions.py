@@ -5,7 +5,7 @@ import pytest
 import torch
 import uvc_kernels
 from on_cuda import CASES, PROVIDERS, at_the_end, fenced, on_every_type, ops, poisoned, statistics  # noqa: F401
-from test_cuda_attention import dense, packed, ragged
+from test_cuda_attention import dense, fitting, packed, ragged
 from uvc_kernels.indices import align, counts_of
 
 SCALE = 0.125
@@ -258,19 +258,7 @@ def test_turning_touches_nothing_behind_a_tensor(tokens, images, tables, layout)
     ids=["mixed dtypes", "not padded", "many biases", "many heads", "strides", "no order", "wide order"],
 )
 def test_a_bias_that_does_not_fit_is_one_clear_line(change, message):
-    kept = dense(2, 8)
-    case = {
-        "qkv": torch.randn(10, 48),
-        "table": kept.table,
-        "counts": [2, 0, 0, 0],
-        "tokens": 5,
-        "scale": 1.0,
-        "heads": torch.empty(10, 16),
-        "top": torch.empty(2, 10),
-        "inverse": torch.empty(2, 10),
-        "bias": torch.zeros(1, 1, 5, 8),
-        "order": kept.order,
-    }
+    case = fitting() | {"bias": torch.zeros(1, 1, 5, 8), "order": dense(2, 8).order}
     with pytest.raises(RuntimeError, match=f"cuda_attention_core: .*{message}"):
         ops.cuda_attention_core(*change(case).values())
 
