@@ -60,20 +60,17 @@ def stages(out: Path, scratch: Path) -> list[Stage]:
     pytest = (PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     measure = (*pytest, "--device", "cuda", "--results", str(out), "--benchmark-disable-gc")
     search = ("--teacher-epochs", "2", "--warmup-epochs", "0", "--search-epochs", "10", "--post-epochs", "1")
-    many = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-    suite = (*pytest, "tests/kernels", *many, "-k")
+    many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     check = (PYTHON, on_gpu, "check")
     return [
         Stage("machine", 20, (), (PYTHON, on_gpu, "machine")),
-        Stage("build", 150, ("torch", "c++"), (PYTHON, "setup.py", "build_ext", "--inplace")),
-        # What needs no extension is tested while it is built.
-        Stage("triton tests", 150, ("gpu", "torch", "pytest", "triton"), (*suite, "triton")),
-        Stage("self-check", 45, ("gpu", "torch"), (*UVC, "doctor"), "FAILED|WRONG", wave=1),
-        Stage("peers", 60, ("gpu", "torch"), (PYTHON, str(here / "peers.py"), "--out", str(out)), wave=2),
+        Stage("build", 100, ("torch", "c++"), (PYTHON, "setup.py", "build_ext", "--inplace")),
+        Stage("self-check", 40, ("gpu", "torch"), (*UVC, "doctor"), "FAILED|WRONG", wave=1),
+        Stage("peers", 50, ("gpu", "torch"), (PYTHON, str(here / "peers.py"), "--out", str(out)), wave=2),
         Stage(
-            "models", 150, ("gpu", "torch", "pytest_benchmark"), (*measure, "bench/test_models.py"), wave=3
+            "models", 140, ("gpu", "torch", "pytest_benchmark"), (*measure, "bench/test_models.py"), wave=3
         ),
-        Stage("tests", 90, ("gpu", "torch", "pytest"), (*suite, "not triton"), wave=4),
+        Stage("tests", 190, ("gpu", "torch", "pytest"), (*pytest, "tests/kernels", *many), wave=4),
         Stage(
             "racecheck",
             90,

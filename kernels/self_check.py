@@ -133,7 +133,8 @@ def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
     quiet = _disable_current_modes()
     with quiet, torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), autocast_off, apart():
         with backend("reference"):
-            exact = example(torch.device("cpu"), torch.float64)
+            # On the same device, whose size decides the example's.
+            exact = example(device, torch.float64)
             plain = example(device, dtype)
         with backend(provider):
             found = example(device, dtype)
@@ -145,7 +146,7 @@ def errors(op: str, provider: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _relative(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    scaled = ((a.double().cpu() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True))
+    scaled = ((a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True))
     return [float(error.nan_to_num(float("inf"))) for error in scaled]
 
 

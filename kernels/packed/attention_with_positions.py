@@ -100,7 +100,9 @@ def define(provider: Provider) -> dict[str, Callable]:
         recompute: bool,
     ) -> Tensor:
         turn, partner, bias = positions
-        turn = None if turn is None else turn.contiguous()
+        if turn is not None:
+            # GPU kernels read no float64.
+            turn = (turn.float() if turn.dtype.itemsize > x.dtype.itemsize else turn).contiguous()
         lists = kept.qk, kept.v, kept.table, *kept[-4:], kept.order, kept.rows, kept.whole_rows
         given = bias, *lists, turn, partner, scale, recompute
         return run_op(*attention.inputs(x, weights, kept, None), *given)

@@ -3,6 +3,7 @@
 A program owns some columns of one matrix and adds up all of its rows: every run adds in the same order.
 """
 
+import itertools
 from typing import NamedTuple
 
 import triton
@@ -47,11 +48,11 @@ def _sums(matrix, matrix_1, matrix_2, out, out_1, out_2, height, width, width_1,
     first = (width + BLOCK.columns - 1) // BLOCK.columns
     second = first + (width_1 + BLOCK.columns - 1) // BLOCK.columns
     if tile < first:
-        _sum(matrix, out, height, width, tile, ACC, BLOCK, EVEN)
+        _sum(matrix, out, height, width, tile, ACC, BLOCK, EVEN[0])
     elif tile < second:
-        _sum(matrix_1, out_1, height, width_1, tile - first, ACC, BLOCK, EVEN)
+        _sum(matrix_1, out_1, height, width_1, tile - first, ACC, BLOCK, EVEN[1])
     else:
-        _sum(matrix_2, out_2, height, width_2, tile - second, ACC, BLOCK, EVEN)
+        _sum(matrix_2, out_2, height, width_2, tile - second, ACC, BLOCK, EVEN[2])
 
 
 def column_sums(matrices: list[Tensor], outs: list[Tensor]) -> None:
@@ -64,19 +65,24 @@ def column_sums(matrices: list[Tensor], outs: list[Tensor]) -> None:
         _sums[(programs,)](
             *matrices, *[matrices[0]] * lacking, *outs, *[outs[0]] * lacking,
             matrices[0].shape[0], *widths, *[0] * lacking,
-            ACC=wide(outs[0].dtype), BLOCK=BLOCK, EVEN=all(width % 8 == 0 for width in widths), num_warps=8,
+            ACC=wide(outs[0].dtype), BLOCK=BLOCK, EVEN=_even(widths), num_warps=8,
         )  # fmt: skip
+
+
+def _even(widths: list[int]) -> tuple[bool, ...]:
+    # Of each matrix by itself: how it is read decides the order of adding up, which others must not change.
+    return tuple(width % 8 == 0 for width in widths + [0] * (MOST - len(widths)))
 
 
 def cases() -> list[Case]:
     """Everything `column_sums` can launch."""
     found = []
     for dtype in DTYPES:
-        for even in (True, False):
+        for even in itertools.product((True, False), repeat=MOST):
             signature = {name: f"*{ELEMENT[dtype]}" for name in _sums.arg_names[: 2 * MOST]}
             signature |= dict.fromkeys(_sums.arg_names[2 * MOST : -3], "i32")
             constants = {"ACC": wide(dtype), "BLOCK": BLOCK, "EVEN": even}
-            label = f"{ELEMENT[dtype]} {'even' if even else 'odd'}"
+            label = " ".join([str(ELEMENT[dtype]), *("even" if one else "odd" for one in even)])
             options = {hip: {"num_warps": 8} for hip in (False, True)}
             found.append(Case(_sums, label, signature, constants, options))
     return found

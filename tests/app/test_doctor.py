@@ -51,6 +51,17 @@ def test_a_build_without_kernels_is_shown(monkeypatch):
     assert re.search(r"CPU kernels\W+not built\W", shown(doctor._machine()))
 
 
+def test_whatever_a_kernel_raises_is_shown_and_the_others_are_checked(monkeypatch):
+    def errors(op, provider, device, dtype):
+        if provider == "cpu":
+            raise ValueError("no such instruction")
+        return 0.0, 0.5
+
+    monkeypatch.setattr(doctor.self_check, "errors", errors)
+    found = {row["provider"]: (row["verdict"], row["note"]) for row in doctor.checks()}
+    assert found["cpu"] == ("FAILED", "no such instruction") and found["cuda"] == ("ok", "")
+
+
 def test_products_are_timed_on_one_thread_and_on_all_and_threads_come_back(monkeypatch):
     seen = []
 

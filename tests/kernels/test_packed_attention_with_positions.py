@@ -11,6 +11,7 @@ from oracle import images
 from served import made
 from test_every_backend import attend_with_positions, numbers, positions_case
 from uvc_kernels import Positions, self_check
+from uvc_kernels.packed import attention_with_positions
 
 import uvc
 
@@ -162,3 +163,20 @@ def test_layers_with_positions_run_in_the_kernel(name, backend, monkeypatch):
         grads.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     for found, exact in zip(*grads, strict=True):
         assert (found - exact).abs().max() <= 2e-4 * exact.abs().max().clamp_min(1e-6)
+
+
+@on_packing_backends
+def test_tables_in_float64_are_read_in_float32_as_no_kernel_of_a_gpu_takes_them(backend, monkeypatch):
+    seen, placed = [], attention_with_positions._Placed
+    turn = placed.turn_
+
+    def seen_turn(self, *given, **options):
+        seen.append(self.turn.dtype)
+        turn(self, *given, **options)
+
+    monkeypatch.setattr(placed, "turn_", seen_turn)
+    tensors, kept, positions = small_case(backend, "one table")
+    assert positions.turn.dtype == torch.float64
+    with uvc_kernels.backend(backend):
+        with_gradients(attend_with_positions(kept, positions), [t.bfloat16() for t in tensors])
+    assert set(seen) == {torch.float32}

@@ -76,3 +76,16 @@ def test_on_a_gpu_the_examples_have_the_sizes_of_real_models_and_heads_for_all_o
     sizes = {(tokens, qk.shape[1]): images * len(qk) for images, tokens, qk, _ in examples}
     assert {(197, 64), (198, 128), (577, 64)} <= sizes.keys()
     assert sizes[197, 64] == 264
+
+
+def test_what_is_exact_has_the_sizes_of_the_device_that_is_checked(monkeypatch):
+    # A GPU has examples that a CPU does not have.
+    asked = []
+
+    def example(device, dtype):
+        asked.append((device.type, dtype))
+        return [torch.ones(2, dtype=dtype)] * (3 if device.type == "cuda" else 2)
+
+    monkeypatch.setitem(self_check.EXAMPLES, "mlp", example)
+    assert self_check.errors("mlp", "reference", torch.device("cuda"), torch.float32) == (0.0, 0.0)
+    assert asked == [("cuda", torch.float64), *[("cuda", torch.float32)] * 2]

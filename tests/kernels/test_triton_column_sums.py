@@ -29,6 +29,11 @@ def test_repeats_are_bit_equal():
     assert torch.equal(*sums(matrix), *sums(matrix.clone()))
 
 
+def test_a_sum_does_not_depend_on_what_is_summed_with_it():
+    matrix, odd = torch.randn(1100, 40, device=DEVICE), torch.randn(1100, 13, device=DEVICE)
+    assert torch.equal(*sums(matrix), sums(matrix, odd)[0])
+
+
 def test_each_half_sums_its_bias_gradients_in_one_launch(monkeypatch):
     launches = []
     pieces = packed.provided["triton"]

@@ -111,8 +111,9 @@ def _check(op: str, provider: str, dtype: torch.dtype) -> tuple[str, float | Non
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
         error, share = self_check.errors(op, provider, device, dtype)
-    except (RuntimeError, ImportError) as failure:
-        # A forced provider that cannot serve says why after the colon; anything else is a fault.
+    except Exception as failure:
+        # A forced provider that cannot serve says why after the colon; anything else, as of a compiler or a
+        # driver, is a fault.
         _, expected_refusal, reason = str(failure).partition("cannot run it: ")
         return ("-", None, reason) if expected_refusal else ("FAILED", None, str(failure))
     return "ok" if share <= 1 else "WRONG", error, ""
