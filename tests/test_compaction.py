@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import uvc
 from uvc.compaction import equivalent, forms_of, in_form, quick_forms
 from uvc.layers import FORMS
+from uvc.layers.compact_layers import in_whole_vectors
 
 CASES = list(structures(small_vit()))
 
@@ -322,3 +323,31 @@ def test_compacting_twice_is_an_error():
     small = uvc.compact(small_vit())
     with pytest.raises(ValueError, match=r"blocks\.0 is a CompactBlock"):
         uvc.compact(small)
+
+
+def test_rows_that_a_gpu_reads_in_whole_vectors_begin_at_one():
+    parts = torch.randn(2, 5, 13 + 16 + 16, dtype=torch.bfloat16).split([13, 16, 16], -1)
+    q = parts[1].view(2, 5, 2, 8).transpose(1, 2)
+    found = in_whole_vectors(q)
+    assert torch.equal(found, q) and not found.storage_offset() and found.stride() == (80, 40, 8, 1)
+    whole = torch.randn(2, 5, 48, dtype=torch.bfloat16)[..., 16:32].view(2, 5, 2, 8).transpose(1, 2)
+    assert in_whole_vectors(whole) is whole
+    # Dims that are no whole vectors torch itself pads.
+    assert in_whole_vectors(parts[0]) is parts[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("form", ["grouped", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_heads_of_many_sizes_run_on_a_gpu_with_gradients(form, dtype):
+    model = timm.create_model("deit_small_patch16_224", depth=2).cuda()
+    uvc.apply_structure(model, uvc.Structure.random(model, 0.5, seed=0))
+    small, images = uvc.compact(model, form), torch.randn(8, 3, 224, 224, device="cuda")
+    logits = []
+    for each in (model, small):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits.append(each(images).float())
+        logits[-1].square().mean().backward()
+    assert (logits[0] - logits[1]).abs().max() <= 0.05 * logits[0].abs().max()
+    grads = [each.patch_embed.proj.weight.grad for each in (model, small)]
+    assert (grads[0] - grads[1]).abs().max() <= 0.05 * grads[0].abs().max()
