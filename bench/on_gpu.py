@@ -1,7 +1,8 @@
 """Small jobs of `make bench-gpu` that run in a process of their own.
 
 python bench/on_gpu.py machine    versions and devices
-python bench/on_gpu.py check [OP] every op, or one, on every GPU backend, at models' sizes: for the sanitizer
+python bench/on_gpu.py check      every op on every GPU backend, at models' sizes: for the sanitizer; names of
+                                  an op, backend or dtype behind it leave the others out
 python bench/on_gpu.py profile    one attention and one MLP layer, forward and backward: for the profiler
 """
 
@@ -35,10 +36,11 @@ def check() -> int:
     from uvc.bench.layer_variants import backends
 
     device, wrong = torch.device("cuda"), 0
-    for op in sys.argv[2:3] or self_check.EXAMPLES:
+    for op in self_check.EXAMPLES:
         for dtype in (torch.float32, torch.bfloat16):
             for backend in backends(op, device, dtype)[0]:
-                if backend == "reference":
+                names = {op, backend, str(dtype).removeprefix("torch.")}
+                if backend == "reference" or not names.issuperset(sys.argv[2:]):
                     continue
                 fault = self_check.fault(op, backend, device, dtype)
                 print(f"{op} {backend} {dtype}: {fault or 'ok'}", flush=True)

@@ -11,7 +11,6 @@ and not timed. TFLOP/s count 4 N N d forward and 10 N N d backward for each head
 import argparse
 import csv
 import importlib
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,7 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from uvc_kernels import _dispatch, kept_heads, packed
 from uvc_kernels.indices import counts_of
-from uvc_kernels.timing import milliseconds
+
+from uvc.bench.timing import Round
 
 PROVIDERS = {"cuda": ("cuda", "triton"), "cpu": ("cuda-host",)}
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
@@ -129,16 +129,16 @@ class Case:
     def times(
         self, run: Callable, leaves: list[torch.Tensor], grad: torch.Tensor, rounds: int
     ) -> list[float]:
-        """Milliseconds forward and backward, medians."""
-        ahead, back = [], []
-        for i in range(rounds + 3):
-            held = []
-            forward = milliseconds(lambda held=held: held.append(run()), self.device)
-            backward = milliseconds(lambda held=held: torch.autograd.grad(held[0], leaves, grad), self.device)
-            if i >= 3:
-                ahead.append(forward)
-                back.append(backward)
-        return [statistics.median(ahead), statistics.median(back)]
+        """Milliseconds forward and backward, medians; of the device alone, where a graph can be captured."""
+        out = run()
+        calls = {
+            "forward": lambda _: run(),
+            "backward": lambda _: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+        }
+        timed = Round(calls, self.device, replay=True)
+        for _ in range(rounds):
+            timed.run()
+        return [timing.ms for timing in timed.timings().values()]
 
 
 def rows(case: Case, rounds: int) -> Iterator[tuple[str, float, float, float, float, float, str]]:
@@ -187,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--out", type=Path, help="a folder for peers.csv")
     o = parser.parse_args(arguments)
+    if o.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
     case = Case(o.images, o.heads, o.tokens, o.dims, torch.device(o.device), torch.bfloat16)
     print(
         f"attention core on {o.device}, bfloat16, {o.images} images, {o.heads} heads, {o.tokens} tokens, "

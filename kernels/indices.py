@@ -208,8 +208,9 @@ def _one_buffer(
 
 def _moved(record, device: torch.device | str):
     flat = record.flat
-    # From pinned memory the copy does not make the host wait.
-    if torch.device(device).type == "cuda" and flat.device.type == "cpu":
+    # From pinned memory the copy does not make the host wait; what torch.compile traces has none.
+    to_gpu = torch.device(device).type == "cuda" and flat.device.type == "cpu"
+    if to_gpu and not torch.compiler.is_compiling():
         flat = flat.pin_memory()
     flat = flat.to(device, non_blocking=True)
     views, start = [], 0

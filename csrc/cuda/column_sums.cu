@@ -5,7 +5,8 @@ namespace uvc::UVC_BUILD {
 namespace {
 
 // A block sums 16 columns, which are 32 bytes of 16-bit numbers: two neighbours take a row, 8 columns each.
-constexpr int kSumColumns = 16, kSumThreads = 512;
+// There are fewer blocks than multiprocessors, so that each has as many threads, and reads under way, as it can.
+constexpr int kSumColumns = 16, kSumThreads = 1024;
 
 template <class T>
 __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel(const __grid_constant__ Pieces pieces) {

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from uvc_kernels import by_preference
 
 from uvc.bench.layer_variants import backends, forced
 from uvc.bench.roofline import Work, model_work, solver_work
@@ -21,8 +23,9 @@ from uvc.bench.steps import (
     standing_mib,
     training,
 )
-from uvc.bench.variants import PRUNED, Built, Left, build, fault_of, gate
+from uvc.bench.variants import PRUNED, Built, Left, build, compiled, fault_of, gate
 
+FLY_COMPILED = "on_the_fly/compiled"
 # What may be timed on the fly besides a plain training step.
 BESIDE = {"with_solver": searching, "solver": solving, "solver_removing": removing}
 
@@ -54,8 +57,8 @@ def models(
     """Everything to time one phase of timm's model `name`. RuntimeError when pruned variants do not agree.
 
     `beside`: of `BESIDE`, what is also timed on the fly in training: a step with the solver beside it, the
-    solver alone. "on_the_fly" runs with the backend that the library chooses ("auto"), and on a GPU with each
-    that can serve.
+    solver alone. "on_the_fly" runs with the backend that the library chooses ("auto"), on a GPU with each
+    that can serve, and where "compiled" is asked for with its blocks under torch.compile as well.
     """
     training_phase = phase == "training"
     built, left = build(name, keep, batch, device, variants)
@@ -72,6 +75,12 @@ def models(
         for variant in names:
             chosen[variant] = variant.partition("/")[2]
             built[variant] = fly._replace(model=copy.deepcopy(fly.model))
+        if "compiled" in built:
+            chosen[FLY_COMPILED] = "auto"
+            small = copy.deepcopy(fly.model)
+            with torch.no_grad():
+                small(x[:1])  # what is kept is listed on the device before anything is traced
+            built[FLY_COMPILED] = fly._replace(model=compiled(small))
     steps = {}
     for variant, b in built.items():
         if not training_phase:
@@ -79,9 +88,13 @@ def models(
         else:
             step = BESIDE.get(variant.partition("/")[0], training)(b.model, x, y, dtype)
         steps[variant] = forced(step, chosen[variant]) if variant in chosen else step
-    if "compiled" in steps and (fault := fault_of(lambda: steps["compiled"](0))):
-        del steps["compiled"], built["compiled"]
-        left.append(Left("compiled", fault))
+    for variant in ("compiled", FLY_COMPILED):
+        if variant not in steps:
+            continue
+        steps[variant] = by_preference()(steps[variant])
+        if fault := fault_of(partial(steps[variant], 0)):
+            del steps[variant], built[variant]
+            left.append(Left(variant, fault))
     works = {variant: work(variant, b, dtype, training_phase) for variant, b in built.items()}
     standing = {variant: standing_mib(b.model, training_phase) for variant, b in built.items()}
     return Models(steps, works, standing, chosen, left, error)

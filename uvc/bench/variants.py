@@ -5,6 +5,7 @@ compiled       the same, every block under torch.compile
 converted      `uvc.convert`, nothing pruned
 on_the_fly     `uvc.apply_structure`: full-size weights stay, kernels skip what is removed
 compacted      `uvc.compaction`: physically smaller, plain torch
+padded         the same with all heads as one product, padded with zeros
 masked         dense products, then a multiplication by 0 or 1: what published pruning code does in training
 pack_torch     index_select of the kept rows and columns, then torch's linear layers and attention
 torch_pruning  dense widths cut by the package torch-pruning to about the same cost; other weights survive
@@ -25,7 +26,7 @@ import uvc
 from uvc.bench.roofline import Kept, Shape, everything, kept_of, shape_of
 
 DENSE = ("dense", "compiled", "converted")
-PRUNED = ("on_the_fly", "compacted", "masked", "pack_torch")
+PRUNED = ("on_the_fly", "compacted", "padded", "masked", "pack_torch")
 VARIANTS = (*DENSE, *PRUNED, "torch_pruning")
 # Relative errors of outputs and gradients that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -69,6 +70,7 @@ def build(
         "converted": lambda: uvc.convert(copy.deepcopy(dense)),
         "on_the_fly": lambda: fly,
         "compacted": lambda: uvc.compact(fly),
+        "padded": lambda: uvc.compact(fly, "padded"),
         "masked": lambda: multiply_by_masks(copy.deepcopy(dense), structure),
         "pack_torch": lambda: pack_with_torch(copy.deepcopy(dense), structure),
     }
@@ -79,7 +81,7 @@ def build(
                 built[variant] = _torch_pruning(dense, keep, batch)
             else:
                 of = whole if variant in DENSE else kept
-                built[variant] = Built(make[variant](), shape, of, variant != "compacted")
+                built[variant] = Built(make[variant](), shape, of, variant not in ("compacted", "padded"))
         except (ImportError, RuntimeError) as error:
             left.append(Left(variant, first_line(error)))
     return built, left

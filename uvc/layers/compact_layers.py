@@ -226,11 +226,15 @@ def attend(
     Scores are 0 when dq is 0.
     """
     if q.shape[-1] == v.shape[-1]:
-        if q.device.type == "cuda":
+        on_gpu = q.device.type == "cuda"
+        if on_gpu:
             q, k, v = (in_whole_vectors(t) for t in (q, k, v))
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
         )
+        if on_gpu and out.requires_grad:
+            out.register_hook(in_whole_vectors)  # it is a part of the gradient of all groups' outputs
+        return out
     (B, h, N, dq), M = q.shape, k.shape[2]
     v = v.reshape(B * h, M, v.shape[3])
     if dq:
