@@ -82,7 +82,7 @@ def stages(out: Path, scratch: Path) -> list[Stage]:
         ),
         Stage(
             "compiled search",
-            100,
+            240,
             ("gpu", "torch", "sklearn", "triton"),
             (*UVC, "compress", "--data", "digits", "--device", "cuda", "--budget", "0.5", "--quiet", *search,
              "--compile", "--out", str(scratch / "compiled")),

@@ -85,6 +85,10 @@ def peers(device: torch.device) -> Iterator[tuple[str, Callable[[], Run]]]:
         yield f"sdpa {backend.name.lower().removesuffix('_attention')}", lambda b=backend: sdpa(b)
     yield "sdpa math", lambda: sdpa(SDPBackend.MATH)
     if device.type == "cuda":
+        # The backward pass is timed again and again on one forward pass.
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False
         yield "compiled, cudnn", lambda: torch.compile(sdpa(SDPBackend.CUDNN_ATTENTION))
     yield "flash_attn", flash_attention
     yield "xformers", xformers

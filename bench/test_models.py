@@ -10,17 +10,19 @@ from uvc.bench.steps import peak_mib
 from uvc.bench.variants import VARIANTS
 
 TINY, SMALL, BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
+PHASES = ("training", "inference")
 # Every peer stands beside keep 0.5; at other fractions only what depends on them, and dense.
 FEW = ("dense", "on_the_fly", "compacted", "masked")
-CASES = [(TINY, 0.5), (TINY, 1.0), (TINY, 0.75), (TINY, 0.25), (SMALL, 0.5), (BASE, 0.5)]
-MORE_ON_GPU = [(model, keep) for model in (SMALL, BASE) for keep in (0.75, 0.25)]
+KEPT = [(TINY, 0.5), (TINY, 1.0), (TINY, 0.75), (TINY, 0.25), (SMALL, 0.5), (BASE, 0.5)]
+CASES = [(phase, *kept) for phase in PHASES for kept in KEPT]
+# Last, as a run that ends early has what comes first.
+MORE_ON_GPU = [(p, model, keep) for p in PHASES for model in (SMALL, BASE) for keep in (0.75, 0.25)]
 BATCH = {"cpu": {TINY: 8, SMALL: 2, BASE: 1}, "cuda": {TINY: 256, SMALL: 256, BASE: 128}}
 
 
-@pytest.mark.parametrize(("model", "keep"), [*CASES, *MORE_ON_GPU])
-@pytest.mark.parametrize("phase", ["training", "inference"])
+@pytest.mark.parametrize(("phase", "model", "keep"), [*CASES, *MORE_ON_GPU])
 def test_model(benchmark, session, phase, model, keep):
-    if (model, keep) in MORE_ON_GPU and not session.on_gpu:
+    if (phase, model, keep) in MORE_ON_GPU and not session.on_gpu:
         pytest.skip(
             "no GPU (--device cuda): larger models at every fraction would pass eight minutes on a CPU"
         )

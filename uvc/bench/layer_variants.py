@@ -64,8 +64,8 @@ def backends(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[st
 
 
 def forced(run: Callable, provider: str) -> Callable:
-    """`run` with every op of uvc_kernels by `provider`; "auto" leaves the choice to the library."""
-    if provider == "auto":
+    """`run` with every op of uvc_kernels by `provider`; "auto", "compiled": the library chooses."""
+    if provider in ("auto", "compiled"):
         return run
 
     def forced(*arguments: object) -> object:

@@ -76,7 +76,7 @@ def models(
             chosen[variant] = variant.partition("/")[2]
             built[variant] = fly._replace(model=copy.deepcopy(fly.model))
         if "compiled" in built:
-            chosen[FLY_COMPILED] = "auto"
+            chosen[FLY_COMPILED] = "compiled"
             small = copy.deepcopy(fly.model)
             with torch.no_grad():
                 small(x[:1])  # what is kept is listed on the device before anything is traced
