@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -110,7 +111,10 @@ def _check(op: str, provider: str, dtype: torch.dtype) -> tuple[str, float | Non
     on_gpu = provider in ("triton", "cuda") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     try:
-        error, share = self_check.errors(op, provider, device, dtype)
+        with warnings.catch_warnings():
+            # The first backward pass on a GPU may find no context there, and makes one.
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
+            error, share = self_check.errors(op, provider, device, dtype)
     except Exception as failure:
         # A forced provider that cannot serve says why after the colon; anything else, as of a compiler or a
         # driver, is a fault.
