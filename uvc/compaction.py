@@ -59,6 +59,11 @@ def forms_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(block.form for block in blocks_of(model))
 
 
+def form_for(device: torch.device) -> str:
+    """The form that a run on `device` saves: on a GPU each size of heads would be calls of its own."""
+    return "padded" if device.type == "cuda" else "grouped"
+
+
 def quick_forms(model: nn.Module, structure: Structure) -> tuple[str, ...]:
     """The form of each block that a rule expects to be faster with one image: it depends on nothing measured.
 

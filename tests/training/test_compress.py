@@ -11,6 +11,7 @@ from oracle import TOLERANCE, error, stored
 
 import uvc
 import uvc.models
+from uvc.compaction import form_for, forms_of
 from uvc.config import Config, SolverConfig
 from uvc.training.compress import compress, train_teacher
 from uvc.training.data import load_data
@@ -51,6 +52,17 @@ def test_compress_meets_the_budget_and_learns():
     phases = [entry["phase"] for entry in result.history]
     assert phases == ["warmup"] + ["search"] * 4 + ["harden"] + ["post-train"] * 2
     assert result.steps == 7 * len(data.train)
+
+
+def test_on_a_gpu_the_saved_model_runs_all_heads_of_a_layer_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("uvc.training.compress.form_for", lambda device: form_for(torch.device("cuda")))
+    data = digits_data()
+    config = dataclasses.replace(CONFIG, warmup_epochs=0, search_epochs=1, post_epochs=1)
+    result = compress(digits_model(), data.train, data.val, budget=0.7, config=config, out=tmp_path)
+    small, images = uvc.load(tmp_path), next(iter(data.val))[0]
+    assert forms_of(small) == ("padded",) * 2 and uvc.cost(small) == result.cost
+    assert form_for(torch.device("cpu")) == "grouped"
+    assert error(small.eval()(images), result.model(images)) < TOLERANCE[torch.float32]
 
 
 def test_the_folder_holds_the_compacted_model_at_the_end(tmp_path):

@@ -17,7 +17,7 @@ from uvc.app.block_times import PARTS, block_times
 from uvc.app.resolve import known_model, stored_run
 from uvc.app.run_dir import OPTIONS, SUMMARY, check_out, open_out, read_json
 from uvc.app.summary import draw_structure
-from uvc.compaction import compact
+from uvc.compaction import compact, form_for
 from uvc.config import DataConfig, RunConfig
 from uvc.constraints import check_multiples, reachable
 from uvc.costs import cost
@@ -104,7 +104,7 @@ def compress_run(
         # A run that is resumed after its teacher sees the batches of a run in one go.
         data.train.load_state_dict({"epoch": run.training.teacher_epochs, "batch": 0})
         result = carry_out(plan, log)
-    small = compact(result.model)
+    small = compact(result.model, form_for(device))
     top1 = evaluate(small, data.val, device, processes.total)
     rows = [_row(result, budget, data, device, processes) for budget in result.structures]
     if not processes.main:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from uvc.compaction import compact
+from uvc.compaction import compact, form_for
 from uvc.config import Config, DistillConfig, named_budgets, nested_budgets
 from uvc.constraints import Limit, check_multiples, limits
 from uvc.costs import Cost, cost
@@ -347,7 +347,7 @@ def carry_out(plan: Plan, log: RunLog) -> Result:
     if config.grad_checkpointing:
         set_checkpointing(model, False)
     if out and plan.processes.main:
-        save(model if structures else compact(model), out)
+        save(model if structures else compact(model, form_for(trainer.device)), out)
         write_text(out / "structure.json", structure_of(model).to_json() + "\n")
     plan.processes.wait()
     scores = _scores(plan, trainer)
