@@ -5,17 +5,19 @@ namespace uvc::UVC_BUILD {
 namespace {
 
 // A block sums 16 columns, which are 32 bytes of 16-bit numbers: two neighbours take a row, 8 columns each.
-// There are fewer blocks than multiprocessors, so that each has as many threads, and reads under way, as it can.
-constexpr int kSumColumns = 16, kSumThreads = 1024;
+// Often there are fewer blocks than multiprocessors, so that each has as many threads as it can, and reads under way.
+constexpr int kSumColumns = 16;
+template <class T>
+constexpr int kSumThreads = 2048 / sizeof(T);
 
 template <class T>
-__global__ void __launch_bounds__(kSumThreads, 1) sums_kernel(const __grid_constant__ Pieces pieces) {
+__global__ void __launch_bounds__(kSumThreads<T>, 1) sums_kernel(const __grid_constant__ Pieces pieces) {
   const Piece& piece = pieces.mine();
   const int first = (static_cast<int>(blockIdx.x) - piece.block) * kSumColumns, thread = static_cast<int>(threadIdx.x);
   const int column = first + 8 * (thread % 2), left = piece.columns - column;
   const T* from = static_cast<const T*>(piece.first) + column;
   Wide<T> sums[8] = {};
-  constexpr int kRows = kSumThreads / 2, kAtOnce = 4;
+  constexpr int kRows = kSumThreads<T> / 2, kAtOnce = 4;
   if (left > 0 && in_eights<T>(from, piece.columns)) {
     for (int row = thread / 2; row < piece.rows; row += kAtOnce * kRows) {
       Vector<T, 8> values[kAtOnce];
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) sums_kernel(const __grid_const
   __syncthreads();
   if (thread >= kSumColumns) return;
   Wide<T> sum = 0;
-  for (int warp = 0; warp < kSumThreads / WARP; ++warp) sum += of_warps[kSumColumns * warp + thread];
+  for (int warp = 0; warp < kSumThreads<T> / WARP; ++warp) sum += of_warps[kSumColumns * warp + thread];
   if (first + thread < piece.columns) static_cast<T*>(piece.out)[first + thread] = narrow<T>(sum);
 }
 
@@ -66,8 +68,8 @@ void column_sums(std::vector<Tensor> matrices, std::vector<Tensor> outs) {
   }
   for_type(matrices[0], "cuda_column_sums", [&]<class T>() {
     Batches batches([&](const Pieces& pieces, int64_t blocks) {
-      device.launch("cuda_column_sums", &sums_kernel<T>, blocks, kSumThreads,
-                    kSumThreads / WARP * kSumColumns * sizeof(Wide<T>), pieces);
+      device.launch("cuda_column_sums", &sums_kernel<T>, blocks, kSumThreads<T>,
+                    kSumThreads<T> / WARP * kSumColumns * sizeof(Wide<T>), pieces);
     });
     for (size_t i = 0; i < matrices.size(); ++i) {
       const int64_t columns = matrices[i].size(1);
