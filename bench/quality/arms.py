@@ -114,6 +114,17 @@ ARMS: dict[str, Arm] = {
     "skip_then_prune": Arm(skip_then_prune, search=True),
     "published": Arm(lambda c: uvc(c, method="published"), search=True),
 }
+# Tried and not kept: their rows stay in the tables, their code in the history.
+FORMER = (
+    "uvc_whole_heads",
+    "uvc_no_dims",
+    "uvc_cross_terms",
+    "uvc_activation_basis",
+    "uvc_compensated",
+    "uvc_fisher_probe",
+    "uvc_one_cycle",
+    "global_taylor_rescored_one_cycle",
+)
 MAIN = ("uvc", "global_taylor", "global_taylor_rescored", "tp_isomorphic", "drop_last_k", "dense_extra")
 
 

@@ -58,6 +58,7 @@ WIDTH, DEPTH, HEADS = 48, 6, 3
 def build(task: Task, width: int = WIDTH) -> nn.Module:
     """An untrained ViT for a task."""
     shape = dict(img_size=task.size, patch_size=task.patch, embed_dim=width, depth=DEPTH, num_heads=HEADS)
+    shape["num_classes"] = task.classes
     return timm.create_model("uvc_vit_digits", **shape)
 
 

@@ -8,13 +8,14 @@ from collections import defaultdict
 from pathlib import Path
 
 from bench.quality import elastic
-from bench.quality.arms import ARMS, MAIN
+from bench.quality.arms import ARMS, FORMER, MAIN
 from bench.quality.harness import TRACES, VERSION
 from bench.quality.report import OURS, Row, interval, mean_of, paired, render
 
 RIVALS = [name for name in MAIN if name not in (OURS, "dense_extra")]
 # Before post-training, UVC claims to lead at these budgets; after it, to win at SMALL and to tie elsewhere.
 LEADS, SMALL, TIE = 0.33, 0.15, 0.5
+ONE_CYCLE = "_one_cycle"
 BELOW = 15.0  # points below dense that the picture after post-training shows
 COLOURS = ("#b3412e", "#3b6fb6", "#3a8f6b", "#8a5fb0", "#9a9a96", "#d9822b")
 
@@ -106,7 +107,7 @@ def _readable(arm: str) -> str:
 
 def ablations(rows: list[Row]) -> list[str]:
     """UVC minus every other arm: before post-training, and after it with its interval (and pairs)."""
-    arms = [arm for arm in ARMS if arm not in MAIN]
+    arms = [arm for arm in (*ARMS, *FORMER) if arm not in MAIN and not arm.endswith(ONE_CYCLE)]
     cases = [case for case in _cases(rows, "epochs") if any(row["arm"] in arms for row in case[1])]
     out = ["| arm | " + " | ".join(f"{task} {budget:g}" for (task, budget), _ in cases) + " |"]
     out.append("|---" * (len(cases) + 1) + "|")
@@ -123,6 +124,20 @@ def ablations(rows: list[Row]) -> list[str]:
     return out if len(out) > 2 else ["No row yet."]
 
 
+def one_cycle(rows: list[Row]) -> list[str]:
+    """One learning-rate cycle over search and post-training, minus one for each: after it, with intervals."""
+    searching = [arm.removesuffix(ONE_CYCLE) for arm in FORMER if arm.endswith(ONE_CYCLE)]
+    out = ["| task | budget | pairs | " + " | ".join(map(_readable, searching)) + " |"]
+    out.append("|---" * (len(searching) + 3) + "|")
+    for (task, budget), here in _cases(rows, "epochs"):
+        by_arm = [paired(here, arm + ONE_CYCLE, arm, "after_top1") for arm in searching]
+        if all(by_arm):
+            cells = ("{:+.2f} ± {:.2f}".format(*interval(differences)) for differences in by_arm)
+            pairs = ", ".join(str(n) for n in dict.fromkeys(map(len, by_arm)))
+            out.append(f"| {task} | {budget:g} | {pairs} | " + " | ".join(cells) + " |")
+    return out if len(out) > 2 else ["No row yet."]
+
+
 def blocks(rows: list[Row]) -> dict[str, str]:
     """The text of every block of the page."""
     found = {}
@@ -132,6 +147,7 @@ def blocks(rows: list[Row]) -> dict[str, str]:
         found[f"tables_{mode}"] = render(rows, mode).replace("no rows yet", "No row yet.")
     found["short"] = "\n".join(short(rows))
     found["ablations"] = "\n".join(ablations(rows))
+    found["one_cycle"] = "\n".join(one_cycle(rows))
     together = elastic.read()
     found["elastic"] = "\n".join(elastic.table(together, rows))
     found["elastic_stand"] = elastic.stand(together)

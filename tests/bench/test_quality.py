@@ -229,6 +229,33 @@ def test_ablations_are_differences_from_uvc():
     assert page.ablations(rows)[2:] == ["| uvc no skip | +15.0, +1.50 ± 6.35 (2) |"]
 
 
+def test_what_was_tried_and_not_kept_stays_in_the_ablations():
+    rows = rows_of("uvc", 0.08, [50, 60], [80, 82]) + rows_of("uvc_cross_terms", 0.08, [49, 59], [81, 83])
+    assert page.ablations(rows)[2:] == ["| uvc cross terms | +1.0, -1.00 ± 0.00 (2) |"]
+    assert not arms.ARMS.keys() & set(arms.FORMER)
+
+
+def test_one_cycle_is_compared_with_two_for_uvc_and_the_greedy_that_searches():
+    greedy = "global_taylor_rescored"
+    rows = rows_of("uvc", 0.08, [50, 60], [80, 82]) + rows_of("uvc_one_cycle", 0.08, [55, 65], [81, 83])
+    rows += rows_of(greedy, 0.08, [20, 20], [70, 71])
+    assert page.one_cycle(rows) == ["No row yet."]
+    rows += rows_of(f"{greedy}_one_cycle", 0.08, [20, 20], [72, 73])
+    assert page.one_cycle(rows)[2:] == ["| tiny | 0.08 | 2 | +1.00 ± 0.00 | +2.00 ± 0.00 |"]
+    assert page.ablations(rows) == ["No row yet."]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_draws_the_same_images_every_time_and_no_class_is_rare(name):
+    task = TASKS[name]
+    train, val, test = task.draw()
+    again = task.draw()[1]
+    assert torch.equal(val.images, again.images) and val.images.shape[1:] == (1, task.size, task.size)
+    for split in (train, val, test):
+        counts = torch.bincount(split.labels, minlength=task.classes)
+        assert len(counts) == task.classes and counts.min() > 0.5 * counts.max()
+
+
 def test_what_is_kept_is_read_from_the_column_structure():
     assert page.kept_of("4/3+2/1 5|- -|- 7 9| 0") == [(6, 4, 5), (0, 0, 0), (0, 0, 7), (0, 0, 0)]
 
