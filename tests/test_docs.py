@@ -60,7 +60,9 @@ def test_messages_are_read_out_of_the_sources():
     assert "...: M must be a multiple of the tokens" in found["csrc/cuda/attention.h"]
     said = CliRunner().invoke(cli, ["compact", ".", "--for", "cpu,threads=0"]).output
     assert any(
-        text.split("...; ")[-1] in " ".join(said.split()) for text in found["uvc/cli.py"] if "--for" in text
+        text.split("...; ")[-1] in " ".join(said.split())
+        for text in found["uvc/app/options.py"]
+        if "--for" in text
     )
 
 

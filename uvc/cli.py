@@ -5,18 +5,27 @@ the values.
 Bad input ends with exit code 2 and one line on stderr; an interrupt with 130 and one line.
 """
 
-import copy
-import re
 import sys
-import tomllib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from uvc.app.options import (
+    Renamed,
+    data_options,
+    image_options,
+    join_numbers,
+    json_option,
+    read_budget,
+    read_model_args,
+    read_multiples,
+    read_resume,
+    read_target,
+)
 from uvc.settings import BadSetting, to_toml
 
 FOLDER = click.Path(path_type=Path)
@@ -25,7 +34,6 @@ ONE_OF_NONE = (
     "uvc: accelerate has started one process; on a CPU it starts several by accelerate launch --multi_gpu "
     "--num_processes N -m uvc compress --device cpu, or use torchrun --nproc_per_node N"
 )
-SEVERAL = ("--input-size", "--mean", "--std", "--scale")  # options that take several numbers
 
 
 class Interrupted(click.ClickException):
@@ -41,105 +49,6 @@ def cli(context: click.Context) -> None:
     """Compress vision transformers under one budget: heads, dims, neurons, blocks, found while training."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-class Renamed(click.Option):
-    """An option that also answers to its former names; help shows the first alone."""
-
-    def get_help_record(self, context: click.Context) -> tuple[str, str] | None:
-        """The option's line of help."""
-        shown = copy.copy(self)
-        shown.opts = self.opts[:1]
-        return click.Option.get_help_record(shown, context)
-
-
-def _budget(
-    _context: click.Context, _option: click.Parameter, value: str | None
-) -> float | dict[str, float] | list[float] | None:
-    """0.5, or one model for several, as in 0.7,0.5, or a fraction for each of several metrics, as in
-    macs=0.5,params=0.6.
-    """
-    if value is None:
-        return None
-    if "," in value and "=" not in value:
-        try:
-            return [float(part) for part in value.split(",")]
-        except ValueError:
-            said = f"--budget: {value!r}; give fractions, largest first, as in 0.7,0.5,0.33"
-            raise click.UsageError(said) from None
-    named = [part.rpartition("=") for part in value.split(",")]
-    try:
-        found = {metric.strip(): float(fraction) for metric, _, fraction in named}
-    except ValueError:
-        said = f"--budget: {value!r}; give a fraction such as 0.5, or macs=0.5,params=0.6"
-        raise click.UsageError(said) from None
-    if len(found) < len(named) or ("" in found and len(found) > 1):
-        raise click.UsageError(f"--budget: {value!r}; name each metric once, as in macs=0.5,params=0.6")
-    return found.get("", found)
-
-
-def _resume(_context: click.Context, _option: click.Parameter, value: str | None) -> bool | str | None:
-    """--resume alone, or --resume auto."""
-    if value not in (None, "yes", "auto"):
-        raise click.UsageError(f"--resume: {value!r}; give it alone, or as --resume auto")
-    return True if value == "yes" else value
-
-
-def _multiples(
-    _context: click.Context, _option: click.Parameter, value: str | None
-) -> list[int] | str | None:
-    if value in (None, "auto"):
-        return value
-    parts = value.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise click.UsageError(
-            f"--round-to: {value!r}; give two multiples, of dims and of neurons, as in 16,64, or auto"
-        )
-    return [int(part) for part in parts]
-
-
-def _target(_context: click.Context, _option: click.Parameter, value: str | None) -> dict[str, Any]:
-    """cpu,batch=1,threads=2: a device, and numbers above zero."""
-    device, *named = (value or "cpu").split(",")
-    found: dict[str, Any] = {"device": device.strip()}
-    for part in named:
-        name, _, number = part.partition("=")
-        name = name.strip()
-        counts = number.strip().isdecimal() and int(number) > 0
-        if not counts or name not in ("batch", "threads") or name in found:
-            raise click.UsageError(
-                f"--for: {value!r}; give a device, then numbers, as in cpu,batch=1,threads=1"
-            )
-        found[name] = int(number)
-    return found
-
-
-def _numbers(_context: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
-    """0.5, or several numbers, as in 0.485,0.456,0.406."""
-    if value is None:
-        return None
-    kind = int if option.name == "input_size" else float
-    try:
-        return [kind(part) for part in value.split(",")]
-    except ValueError:
-        said = f"{option.opts[0]}: {value!r}; give numbers, as in {option.metavar}"
-        raise click.UsageError(said) from None
-
-
-def _join_numbers(arguments: Sequence[str]) -> list[str]:
-    """`--mean 0.5 0.5 0.5`, as timm's script takes it, as `--mean 0.5,0.5,0.5`."""
-    joined: list[str] = []
-    for text in arguments:
-        if len(joined) > 1 and joined[-2] in SEVERAL and re.fullmatch(r"-?[\d.]+(e-?\d+)?", text):
-            joined[-1] += f",{text}"
-        else:
-            joined.append(text)
-    return joined
-
-
-def _json_option(command: Callable) -> Callable:
-    said = "Print the figures as JSON on stdout, and nothing else there."
-    return click.option("--json", "as_json", is_flag=True, help=said)(command)
 
 
 def _print(table: Any) -> None:
@@ -158,58 +67,6 @@ def _print_json(figures: Any) -> None:
     click.echo(to_json(figures))
 
 
-def _image_options(command: Callable) -> Callable:
-    for option in (
-        click.option("--color-jitter", type=float, help="Of training images; 0.4."),
-        click.option("--reprob", type=float, help="Probability of erasing a part of a training image; 0."),
-        click.option("--aa", help="timm's name of an augmentation policy, such as rand-m9-mstd0.5."),
-        click.option("--scale", callback=_numbers, metavar="0.08,1", help="Share of an image in a crop."),
-        click.option("--interpolation", help="bilinear, bicubic, ...; the model's own."),
-        click.option("--std", callback=_numbers, metavar="0.229,0.224,0.225", help="The model's own."),
-        click.option("--mean", callback=_numbers, metavar="0.485,0.456,0.406", help="The model's own."),
-        click.option("--crop-pct", type=float, help="Share of an image that evaluation sees."),
-        click.option(
-            "--input-size", callback=_numbers, metavar="3,224,224", help="Of the images, and of the model."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def _model_args(
-    _context: click.Context, _option: click.Parameter, values: tuple[str, ...]
-) -> dict[str, Any] | None:
-    """NAME=VALUE: what TOML reads as a value; a word that it does not, as in global_pool=avg, is a text."""
-    found = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        try:
-            found[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            if not re.fullmatch(r"[A-Za-z_][\w.-]*", value) or value in ("True", "False", "None"):
-                equals = ""
-            found[name] = value
-        if not equals or not name.isidentifier():
-            raise click.UsageError(
-                f"--model-arg: {text!r}; give NAME=VALUE, as in img_size=112, dynamic_img_size=true, "
-                'global_pool="avg"'
-            )
-    return found or None
-
-
-def _data_options(command: Callable) -> Callable:
-    for option in (
-        click.option("--workers", type=int, help="Processes that read images; 0: this one."),
-        click.option("--data-root", help="Where a data set that timm names is stored."),
-        click.option("--batch-size", type=int, help="Images per batch."),
-        click.option("--threads", type=int, help="CPU threads for torch."),
-        click.option("--device", help="cpu or cuda, perhaps with a number: cuda:1."),
-        click.option("--data", help="digits, an image folder, or a timm name such as torch/cifar10."),
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command()
 @click.option("--out", help="Folder of the run: new or empty; with --resume, begun.")
 @click.option("--config", type=FOLDER, help="Settings in TOML, under those given here; see --show-config.")
@@ -218,15 +75,15 @@ def _data_options(command: Callable) -> Callable:
 @click.option(
     "--model-arg",
     multiple=True,
-    callback=_model_args,
+    callback=read_model_args,
     metavar="NAME=VALUE",
     help="An argument of timm.create_model, as in img_size=112; may be repeated.",
 )
-@_data_options
-@_image_options
+@data_options
+@image_options
 @click.option(
     "--budget",
-    callback=_budget,
+    callback=read_budget,
     help="Fraction of the dense cost that may remain; or macs=0.5,params=0.6; or 0.7,0.5 for both in one.",
 )
 @click.option("--metric", metavar="macs|params|latency", help="What a single fraction counts.")
@@ -237,7 +94,7 @@ def _data_options(command: Callable) -> Callable:
     "--grain",
     "round_to",
     cls=Renamed,
-    callback=_multiples,
+    callback=read_multiples,
     help="Keep head dims and neurons in multiples, as in 16,64; auto: those measured to run well here.",
 )
 @click.option("--seed", type=int, help="Seed of weights, order and augmentation.")
@@ -296,12 +153,12 @@ def _data_options(command: Callable) -> Callable:
     "--resume",
     is_flag=False,
     flag_value="yes",
-    callback=_resume,
+    callback=read_resume,
     metavar="[auto]",
     help="Continue the run in --out, with the options it began with; auto: or begin it.",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-@_json_option
+@json_option
 def compress(config: Path | None, show_config: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Train a teacher (unless weights are given), search, harden to the budget, post-train, report."""
     from uvc.app.pipeline import compress_run
@@ -346,9 +203,9 @@ def _how_to_continue(out: str | None) -> str:
 
 @cli.command("eval")
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_data_options
+@data_options
 @click.option("--budget", type=float, help="Of a model for several budgets, one; the largest.")
-@_json_option
+@json_option
 def evaluate(folder: Path, as_json: bool, **options: Any) -> None:
     """Load the model in DIR and measure its top-1 accuracy; the data default to those of its run."""
     from uvc.app.pipeline import evaluate_run
@@ -386,7 +243,7 @@ def data(folder: Path, workers: int | None) -> int:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
 )
 @click.option("--html", type=FOLDER, metavar="FILE", help="One page of all runs, which needs no network.")
-@_json_option
+@json_option
 def report(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Show the results of the runs in DIR... and draw their structures again."""
     from uvc.app.pipeline import draw_run, read_summary
@@ -422,7 +279,7 @@ def report(folders: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
 @click.option("--time", is_flag=True, help="Time it beside the dense model in the same runtime.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, help="Images per timed pass; 1.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
-@_json_option
+@json_option
 def export(folder: Path, format_: str, as_json: bool, **options: Any) -> None:
     """Write the model in DIR for other programs, read it back, and compare."""
     from uvc.app.exporting import export_run, lines
@@ -439,12 +296,12 @@ def export(folder: Path, format_: str, as_json: bool, **options: Any) -> None:
 @click.option(
     "--for",
     "target",
-    callback=_target,
+    callback=read_target,
     metavar="cpu,batch=1,threads=1",
     help="Where the model will run: device, images per forward pass, CPU threads.",
 )
 @click.option("--out", type=FOLDER, help="Folder of the model; default: DIR itself.")
-@_json_option
+@json_option
 def compact(folder: Path, target: dict[str, Any], out: Path | None, as_json: bool) -> None:
     """Measure here which form of each layer's heads is faster, and write the model in these forms."""
     from uvc.app.compacting import choice_table, compact_run
@@ -468,7 +325,7 @@ def compact(folder: Path, target: dict[str, Any], out: Path | None, as_json: boo
     "--grain",
     "round_to",
     cls=Renamed,
-    callback=_multiples,
+    callback=read_multiples,
     help="Measure multiples of these dims and neurons, as in 16,64.",
 )
 def latency(to: Path, **options: Any) -> None:
@@ -481,7 +338,7 @@ def latency(to: Path, **options: Any) -> None:
 
 
 @cli.command()
-@_json_option
+@json_option
 def doctor(as_json: bool) -> None:
     """Say what was built, what this machine can run, and what passed its self-check."""
     from uvc.app.doctor import diagnosis, examine
@@ -537,7 +394,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     warnings.formatwarning = lambda message, *_, **__: f"uvc: {' '.join(str(message).split())}\n"
     try:
-        arguments = _join_numbers(sys.argv[1:] if arguments is None else arguments)
+        arguments = join_numbers(sys.argv[1:] if arguments is None else arguments)
         status = cli.main(args=arguments, prog_name="uvc", standalone_mode=False)
     except click.ClickException as error:
         return _fail(error.format_message(), 2 if error.exit_code == 1 else error.exit_code)

@@ -10,7 +10,8 @@ from oracle import needs_whole_naflex
 from PIL import Image
 
 from uvc.app import pipeline
-from uvc.cli import _join_numbers, run
+from uvc.app.options import join_numbers
+from uvc.cli import run
 from uvc.config import RunConfig
 from uvc.layers import image_of
 
@@ -41,7 +42,7 @@ def folder(tmp_path):
     ],
 )
 def test_several_numbers_may_stand_apart(typed, meant):
-    assert _join_numbers(typed.split()) == meant.split()
+    assert join_numbers(typed.split()) == meant.split()
 
 
 def test_a_run_takes_size_and_view_and_evaluates_so(folder, capsys):

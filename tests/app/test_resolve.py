@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from uvc import cli
+from uvc.app.options import read_model_args
 from uvc.app.pipeline import _data
 from uvc.app.resolve import resolve, stored_run
 from uvc.app.run_dir import check_out, open_out
@@ -143,7 +144,7 @@ def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(text, says, tmp
     ],
 )
 def test_a_model_argument_has_the_type_that_toml_gives_it(text, value, capsys):
-    found = resolve({"model_arg": cli._model_args(None, None, (text,))}).model_args["a"]
+    found = resolve({"model_arg": read_model_args(None, None, (text,))}).model_args["a"]
     assert found == value and type(found) is type(value)
 
 
