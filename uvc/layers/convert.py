@@ -15,8 +15,8 @@ from uvc.layers.stages import blocks_of, listed, lists_of, named_blocks, named_e
 
 SUPPORTED = (
     "supported are timm's VisionTransformer, Eva, Beit, VisionTransformerRelPos, Cait, NaFlexVit, "
-    "SwinTransformer (V2), Hiera, HieraDet and VisionTransformerSAM with blocks of two halves, their "
-    "attention, Mlp, GluMlp and SwiGLU; "
+    "SwinTransformer (V2), Hiera, HieraDet and VisionTransformerSAM, blocks of attention and MLP in a row or "
+    "side by side, with their attention, Mlp, GluMlp and SwiGLU; "
     "transformers' and torchvision's ViT, DeiT, DINOv2, DINOv3, CLIP vision and SigLIP vision"
 )
 # Why timm's other blocks and layers are not served, by their class or else by the file they come from.

@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from uvc.compaction import compact, form_for
-from uvc.config import Config, DistillConfig, named_budgets, nested_budgets
+from uvc.config import Config, named_budgets, nested_budgets
 from uvc.constraints import Limit, check_multiples, limits
 from uvc.costs import Cost, cost
 from uvc.elastic import make_elastic, set_budget, structures_of
-from uvc.io.dtypes import input_dtype
 from uvc.io.files import make_folder, write_text
 from uvc.io.serialization import describe, save
 from uvc.latency_table import LatencyTable, measure
@@ -30,6 +28,7 @@ from uvc.solver.elastic import from_bytes
 from uvc.structure import Structure, apply_structure, structure_of
 from uvc.training import multiples
 from uvc.training.checkpoint import check_room, has_run, set_seed
+from uvc.training.checks import check_dtype, check_loader, check_nested, check_spread, check_teacher
 from uvc.training.compiling import check_compile
 from uvc.training.freezing import freeze, frozen
 from uvc.training.logger import RunLog
@@ -452,66 +451,3 @@ def _searched(plan: Plan, trainer: Trainer, task: Any) -> dict[float | None, flo
         apply_structure(trainer.model, Structure.from_json(trainer.resumed["structure"]))
     entries = [entry for entry in trainer.history if entry["phase"] == "harden"]
     return {entry.get("budget"): entry[trainer.measure] for entry in entries}
-
-
-def check_spread(config: Config, budgets: int) -> None:
-    """ValueError for what copies a model or reads weights that no process has whole."""
-    asked = {
-        f"solver method: {config.solver.method!r}": config.solver.method != "uvc",
-        f"solver tokens: {config.solver.tokens}": config.solver.tokens > 0,  # priced by a copy of the model
-        f"ema_decay: {config.ema_decay}": config.ema_decay > 0,
-        f"budget: {budgets} of them": budgets > 1,
-    }
-    if found := [what for what, is_asked in asked.items() if is_asked]:
-        raise ValueError(f"{found[0]}, but with fsdp no process has whole weights; leave one of them out")
-
-
-def check_nested(config: Config, budgets: Sequence[float], batches: int) -> None:
-    """ValueError for what several budgets in one model cannot have."""
-    if config.solver.method != "uvc":
-        raise ValueError(
-            f"solver method: {config.solver.method!r} finds one structure; for several budgets use 'uvc'"
-        )
-    if config.solver.tokens:
-        raise ValueError(
-            f"solver tokens: {config.solver.tokens} blocks may drop some; several budgets keep all, use 0"
-        )
-    if batches and config.search_epochs * batches < len(budgets):
-        raise ValueError(
-            f"search_epochs: {config.search_epochs} of {batches} batches are fewer steps than {len(budgets)} "
-            "budgets; give more"
-        )
-
-
-def check_teacher(model: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:
-    """ValueError unless a model can learn what a teacher's classifier says and, if asked for, reads."""
-    if config.kind == "none":
-        return
-    mine, its = (getattr(m, "num_classes", None) for m in (model, teacher))
-    if None not in (mine, its) and mine != its:
-        raise ValueError(f"teacher: it has {its} classes, the model {mine}; take one with these classes")
-    mine, its = (getattr(getattr(m, "head", None), "in_features", None) for m in (model, teacher))
-    if config.features and mine != its:
-        raise ValueError(
-            f"distill features: the model's are {mine} wide, the teacher's {its}; take a teacher as wide as "
-            "the model, or features 0"
-        )
-
-
-def check_dtype(model: nn.Module, name: str) -> None:
-    """ValueError unless a model takes float32 images, as loaders give them."""
-    if (dtype := input_dtype(model)) != torch.float32:
-        raise ValueError(
-            f"{name}: its weights are {str(dtype).removeprefix('torch.')}, training keeps float32; give "
-            f"{name}.float(), and 16 bits of products as Config.precision"
-        )
-
-
-def check_loader(loader: DataLoader) -> None:
-    """ValueError unless ``loader`` says how many batches it has, and has one."""
-    try:
-        batches = len(loader)
-    except TypeError:
-        raise ValueError("train_loader: it has no length; the schedules need the number of batches") from None
-    if batches == 0:
-        raise ValueError("train_loader: it yields no batch; use a smaller batch size or more images")
