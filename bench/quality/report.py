@@ -82,8 +82,7 @@ def _cells(arm: str, own: list[Row], rows: list[Row]) -> list[str]:
         ("off_neurons", ".1f"),
         ("off_tokens", ".1f"),
     ):
-        value = mean_of(own, field)
-        cells.append("" if math.isnan(value) else format(value, form))
+        cells.append(shown(own, field, form))
     return cells
 
 
@@ -91,6 +90,12 @@ def mean_of(rows: list[Row], field: str) -> float:
     """Mean of a column over the rows that have it; nan without any."""
     values = [float(row[field]) for row in rows if row[field]]
     return statistics.fmean(values) if values else math.nan
+
+
+def shown(rows: list[Row], field: str, form: str) -> str:
+    """The same as a cell, which is empty without any."""
+    value = mean_of(rows, field)
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _line(cells: Iterable[str]) -> str:

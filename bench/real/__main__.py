@@ -34,6 +34,9 @@ def main() -> None:
     run_options.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
     run_options.add_argument("--budgets", nargs="+", type=float, default=[0.33, 0.5])
     run_options.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    run_options.add_argument(
+        "--mode", choices=["epochs", "compute"], default="epochs", help="what the arms have in common"
+    )
     run_options.add_argument("--minutes", type=float, default=300.0, help="no row begins after this")
     run_options.add_argument(
         "--part", choices=["emoji", "tune"], default="emoji", help="tune: for choosing settings"
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     """Rows that are missing; stopped by SIGTERM, the same command goes on."""
     config, folder = replace(CONFIG, learning_rate=options.lr), options.folder.absolute()
     setup = Setup(folder, options.part, config, teacher_rate=options.teacher_lr)
-    wanted = harness.jobs(setup, options.arms, options.budgets, options.seeds)
+    wanted = harness.jobs(setup, options.arms, options.budgets, options.seeds, options.mode)
     left = harness.run(setup, wanted, options.minutes, options.results)
     print(f"{len(wanted) - left} of {len(wanted)} rows are done")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -16,14 +18,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bench.quality import arms as quality
-from bench.quality.context import Context, Meter, Trace, macs_of
+from bench.quality.context import COMPUTE_SCORING, Context, Meter, Trace, macs_of
+from bench.quality.harness import epoch_macs
 from bench.real.setup import Setup
 from bench.real.teacher import teacher
 from uvc.training.signals import Stopped, asked
 from uvc.training.teacher_cache import CachedDistillation
 
+TEACHER = 1 / 3  # one epoch of the teacher's answers, in epochs of training the dense model
 RIVALS = ("global_taylor", "global_taylor_rescored", "tp_isomorphic", "dense_extra")
 ARMS = ("uvc", *RIVALS)
+# They have rows at equal compute too; the re-scored greedy takes what UVC takes, or a little more, as it is.
+AT_ONCE = ("global_taylor", "tp_isomorphic")
 
 
 class RealContext(Context):
@@ -54,26 +60,43 @@ class RealContext(Context):
         return CachedDistillation(self.teacher, self.config, self.answers, self.batches)
 
     def post_train(self, model: nn.Module, epochs: int) -> nn.Module:
-        """As for every rival, on the pictures that the last epochs of UVC have, in their order."""
+        """As for every rival, on the pictures that the last epochs of UVC have, in their order; more epochs
+        than UVC's begin with its first.
+        """
         everything = self.config.search_epochs + self.config.post_epochs
-        self.batches.load_state_dict({"epoch": everything - epochs, "batch": 0})
+        self.batches.load_state_dict({"epoch": max(everything - epochs, 0), "batch": 0})
         return super().post_train(model, epochs)
 
 
-def rival(setup: Setup, arm: str, seed: int, budget: float) -> dict[str, object]:
-    """A row's measurements of a rival: structure, then post-training for the epochs that are left."""
+def rival(
+    setup: Setup, arm: str, seed: int, budget: float, compute: float | None = None
+) -> dict[str, object]:
+    """A row's measurements of a rival: structure, then post-training for the epochs that are left.
+
+    compute: if given, what the row may cost, in epochs of training the dense model. One that chooses its
+    structure at once then scores on part of an epoch; an epoch that begins within the bill is run whole.
+    """
     weights, _ = teacher(setup, seed)
     context = RealContext(setup, seed, budget, weights)
     how, config = quality.ARMS[arm], context.config
+    if compute is not None:
+        context.scoring = COMPUTE_SCORING
     start, cpu = time.monotonic(), time.process_time()
     model = how.make(context)
-    before = context.top1(model)
-    epochs = config.post_epochs + (0 if how.search else config.search_epochs)
+    before, ratio = context.top1(model), context.ratio(model)
+    spent = context.meter.macs / epoch_macs(context)
+    if spent:  # the scores of torch-pruning are not on the bill
+        spent += TEACHER * (config.search_epochs if how.search else context.scoring)
+    if compute is None:
+        epochs = config.post_epochs + (0 if how.search else config.search_epochs)
+    else:
+        epochs = max(math.ceil((compute - spent) / (ratio + TEACHER)), 1)
     model = context.post_train(model, epochs)
     seconds, cpu = time.monotonic() - start, time.process_time() - cpu
     return {
         "search_epochs": config.search_epochs if how.search else 0,
         "post_epochs": epochs,
+        "train_compute": spent + epochs * (ratio + TEACHER),
         "macs_ratio": macs_of(model) / macs_of(context.dense),
         "params_ratio": _params(model) / _params(context.dense),
         "teacher_top1": context.top1(context.dense),
@@ -103,6 +126,9 @@ def uvc(setup: Setup, seed: int, budget: float) -> dict[str, object]:
     return {
         "search_epochs": config.search_epochs,
         "post_epochs": config.post_epochs,
+        "train_compute": config.search_epochs * cost_of_search(out / "log.jsonl")
+        + config.post_epochs * summary["macs_ratio"]
+        + TEACHER * (config.search_epochs + config.post_epochs),
         "macs_ratio": summary["macs_ratio"],
         "params_ratio": summary["final_params"] / summary["dense_params"],
         "teacher_top1": summary["teacher_top1"],
@@ -110,6 +136,14 @@ def uvc(setup: Setup, seed: int, budget: float) -> dict[str, object]:
         "after_top1": summary["final_top1"],
         **seconds,
     }
+
+
+def cost_of_search(log: Path) -> float:
+    """Mean cost of the model while it was searched, over the dense one's."""
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    return statistics.fmean(
+        step["hard_cost"] for step in steps if step.get("phase") == "search" and "step" in step
+    )
 
 
 def run_to_end(program: list[str]) -> str:

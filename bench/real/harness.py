@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from bench.quality.harness import append
-from bench.real.arms import ARMS, rival, uvc
+from bench.real.arms import ARMS, AT_ONCE, rival, uvc
 from bench.real.pictures import count
 from bench.real.setup import Setup
 from bench.real.teacher import teacher
@@ -20,8 +20,8 @@ from uvc.training.signals import Stopped, stop_on_signals
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIELDS = (
-    "part seed budget arm learning_rate search_learning_rate search_epochs post_epochs macs_ratio "
-    "params_ratio probe_top1 teacher_top1 before_top1 after_top1 seconds cpu_seconds train_images "
+    "part seed budget arm mode learning_rate search_learning_rate search_epochs post_epochs train_compute "
+    "macs_ratio params_ratio probe_top1 teacher_top1 before_top1 after_top1 seconds cpu_seconds train_images "
     "val_images teacher_learning_rate teacher_epochs batch_size precision crop_scale threads device "
     "versions commit date version"
 ).split()
@@ -31,36 +31,43 @@ FIRST = ("uvc", "global_taylor")
 
 
 class Job(NamedTuple):
-    """One row to be."""
+    """One row to be. mode: "epochs" (equal epochs) or "compute" (the training compute of UVC's row)."""
 
     part: str
     seed: int
     budget: float
     arm: str
+    mode: str
     learning_rate: float
 
 
-def jobs(setup: Setup, arms: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]) -> list[Job]:
+def jobs(
+    setup: Setup, arms: Sequence[str], budgets: Sequence[float], seeds: Sequence[int], mode: str = "epochs"
+) -> list[Job]:
     """Every row asked for, in the order of running: seed by seed, UVC and its simplest rival before the
-    others, small budgets before large ones. The dense control has one row a seed, at the end.
+    others, small budgets before large ones. The dense control has one row a seed, at the end. At equal
+    compute there are rows of the arms that choose their structure at once.
     """
     wanted = {
-        Job(setup.part, seed, 1.0 if arm == "dense_extra" else budget, arm, setup.config.learning_rate)
+        Job(setup.part, seed, 1.0 if arm == "dense_extra" else budget, arm, mode, setup.config.learning_rate)
         for seed in seeds
         for budget in budgets
         for arm in arms
+        if mode == "epochs" or arm in AT_ONCE
     }
     return sorted(
         wanted, key=lambda j: (j.budget == 1.0, j.seed, j.arm not in FIRST, j.budget, ARMS.index(j.arm))
     )
 
 
-def run_job(setup: Setup, job: Job) -> dict[str, object]:
-    """Trains one arm; returns its row."""
+def run_job(setup: Setup, job: Job, compute: float | None = None) -> dict[str, object]:
+    """Trains one arm; returns its row. compute: what UVC's took, of a job at equal compute."""
     torch.set_num_threads(setup.config.threads)
     _, known = teacher(setup, job.seed)
     found = (
-        uvc(setup, job.seed, job.budget) if job.arm == "uvc" else rival(setup, job.arm, job.seed, job.budget)
+        uvc(setup, job.seed, job.budget)
+        if job.arm == "uvc"
+        else rival(setup, job.arm, job.seed, job.budget, compute)
     )
     if found["macs_ratio"] > job.budget + 1e-9:
         raise RuntimeError(f"{job}: the result costs {found['macs_ratio']:.4f}, above its budget")
@@ -97,7 +104,25 @@ def read(file: Path = RESULTS) -> list[dict[str, str]]:
 
 def key(row: dict[str, str]) -> Job:
     """What identifies a row."""
-    return Job(row["part"], int(row["seed"]), float(row["budget"]), row["arm"], float(row["learning_rate"]))
+    return Job(
+        row["part"],
+        int(row["seed"]),
+        float(row["budget"]),
+        row["arm"],
+        row["mode"],
+        float(row["learning_rate"]),
+    )
+
+
+def _bill(job: Job, rows: Iterable[dict[str, str]]) -> float | None:
+    """What UVC's row took, where a job may cost as much; ValueError if it is not there."""
+    if job.mode == "epochs":
+        return None
+    ours = job._replace(arm="uvc", mode="epochs")
+    found = [row["train_compute"] for row in rows if key(row) == ours and row["train_compute"]]
+    if not found:
+        raise ValueError("equal compute is that of UVC, whose row is missing; run --arms uvc first")
+    return float(found[0])
 
 
 def run(setup: Setup, wanted: Iterable[Job], minutes: float, file: Path = RESULTS) -> int:
@@ -111,7 +136,7 @@ def run(setup: Setup, wanted: Iterable[Job], minutes: float, file: Path = RESULT
             break
         try:
             with stop_on_signals():
-                row = run_job(setup, job)
+                row = run_job(setup, job, _bill(job, read(file)))
         except Stopped as stopped:
             print(f"{job.arm} seed {job.seed} budget {job.budget}: {stopped}", flush=True)
             break

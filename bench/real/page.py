@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.quality.page import between_markers
-from bench.quality.report import Row, mean_of, paired
+from bench.quality.report import Row, mean_of, paired, shown
 from bench.real.arms import ARMS
 from bench.real.harness import Job, jobs, key
 from bench.real.setup import Setup
 
 OURS = "uvc"
-BUDGETS, SEEDS = (0.5, 0.33), (0, 1)
+BUDGETS, SEEDS, MODES = (0.5, 0.33), (0, 1), ("epochs", "compute")
 NAMES = {
     "uvc": "**UVC**, `uvc compress`",
     "global_taylor": "global Taylor, once",
@@ -32,28 +32,32 @@ def results(rows: list[Row]) -> str:
     """A table: every arm at every budget, what it reached by seed, and what it took."""
     out = [
         "| MACs kept | | seeds | after the search | **after post-training** | UVC - it, by seed | MACs "
-        "| parameters | seconds | processor seconds |",
-        "|---" * 10 + "|",
+        "| parameters | compute | seconds | processor seconds |",
+        "|---" * 11 + "|",
     ]
     cases = defaultdict(list)
     for row in rows:
-        cases[float(row["budget"]), row["arm"]].append(row)
-    for budget, arm in sorted(cases, key=lambda case: (-case[0], ARMS.index(case[1]))):
-        own = sorted(cases[budget, arm], key=lambda row: int(row["seed"]))
+        cases[float(row["budget"]), row["mode"], row["arm"]].append(row)
+    for budget, mode, arm in sorted(
+        cases, key=lambda case: (-case[0], MODES.index(case[1]), ARMS.index(case[2]))
+    ):
+        own = sorted(cases[budget, mode, arm], key=lambda row: int(row["seed"]))
         differences = (
             []
             if arm in (OURS, "dense_extra")
-            else paired([*own, *cases[budget, OURS]], OURS, arm, "after_top1")
+            else paired([*own, *cases[budget, "epochs", OURS]], OURS, arm, "after_top1")
         )
+        more = f", {own[0]['post_epochs']} epochs" if mode == "compute" else ""
         cells = [
             f"{budget:g}",
-            NAMES[arm],
+            NAMES[arm] + more,
             ", ".join(row["seed"] for row in own),
             "" if arm == "dense_extra" else f"{mean_of(own, 'before_top1'):.1f}",
             f"{mean_of(own, 'after_top1'):.1f} ({', '.join(_short(row['after_top1']) for row in own)})",
             ", ".join(f"{difference:+.1f}" for difference in differences),
             f"{mean_of(own, 'macs_ratio'):.3f}",
             f"{mean_of(own, 'params_ratio'):.3f}",
+            shown(own, "train_compute", ".2f"),
             f"{mean_of(own, 'seconds'):.0f}",
             f"{mean_of(own, 'cpu_seconds'):.0f}",
         ]
@@ -86,7 +90,7 @@ def short(rows: list[Row]) -> str:
 
 
 def _by_seed(rows: list[Row], arm: str, budget: float, field: str) -> str:
-    own = [row for row in rows if row["arm"] == arm and float(row["budget"]) == budget]
+    own = [r for r in rows if r["arm"] == arm and float(r["budget"]) == budget and r["mode"] == "epochs"]
     return ", ".join(_short(row[field]) for row in sorted(own, key=lambda row: int(row["seed"])))
 
 
@@ -100,7 +104,9 @@ def stand(rows: list[Row]) -> str:
         where = f"{len(own)} on {device}, {_between(days)}, commit {', '.join(commits)}"
         out.append(f"{where}, with {'; '.join(versions)}.")
     if missing:
-        names = ", ".join(f"{job.arm} at {job.budget:g} of seed {job.seed}" for job in missing)
+        names = ", ".join(
+            f"{job.arm} at {job.budget:g} of seed {job.seed}, equal {job.mode}" for job in missing
+        )
         out.append(f"Still missing: {names}.")
     return " ".join(out)
 
@@ -127,7 +133,7 @@ SETTING = (
 
 def wanted() -> list[Job]:
     """All rows of the page."""
-    return jobs(Setup(Path()), ARMS, BUDGETS, SEEDS)
+    return [job for mode in MODES for job in jobs(Setup(Path()), ARMS, BUDGETS, SEEDS, mode)]
 
 
 def blocks(rows: list[Row]) -> dict[str, str]:

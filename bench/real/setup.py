@@ -12,9 +12,9 @@ from bench.real.weights import MODEL
 from uvc.config import Config, DataConfig
 from uvc.training.data import Data, load_data
 
-# On `tune`, a part of the training pictures, only what concerns the teacher has been tried so far, at seed 0:
-# the linear classifier has 70.2 (68.8 with PROBE_C 0.1); fine-tuned at 1e-4 on crops of 0.08 to 1, 64.8 after
-# three epochs; at 5e-5, 62.0 after the first of three epochs on such crops, and 70.0 on crops of 0.6 to 1.
+# On `tune`, a part of the training pictures, seed 0, the linear classifier has 70.2 (68.8 with PROBE_C 0.1);
+# fine-tuned at 1e-4 on crops of 0.08 to 1, 64.8 after three epochs; at 5e-5, 62.0 after the first of three
+# epochs on such crops, and 70.0 on crops of 0.6 to 1. Search and post-training: docs/real.md.
 CONFIG = Config(
     teacher_epochs=3,
     warmup_epochs=0,

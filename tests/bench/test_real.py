@@ -182,6 +182,39 @@ def test_every_arm_ends_within_the_budget_with_a_whole_row(setup, arm, tmp_path)
     assert row["cpu_seconds"] > 0
 
 
+def test_at_equal_compute_a_rival_trains_until_it_has_cost_what_uvc_cost(setup, tmp_path, capsys):
+    file = tmp_path / "results.csv"
+    wanted = harness.jobs(setup, ["uvc", "global_taylor"], [0.6], [0], "compute")
+    assert [(job.arm, job.mode) for job in wanted] == [("global_taylor", "compute")]
+    assert harness.run(setup, wanted, 1.0, file) == 1
+    assert "row is missing; run --arms uvc first" in capsys.readouterr().out
+    harness.run(setup, harness.jobs(setup, ["uvc", "global_taylor"], [0.6], [0]), 1.0, file)
+    assert harness.run(setup, wanted, 1.0, file) == 0
+    ours, equal_epochs, equal_compute = (
+        {name: float(row[name]) for name in ("train_compute", "macs_ratio", "post_epochs")}
+        for row in harness.read(file)
+    )
+    # Two epochs of search at no more than the dense cost, one after it, three of answers.
+    assert 3 * ours["macs_ratio"] + 1 < ours["train_compute"] <= 2 + ours["macs_ratio"] + 1
+    # One epoch of scores with the teacher's answers, then three.
+    expected = 4 / 3 + 3 * (equal_epochs["macs_ratio"] + 1 / 3)
+    assert equal_epochs["train_compute"] == pytest.approx(expected, abs=1e-3)
+    more = equal_compute["train_compute"] - ours["train_compute"]
+    assert 0 <= more < equal_compute["macs_ratio"] + 1 / 3
+
+
+def test_a_search_costs_what_its_log_says(tmp_path):
+    lines = [
+        {"phase": "teacher", "step": 0, "loss": 1.0},
+        {"phase": "search", "step": 0, "hard_cost": 1.0},
+        {"phase": "search", "step": 5, "hard_cost": 0.5},
+        {"phase": "search", "top1": 50.0},
+        {"phase": "post-train", "step": 0, "loss": 1.0},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert arms.cost_of_search(tmp_path / "log.jsonl") == 0.75
+
+
 def test_uvc_and_its_rivals_share_the_teacher(setup):
     first, second = (
         harness.run_job(setup, job) for job in harness.jobs(setup, ["uvc", "global_taylor"], [0.6], [0])
@@ -223,7 +256,7 @@ def test_the_most_telling_rows_come_first(tmp_path):
 def test_rows_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     ran = []
 
-    def row(setup, job):
+    def row(setup, job, compute):
         ran.append(job)
         return dict.fromkeys(harness.FIELDS, 0) | job._asdict() | {"version": harness.VERSION}
 
@@ -246,7 +279,7 @@ def test_the_pages_are_those_of_the_rows():
 
 def test_the_page_says_what_is_missing_and_pairs_by_seed():
     def row(arm, seed, after):
-        job = harness.Job("emoji", seed, 0.5, arm, CONFIG.learning_rate)
+        job = harness.Job("emoji", seed, 0.5, arm, "epochs", CONFIG.learning_rate)
         facts = {name: str(value) for name, value in job._asdict().items()}
         return dict.fromkeys(harness.FIELDS, "1") | facts | {"after_top1": after}
 
@@ -254,7 +287,9 @@ def test_the_page_says_what_is_missing_and_pairs_by_seed():
     texts = page.blocks(rows)
     assert "| 0.5 | global Taylor, once | 1 | 1.0 | 71.0 (71.0) | -1.0 |" in texts["results"]
     assert "75.0 (80.0, 70.0)" in texts["results"]
-    assert "global_taylor at 0.5 of seed 0" in texts["stand"] and "uvc at 0.5 of seed 0" not in texts["stand"]
+    assert "global_taylor at 0.5 of seed 0, equal epochs" in texts["stand"]
+    assert "global_taylor at 0.5 of seed 1, equal compute" in texts["stand"]
+    assert "uvc at 0.5 of seed 0" not in texts["stand"]
     assert "| 0.5 | 1.0, 1.0 | 80.0, 70.0 | 71.0 |" in texts["short"]
 
 
