@@ -32,8 +32,8 @@ class Arm:
 
 
 def uvc(context: Context, **solver: object) -> nn.Module:
-    """`uvc.compress`, stopped before its post-training. solver: changes to the solver's settings; of another
-    `method`, which the rivals are.
+    """`uvc.compress`, stopped before its post-training. solver: settings of the solver to change; its
+    `method` names a rival's.
     """
     return _compress(context, context.student(), context.budget, context.config.search_epochs, **solver)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections import defaultdict
@@ -15,7 +14,7 @@ from torch import nn
 
 from bench.quality.context import Context, macs_of
 from bench.quality.harness import append, epoch_macs
-from bench.quality.report import OURS, Row, interval
+from bench.quality.report import OURS, Row, interval, line, read_rows
 from bench.quality.tasks import TASKS
 from uvc.compaction import compact
 from uvc.elastic import set_budget
@@ -94,10 +93,7 @@ def timed(model: nn.Module, image: torch.Tensor) -> tuple[float, float]:
 
 def read(file: Path = RESULTS) -> list[Row]:
     """Rows of the latest version."""
-    if not file.exists():
-        return []
-    with open(file, newline="") as handle:
-        return [row for row in csv.DictReader(handle) if row["version"] == str(VERSION)]
+    return read_rows(file, VERSION)
 
 
 def run(tasks: Sequence[str], seeds: Sequence[int], minutes: float, file: Path = RESULTS) -> None:
@@ -123,7 +119,7 @@ def table(rows: list[Row], alone: list[Row]) -> list[str]:
     alone = [row for row in alone if row["arm"] == OURS and row["mode"] == "epochs"]
     by = {(row["task"], float(row["budget"]), row["seed"]): row for row in alone}
     out = [
-        "| task | budget | pairs | alone | together | together - alone | compute alone | compute together |",
+        "| task | budget | seeds | alone | together | together - alone | compute alone | compute together |",
         "|---" * 8 + "|",
     ]
     for task in sorted({row["task"] for row in rows}):
@@ -153,7 +149,7 @@ def _line(task: str, budget: str, pairs: list[tuple[float, float]], alone: str, 
     means = [f"{statistics.fmean(values):.2f}" for values in zip(*pairs, strict=True)]
     difference = "{:+.2f} ± {:.2f}".format(*interval([t - a for a, t in pairs]))
     cells = [task, budget, str(len(pairs)), *means, difference, alone, together]
-    return "| " + " | ".join(cells) + " |"
+    return line(cells)
 
 
 def stand(rows: list[Row]) -> str:

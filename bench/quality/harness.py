@@ -17,6 +17,7 @@ from torch import nn
 
 from bench.quality.arms import ARMS, context_of
 from bench.quality.context import COMPUTE_EPOCHS, Context, converted, locked, macs_of
+from bench.quality.report import read_rows
 from bench.quality.tasks import TASKS
 from uvc.compaction import compact
 from uvc.costs import block_costs, counts, total
@@ -163,11 +164,7 @@ def anatomy(context: Context, model: nn.Module) -> dict[str, object]:
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
     """Rows of the latest version."""
-    if not file.exists():
-        return []
-    with open(file, newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    return [row for row in rows if row["version"] == str(VERSION)]
+    return read_rows(file, VERSION)
 
 
 def append(rows: Sequence[dict[str, object]], file: Path, fields: Sequence[str] = FIELDS) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from bench.quality import elastic
 from bench.quality.arms import ARMS, FORMER, MAIN
 from bench.quality.harness import TRACES, VERSION
-from bench.quality.report import OURS, Row, interval, mean_of, paired, render
+from bench.quality.report import OURS, Row, interval, line, mean_of, paired, read_rows, render
 
 RIVALS = [name for name in MAIN if name not in (OURS, "dense_extra")]
 # Before post-training, UVC claims to lead at these budgets; after it, to win at SMALL and to tie elsewhere.
@@ -21,12 +20,12 @@ COLOURS = ("#b3412e", "#3b6fb6", "#3a8f6b", "#8a5fb0", "#9a9a96", "#d9822b")
 
 
 def verdict(rows: list[Row], mode: str) -> list[str]:
-    """UVC against the best main rival of each task and budget, and whether the line of the issue holds.
+    """UVC against the best main rival of each task and budget, and whether the stated goal is met.
 
     The best rival is the one of the smallest mean difference over the seeds that both have.
     """
     out = [
-        "| task | budget | pairs | UVC before | best rival before | UVC - rival | | UVC after "
+        "| task | budget | seeds | UVC before | best rival before | UVC - rival | | UVC after "
         "| best rival after | UVC - rival | |",
         "|---" * 11 + "|",
     ]
@@ -46,7 +45,7 @@ def verdict(rows: list[Row], mode: str) -> list[str]:
             cells += [f"{mean_of(ours, field):.2f}", f"{_readable(arm)} {_at_seeds(here, arm, field):.2f}"]
             cells += [f"{mean:+.2f} ± {half:.2f}", _judged(field, budget, mean, half, mode)]
         else:
-            out.append("| " + " | ".join(cells) + " |")
+            out.append(line(cells))
     return out
 
 
@@ -120,21 +119,21 @@ def ablations(rows: list[Row]) -> list[str]:
             ) if by_field[1] else ""  # fmt: skip
             cells.append(cell)
         if any(cells):
-            out.append(f"| {_readable(arm)} | " + " | ".join(cells) + " |")
+            out.append(line([_readable(arm), *cells]))
     return out if len(out) > 2 else ["No row yet."]
 
 
 def one_cycle(rows: list[Row]) -> list[str]:
     """One learning-rate cycle over search and post-training, minus one for each: after it, with intervals."""
     searching = [arm.removesuffix(ONE_CYCLE) for arm in FORMER if arm.endswith(ONE_CYCLE)]
-    out = ["| task | budget | pairs | " + " | ".join(map(_readable, searching)) + " |"]
+    out = ["| task | budget | seeds | " + " | ".join(map(_readable, searching)) + " |"]
     out.append("|---" * (len(searching) + 3) + "|")
     for (task, budget), here in _cases(rows, "epochs"):
         by_arm = [paired(here, arm + ONE_CYCLE, arm, "after_top1") for arm in searching]
         if all(by_arm):
             cells = ("{:+.2f} ± {:.2f}".format(*interval(differences)) for differences in by_arm)
-            pairs = ", ".join(str(n) for n in dict.fromkeys(map(len, by_arm)))
-            out.append(f"| {task} | {budget:g} | {pairs} | " + " | ".join(cells) + " |")
+            seeds = ", ".join(str(n) for n in dict.fromkeys(map(len, by_arm)))
+            out.append(line([task, f"{budget:g}", seeds, *cells]))
     return out if len(out) > 2 else ["No row yet."]
 
 
@@ -185,9 +184,7 @@ def write(rows: list[Row], results: Path, docs: Path) -> None:
             curves(here).savefig(docs / name, dpi=110)
     structures(rows).savefig(docs / "quality_structures.png", dpi=110)
     file = results.with_name(TRACES)
-    if file.exists():
-        with open(file, newline="") as handle:
-            latest = [row for row in csv.DictReader(handle) if row["version"] == str(VERSION)]
+    if latest := read_rows(file, VERSION):
         traces(latest).savefig(docs / "quality_traces.png", dpi=110)
 
 
@@ -198,8 +195,8 @@ def curves(rows: list[Row]):
     tasks = sorted({row["task"] for row in rows})
     figure = Figure(figsize=(5.2 * 2, 3.9 * len(tasks)), facecolor="white", layout="constrained")
     axes = figure.subplots(len(tasks), 2, squeeze=False)
-    for line, task in zip(axes, tasks, strict=True):
-        for axis, field in zip(line, ("before_top1", "after_top1"), strict=True):
+    for pictures, task in zip(axes, tasks, strict=True):
+        for axis, field in zip(pictures, ("before_top1", "after_top1"), strict=True):
             for colour, arm in zip(COLOURS, [a for a in MAIN if ARMS[a].budgeted], strict=False):
                 points = []
                 for (_, budget), here in _cases([r for r in rows if r["task"] == task], rows[0]["mode"]):
@@ -241,9 +238,9 @@ def structures(rows: list[Row]):
     tasks = sorted({case[0] for case, _ in cases})
     figure = Figure(figsize=(3.6 * 3, 2.9 * max(len(tasks), 1)), facecolor="white", layout="constrained")
     axes = figure.subplots(max(len(tasks), 1), 3, squeeze=False)
-    for line, task in zip(axes, tasks, strict=False):
+    for pictures, task in zip(axes, tasks, strict=False):
         here = [(budget, rows) for (name, budget), rows in cases if name == task]
-        for which, (axis, name) in enumerate(zip(line, ("q/k dims", "v dims", "neurons"), strict=True)):
+        for which, (axis, name) in enumerate(zip(pictures, ("q/k dims", "v dims", "neurons"), strict=True)):
             for colour, (budget, own) in zip(COLOURS, here, strict=False):
                 kept = [kept_of(row["structure"]) for row in own]
                 heights = [sum(k[i][which] for k in kept) / len(kept) for i in range(len(kept[0]))]
@@ -255,7 +252,7 @@ def structures(rows: list[Row]):
             axis.set_xlabel("block")
             axis.set_ylim(bottom=0)
             axis.spines[["top", "right"]].set_visible(False)
-        line[-1].legend(fontsize=7, frameon=False)
+        pictures[-1].legend(fontsize=7, frameon=False)
     return figure
 
 
@@ -277,7 +274,7 @@ def traces(rows: list[Row]):
     tasks = sorted({row["task"] for row in rows})
     figure = Figure(figsize=(5.2 * 2, 3.3 * len(tasks)), facecolor="white", layout="constrained")
     axes = figure.subplots(len(tasks), 2, squeeze=False)
-    for line, task in zip(axes, tasks, strict=True):
+    for pictures, task in zip(axes, tasks, strict=True):
         budgets = sorted({float(row["budget"]) for row in rows if row["task"] == task}, reverse=True)
         for colour, budget in zip(COLOURS, budgets, strict=False):
             own = [row for row in rows if row["task"] == task and float(row["budget"]) == budget]
@@ -285,13 +282,13 @@ def traces(rows: list[Row]):
             for axis, field, style in ((0, "target", ":"), (0, "hard_cost", "-"), (1, "z", "-")):
                 label = f"budget {budget:g}" if style == "-" else None
                 values = [float(row[field]) for row in own]
-                line[axis].plot(steps, values, color=colour, linestyle=style, label=label)
+                pictures[axis].plot(steps, values, color=colour, linestyle=style, label=label)
             y = [max(float(row[f"y_{name}"]) for name in ("qk", "v", "neuron")) for row in own]
-            line[1].plot(steps, y, color=colour, linestyle="--")
-        line[0].set_title(f"{task}: cost (solid) and its target (dotted)", fontsize=10)
-        line[1].set_title(f"{task}: z (solid), largest mean y (dashed)", fontsize=10)
-        for axis in line:
+            pictures[1].plot(steps, y, color=colour, linestyle="--")
+        pictures[0].set_title(f"{task}: cost (solid) and its target (dotted)", fontsize=10)
+        pictures[1].set_title(f"{task}: z (solid), largest mean y (dashed)", fontsize=10)
+        for axis in pictures:
             axis.set_xlabel("training step of the search")
             axis.spines[["top", "right"]].set_visible(False)
-        line[0].legend(fontsize=7, frameon=False)
+        pictures[0].legend(fontsize=7, frameon=False)
     return figure

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 from scipy.stats import t as student
 
 Row = dict[str, str]
 OURS = "uvc"
+
+
+def read_rows(file: Path, version: int) -> list[Row]:
+    """Rows of this version, none without the file."""
+    if not file.exists():
+        return []
+    with open(file, newline="") as handle:
+        return [row for row in csv.DictReader(handle) if row["version"] == str(version)]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -62,7 +72,7 @@ def _table(rows: list[Row]) -> list[str]:
     for row in rows:
         arms[row["arm"]].append(row)
     order = sorted(arms, key=lambda arm: -mean_of(arms[arm], "after_top1"))
-    return [_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_cells(arm, arms[arm], rows)) for arm in order)]
+    return [line(HEAD), line(["---"] * len(HEAD)), *(line(_cells(arm, arms[arm], rows)) for arm in order)]
 
 
 def _cells(arm: str, own: list[Row], rows: list[Row]) -> list[str]:
@@ -98,5 +108,6 @@ def shown(rows: list[Row], field: str, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
     return "| " + " | ".join(cells) + " |"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from bench.quality.harness import append
+from bench.quality.report import read_rows
 from bench.real.arms import ARMS, AT_ONCE, rival, uvc
 from bench.real.pictures import count
 from bench.real.setup import Setup
@@ -46,7 +46,7 @@ def jobs(
 ) -> list[Job]:
     """Every row asked for, in the order of running: seed by seed, UVC and its simplest rival before the
     others, small budgets before large ones. The dense control has one row a seed, at the end. At equal
-    compute there are rows of the arms that choose their structure at once.
+    compute there are rows of the one-shot greedy.
     """
     wanted = {
         Job(setup.part, seed, 1.0 if arm == "dense_extra" else budget, arm, mode, setup.config.learning_rate)
@@ -96,10 +96,7 @@ def run_job(setup: Setup, job: Job, compute: float | None = None) -> dict[str, o
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
     """Rows of the latest version."""
-    if not file.exists():
-        return []
-    with open(file, newline="") as handle:
-        return [row for row in csv.DictReader(handle) if row["version"] == str(VERSION)]
+    return read_rows(file, VERSION)
 
 
 def key(row: dict[str, str]) -> Job:

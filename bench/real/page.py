@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.quality.page import between_markers
-from bench.quality.report import Row, mean_of, paired, shown
+from bench.quality.report import OURS, Row, line, mean_of, paired, shown
 from bench.real.arms import ARMS
 from bench.real.harness import Job, jobs, key
 from bench.real.setup import Setup
 
-OURS = "uvc"
 BUDGETS, SEEDS, MODES = (0.5, 0.33), (0, 1), ("epochs", "compute")
 NAMES = {
     "uvc": "**UVC**, `uvc compress`",
@@ -47,7 +46,7 @@ def results(rows: list[Row]) -> str:
             if arm in (OURS, "dense_extra")
             else paired([*own, *cases[budget, "epochs", OURS]], OURS, arm, "after_top1")
         )
-        more = f", {own[0]['post_epochs']} epochs" if mode == "compute" else ""
+        more = f" for UVC's compute, {own[0]['post_epochs']} epochs" if mode == "compute" else ""
         cells = [
             f"{budget:g}",
             NAMES[arm] + more,
@@ -61,7 +60,7 @@ def results(rows: list[Row]) -> str:
             f"{mean_of(own, 'seconds'):.0f}",
             f"{mean_of(own, 'cpu_seconds'):.0f}",
         ]
-        out.append("| " + " | ".join(cells) + " |")
+        out.append(line(cells))
     return "\n".join(out) if cases else "No row yet."
 
 
@@ -85,7 +84,7 @@ def short(rows: list[Row]) -> str:
     for budget in BUDGETS:
         found = {arm: _by_seed(rows, arm, budget, "after_top1") for arm in arms}
         cells = [f"{budget:g}", _by_seed(rows, OURS, budget, "teacher_top1"), *found.values()]
-        out.append("| " + " | ".join(cells) + " |")
+        out.append(line(cells))
     return "\n".join(out)
 
 
