@@ -20,7 +20,7 @@ from torch import nn
 from bench.quality import arms as quality
 from bench.quality.context import COMPUTE_SCORING, Context, Meter, Trace, macs_of
 from bench.quality.harness import epoch_macs
-from bench.real.setup import Setup
+from bench.real.setup import VERSION, Setup
 from bench.real.teacher import teacher
 from uvc.training.signals import Stopped, asked
 from uvc.training.teacher_cache import CachedDistillation
@@ -117,7 +117,9 @@ def uvc(setup: Setup, seed: int, budget: float) -> dict[str, object]:
     """The same of `uvc compress`, run as a user runs it; one that was stopped is resumed."""
     weights, _ = teacher(setup, seed)
     config = setup.seeded(seed)
-    out = setup.folder / "runs" / f"{setup.part}-{seed}-{budget:g}-{config.learning_rate:g}"
+    epochs = f"{config.search_epochs}+{config.post_epochs}"
+    name = f"{setup.part}-{seed}-{budget:g}-{config.learning_rate:g}-{epochs}-{VERSION}"
+    out = setup.folder / "runs" / name
     begun = (out / "run.json").is_file()
     options = ["--resume"] if begun else command(setup, seed, budget, weights)
     with timed(out.with_name(f"{out.name}.seconds")) as seconds:

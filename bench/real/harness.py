@@ -13,7 +13,7 @@ from bench.quality.harness import append
 from bench.quality.report import read_rows
 from bench.real.arms import ARMS, AT_ONCE, rival, uvc
 from bench.real.pictures import count
-from bench.real.setup import Setup
+from bench.real.setup import VERSION, Setup
 from bench.real.teacher import teacher
 from uvc.environment import commit, processor, versions_line
 from uvc.training.signals import Stopped, stop_on_signals
@@ -25,8 +25,6 @@ FIELDS = (
     "val_images teacher_learning_rate teacher_epochs batch_size precision crop_scale threads device "
     "versions commit date version"
 ).split()
-# Changed when a row would come out different. Reports and resuming look at the latest rows only.
-VERSION = 1
 FIRST = ("uvc", "global_taylor")
 
 

@@ -27,6 +27,8 @@ CONFIG = Config(
     threads=1,
 )
 TEACHER_RATE = 5e-5
+# Changed when a row would come out different. Reports and resuming look at the latest rows and runs only.
+VERSION = 1
 VIEWS = DataConfig(scale=(0.6, 1.0))
 
 
