@@ -22,22 +22,42 @@ from bench.quality.tasks import TASKS
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+# What each command takes beside --results; what is not given has the default beside it.
+TAKES = {
+    "run": ("arms", "budgets", "seeds", "tasks", "mode", "minutes", "workers"),
+    "report": ("mode",),
+    "page": (),
+    "accept": ("seeds", "tasks"),
+    "elastic": ("seeds", "tasks", "minutes"),
+}
+DEFAULTS = {
+    "arms": list(MAIN),
+    "budgets": [0.5, 0.33, 0.15, 0.08],
+    "seeds": list(range(8)),
+    "tasks": list(TASKS),
+    "mode": "epochs",
+    "minutes": 300.0,
+    "workers": 2,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
-    parser.add_argument(
-        "command", nargs="?", choices=["run", "report", "page", "accept", "elastic"], default="run"
-    )
-    parser.add_argument("--arms", nargs="+", default=list(MAIN), choices=[*ARMS, "all"], metavar="ARM")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.33, 0.15, 0.08])
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(8)))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument(
-        "--mode", choices=["epochs", "compute"], default="epochs", help="what all arms have in common"
-    )
-    parser.add_argument("--minutes", type=float, default=300.0, help="no row begins after this")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    parser.add_argument("command", nargs="?", choices=list(TAKES), default="run")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], metavar="ARM")
+    parser.add_argument("--budgets", nargs="+", type=float)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS))
+    parser.add_argument("--mode", choices=["epochs", "compute"], help="what all arms have in common")
+    parser.add_argument("--minutes", type=float, help="no row begins after this")
+    parser.add_argument("--workers", type=int, help="processes of one thread each")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="other files lie beside it")
     options = parser.parse_args()
+    for name, default in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif name not in TAKES[options.command]:
+            parser.error(f"{options.command} takes no --{name}")
     if options.command == "accept":
         rows = [accept(TASKS[name], seed) for name in options.tasks for seed in options.seeds]
         write_acceptance(rows, options.results.with_name("tasks.json"))
@@ -46,7 +66,8 @@ def main() -> None:
     elif options.command == "report":
         print(report.render(harness.read(options.results), options.mode))
     elif options.command == "elastic":
-        elastic.run(options.tasks, options.seeds, options.minutes)
+        beside = options.results.with_name(elastic.RESULTS.name)
+        elastic.run(options.tasks, options.seeds, options.minutes, beside)
     elif options.command == "page":
         page.write(harness.read(options.results), options.results, DOCS)
     else:

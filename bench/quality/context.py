@@ -281,5 +281,7 @@ def narrow_width(context: Context) -> int:
 
 
 def write_acceptance(rows: list[dict], file: Path) -> None:
-    """Leaves what the rule found beside the results."""
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+    """Leaves what the rule found beside the results, in the place of what it found of these before."""
+    before = json.loads(file.read_text()) if file.exists() else []
+    found = {(row["task"], row["seed"]): row for row in [*before, *rows]}
+    file.write_text(json.dumps(list(found.values()), indent=1) + "\n")

@@ -1,13 +1,16 @@
 """The rival bench: its tasks, its CSV, its order of running, and every arm on a tiny net."""
 
 import csv
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.quality import __main__ as command
 from bench.quality import arms, context, elastic, harness, page, report
+from bench.quality.context import write_acceptance
 from bench.quality.tasks import TASKS, Batches, Split, Task
 from uvc.config import Config, SolverConfig
 from uvc.costs import cost
@@ -276,6 +279,36 @@ def test_pictures_come_from_rows(tmp_path):
     for path in (docs / "quality.md", tmp_path / "README.md"):
         assert "3 rows at equal epochs" in path.read_text()
     assert len(list(docs.glob("quality_*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    "typed", ["elastic --arms uvc", "page --seeds 0", "report --workers 1", "accept --minutes 1"]
+)
+def test_an_option_that_a_command_does_not_read_is_refused(typed, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.quality", *typed.split()])
+    with pytest.raises(SystemExit):
+        command.main()
+    first, option, _ = typed.split()
+    assert f"{first} takes no {option}" in capsys.readouterr().err
+
+
+def test_several_budgets_lie_beside_the_results_that_are_named(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(elastic, "run", lambda *options: given.append(options))
+    options = ["elastic", "--seeds", "3", "--tasks", "pairs", "--results", str(tmp_path / "other.csv")]
+    monkeypatch.setattr("sys.argv", ["bench.quality", *options])
+    command.main()
+    assert given == [(["pairs"], [3], 300.0, tmp_path / "elastic.csv")]
+
+
+def test_a_task_found_hard_enough_leaves_the_others_findings(tmp_path):
+    file = tmp_path / "tasks.json"
+    write_acceptance([{"task": "a", "seed": 0, "accepted": True}, {"task": "b", "seed": 0}], file)
+    write_acceptance([{"task": "a", "seed": 0, "accepted": False}], file)
+    assert json.loads(file.read_text()) == [
+        {"task": "a", "seed": 0, "accepted": False},
+        {"task": "b", "seed": 0},
+    ]
 
 
 def test_several_budgets_in_one_model_leave_a_row_each(tmp_path):
