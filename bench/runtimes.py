@@ -47,6 +47,7 @@ FIELDS = (
     "runtime", "dense_ms", "ms", "ratio", "low", "high", "turns",
 )  # fmt: skip
 FEWEST, MOST = 5, 60  # turns
+REST = 0.05  # seconds in which the threads of the other session, which spin, fall asleep
 Run = Callable[[], object]
 
 
@@ -97,6 +98,8 @@ def turns(dense: Run, small: Run, seconds: float) -> tuple[list[float], list[flo
         order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
         for which in order:
             run = (dense, small)[which]
+            if torch.get_num_threads() > 1:
+                time.sleep(REST)
             run()
             begun = clock()
             run()
