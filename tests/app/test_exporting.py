@@ -27,6 +27,15 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.mark.parametrize("threads, rests", [(1, []), (2, [exporting.REST])])
+def test_a_timed_pass_follows_one_of_its_own_and_with_several_threads_a_rest(threads, rests, monkeypatch):
+    did = []
+    monkeypatch.setattr(exporting.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(exporting, "sleep", did.append)
+    assert exporting.second_pass(lambda x: did.append("pass"), torch.zeros(1)) >= 0.0
+    assert did == [*rests, "pass", "pass"]
+
+
 def told(arguments, capsys):
     """What `uvc export --json` says."""
     assert cli.run(["export", *map(str, arguments), "--json"]) == 0
