@@ -16,8 +16,8 @@ import uvc.models
 from uvc.config import SolverConfig
 from uvc.constraints import limits
 from uvc.costs import count_macs, prices
+from uvc.layers import sizes_of
 from uvc.solver import Search
-from uvc.structure import sizes_of
 
 STEPS = 3
 MODELS = {

@@ -210,7 +210,7 @@ def test_measuring_finds_a_growing_table_of_the_model_and_leaves_it_alone(monkey
 
 
 def test_forms_are_ragged_without_multiples_and_even_with_them():
-    sizes = uvc.structure.sizes_of(small_vit(embed_dim=128, num_heads=4)).each[0]
+    sizes = uvc.layers.sizes_of(small_vit(embed_dim=128, num_heads=4)).each[0]
     ragged, even = latency_table._attn_form(sizes, 4, 16, 1), latency_table._attn_form(sizes, 4, 16, 16)
     lengths = [(len(q), len(v)) for q, v in zip(ragged.qk_dims, ragged.v_dims, strict=True)]
     assert len(set(lengths)) == 4 and all(q != v and q + v == 32 for q, v in lengths)

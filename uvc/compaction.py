@@ -16,8 +16,9 @@ from uvc.layers import (
     heads_in_groups,
     joined,
     replaced,
+    sizes_of,
 )
-from uvc.structure import Structure, fit_structure, sizes_of, structure_of
+from uvc.structure import Structure, fit_structure, structure_of
 
 # What one product less is worth with one image, in multiply-accumulates: calls, and smaller products.
 PER_PRODUCT = 2_500_000

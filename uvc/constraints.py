@@ -7,7 +7,8 @@ from torch import nn
 
 from uvc.config import METRICS, named_budgets
 from uvc.costs import LINEAR, Costs, Counts, counts, prices, total
-from uvc.structure import Structure, sizes_of
+from uvc.layers import sizes_of
+from uvc.structure import Structure
 
 
 class Limit(NamedTuple):

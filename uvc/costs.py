@@ -13,15 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uvc.layers import (
     Prunable,
+    Sizes,
     UnitCost,
     check_children,
     image_of,
     kind_of_block,
     lists_of,
     meta_copy,
+    sizes_of,
     stem_of,
 )
-from uvc.structure import Sizes, Structure, patch_tokens, sizes_of, structure_of
+from uvc.structure import Structure, patch_tokens, structure_of
 
 LINEAR = ("macs", "params")
 _aten = torch.ops.aten

@@ -25,8 +25,8 @@ from uvc_kernels.timing import Clock, milliseconds, take_turns
 from uvc.compaction import compacted
 from uvc.costs import BlockCounts, Counts, Prices, counts, total
 from uvc.environment import device_name, versions_line
-from uvc.layers import Families, image_of, lists_of, units_of
-from uvc.structure import BlockStructure, Size, Structure, sizes_of, structure_of
+from uvc.layers import Families, Size, image_of, lists_of, sizes_of, units_of
+from uvc.structure import BlockStructure, Structure, structure_of
 
 Row = tuple[float, ...]
 # Every unit goes alone.

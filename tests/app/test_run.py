@@ -99,7 +99,7 @@ def test_a_latency_budget_is_measured_met_and_verified(tmp_path, monkeypatch, ca
     assert "0.6 of latency" in capsys.readouterr().out
 
     # A table from elsewhere is not measured again.
-    monkeypatch.setattr("uvc.training.compress.measure", None)
+    monkeypatch.setattr("uvc.training.plan.measure", None)
     given = ["--latency-table", str(tmp_path / "a" / "latency.json")]
     assert cli.run(["compress", "--out", str(tmp_path / "b"), *options, *given]) == 0
     assert summary(tmp_path / "b")["latency_budget"]["predicted_ratio"] <= 0.6

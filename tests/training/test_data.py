@@ -276,6 +276,14 @@ def test_a_hugging_face_data_set_on_disk_is_read_by_its_path(folder, tmp_path_fa
     assert sum(len(labels) for _, labels in data.train) == 8
 
 
+def test_more_workers_than_processors_are_said_once(folder, monkeypatch, recwarn):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    data = load_data(folder, model_input=(1, 32, 32), batch_size=4, workers=2)
+    assert sum(len(labels) for _, labels in data.val) == 6
+    said = [str(w.message) for w in recwarn if "processors" in str(w.message) or "worker" in str(w.message)]
+    assert len(said) == 1 and "--workers 1" in said[0]
+
+
 def break_folder(folder, how):
     if how == "no validation folder":
         (folder / "val").rename(folder / "other")

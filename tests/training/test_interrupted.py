@@ -177,7 +177,8 @@ def options(data, out, search_epochs=3):
     phases = {"teacher": 1, "warmup": 1, "search": search_epochs, "post": 1}
     epochs = [word for name, many in phases.items() for word in (f"--{name}-epochs", str(many))]
     data = ["--data", str(data), "--model", "uvc_vit_digits", "--batch-size", "4"]
-    return ["--out", str(out), *data, *epochs, "--workers", "2", "--threads", "1", "--quiet"]
+    workers = min(2, len(os.sched_getaffinity(0)))  # more than there are processors would be a warning
+    return ["--out", str(out), *data, *epochs, "--workers", str(workers), "--threads", "1", "--quiet"]
 
 
 def start(arguments):

@@ -36,11 +36,12 @@ from uvc.layers import cfg_of, convert, image_of, set_image, set_tokens, takes_a
 from uvc.recipes import AIMS, RECIPES
 from uvc.structure import Structure, structure_of
 from uvc.training.checkpoint import delete_run
-from uvc.training.compress import Plan, Result, carry_out, train_teacher
+from uvc.training.compress import Result, carry_out, train_teacher
 from uvc.training.data import Data, load_data
 from uvc.training.evaluation import count_right, evaluate
 from uvc.training.logger import RunLog
 from uvc.training.multiples import settle
+from uvc.training.plan import Plan
 from uvc.training.processes import Alone, here
 from uvc.training.trackers import check_trackers
 

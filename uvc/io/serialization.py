@@ -35,8 +35,9 @@ from uvc.layers import (
     meta_copy,
     named_blocks,
     replaced,
+    sizes_of,
 )
-from uvc.structure import Structure, apply_structure, fit, sizes_of, structure_of
+from uvc.structure import Structure, apply_structure, fit, structure_of
 
 WEIGHTS, CONFIG, FORMAT = "model.safetensors", "config.json", "uvc-5"
 # What older formats did not say, because they knew nothing else.

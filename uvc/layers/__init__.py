@@ -28,6 +28,7 @@ from uvc.layers.kinds import timm_classes
 from uvc.layers.mlp import UVCGluMlp, UVCMlp, UVCSwiGLU
 from uvc.layers.other_blocks import seen
 from uvc.layers.prunable import NAMES, Prunable, UnitCost
+from uvc.layers.sizes import Size, Sizes, sizes_of
 from uvc.layers.stages import blocks_of, entries_of, listed, lists_of, named_blocks, replaced
 from uvc.layers.things import Thing, joined
 from uvc.layers.token_pruning import Slimming, slimming
@@ -39,6 +40,8 @@ __all__ = [
     "Families",
     "Prunable",
     "Reads",
+    "Size",
+    "Sizes",
     "Slimming",
     "Thing",
     "UVCAttention",
@@ -75,6 +78,7 @@ __all__ = [
     "set_image",
     "set_recompute",
     "set_tokens",
+    "sizes_of",
     "slimming",
     "stem_of",
     "takes_any_size",

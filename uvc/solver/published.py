@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
 from uvc.costs import Counts, total
-from uvc.layers import NAMES, convert, families, named_blocks
+from uvc.layers import NAMES, convert, families, named_blocks, sizes_of
 from uvc.solver.param_groups import Groups
 from uvc.solver.pruner import Pruner, method
 from uvc.solver.rounding import round_to_budget
 from uvc.solver.state import Factors, Family, State, smallest
-from uvc.structure import sizes_of
 
 TEMPERATURE, COUNT_RATE, DUAL_RATE, BUDGET_RATE = 0.5, 0.02, 1e-4, 1.0
 GATE_RATE, GATE_MOMENTUM, GATE_COST, GATE_EVERY = 0.1, 0.9, 5e-4, 50

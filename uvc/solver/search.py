@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from uvc.config import SolverConfig
 from uvc.constraints import Limit
 from uvc.costs import Counts, total
-from uvc.layers import convert
+from uvc.layers import convert, sizes_of
 from uvc.solver import skip_gates
 from uvc.solver.head_basis import balance_heads
 from uvc.solver.objective import hard_cost, marginal, soft_cost
@@ -25,7 +25,6 @@ from uvc.solver.rounding import round_to_budget
 from uvc.solver.state import ALWAYS, Factors, Masks, State, sent
 from uvc.solver.step import dual, primal, prox, snap
 from uvc.solver.token_groups import check_tokens, tokens_of
-from uvc.structure import sizes_of
 
 
 @method("uvc")

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from uvc.constraints import Limit
 from uvc.costs import fixed_macs, macs_at, total
-from uvc.layers import blocks_of, slimming
+from uvc.layers import blocks_of, sizes_of, slimming
 from uvc.solver.importance import group_prices
 from uvc.solver.objective import marginal, soft_counts, used, weights
 from uvc.solver.rounding import round_to_budget
 from uvc.solver.state import Masks, State, TokenState
-from uvc.structure import sizes_of
 
 BUCKETS = 16
 MOST_SITES = 3

@@ -5,6 +5,7 @@ that timm names.
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -246,6 +247,12 @@ def _image_data(
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"aa: {views.aa!r} is no policy of timm ({error}); try rand-m9-mstd0.5") from None
+    if workers > (processors := len(os.sched_getaffinity(0))):
+        warnings.warn(
+            f"workers: {workers} processes will read images, but this run may use {processors} processors; "
+            f"--workers {processors} is likely to be faster",
+            stacklevel=2,
+        )
     common = dict(mode="L" if view["input_size"][0] == 1 else "RGB", seed=seed, workers=workers)
     return Data(
         ImageLoader(train, changed, batch_size, training=True, split="train", **common),

@@ -313,9 +313,7 @@ class ImageLoader(Loader):
         self.batch_size = batch_size
         self._said: dict[str, set[int]] = {}
         self._first: dict[str, Remark] = {}
-        with warnings.catch_warnings():
-            # Its constructor calls a function that torch is about to drop.
-            warnings.filterwarnings("ignore", message=".*set_vital.*")
+        with _quiet():
             self._loader = StatefulDataLoader(
                 Views(reader, transform, mode, seed, training),
                 batch_sampler=self._sampler,
@@ -349,7 +347,9 @@ class ImageLoader(Loader):
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         self._sampler.epoch, self._sampler.start, self._sampler.own = epoch, start, self.own
         new = False
-        for images, labels, indices, remarks in self._loader:
+        with _quiet():
+            batches = iter(self._loader)
+        for images, labels, indices, remarks in batches:
             for remark in remarks:
                 known = self._said.setdefault(remark.what, set())
                 new = new or remark.index not in known
@@ -375,6 +375,14 @@ class ImageLoader(Loader):
                 then = ", others take their place" if self.training else " and are left out"
             parts.append(f"{len(found)} of {len(self.reader)} images {what}{then}, first {name}{why}")
         return "; ".join(parts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says of a function that is about to go, and of workers, which `load_data` says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*set_vital.*|This DataLoader will create")
+        yield
 
 
 def _name(reader: Any, index: int, absolute: bool = True) -> str:

@@ -22,8 +22,18 @@ from uvc.config import Config
 from uvc.io.dtypes import input_dtype
 from uvc.io.files import one_line, write_json
 from uvc.latency_table import quiet_clock
-from uvc.layers import Families, blocks_of, compact_kind, image_of, layers_of, listed, units_of
-from uvc.structure import BlockStructure, Size, sizes_of
+from uvc.layers import (
+    Families,
+    Size,
+    blocks_of,
+    compact_kind,
+    image_of,
+    layers_of,
+    listed,
+    sizes_of,
+    units_of,
+)
+from uvc.structure import BlockStructure
 
 MULTIPLES = "multiples.json"  # what was measured, in the folder of a run
 CANDIDATES = (1, 2, 4, 8, 16, 32)
