@@ -75,6 +75,9 @@ def test_heads_of_an_onnx_program_run_alone_and_are_not_turned_around(form, fold
     heads = sum(len(block.record.heads) for block in small.blocks if block.record.attn)
     assert ops.count("Softmax") == heads
     assert ops.count("Transpose") <= heads + 2  # keys, which products take turned; patches
+    halves = [(b.attn and b.heads, b.mlp and b.neurons) for b in (block.record for block in small.blocks)]
+    products = 2 * sum(bool(half) for pair in halves for half in pair)
+    assert ops.count("Gemm") == products + 1  # they add their bias; the classifier
 
 
 def test_padded_heads_are_exported_as_one_product(folder, images, tmp_path):

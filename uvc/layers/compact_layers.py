@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.layers.children import drop_rate, is_plain, is_untouched, product
+from uvc.layers.children import drop_rate, is_plain, is_untouched, product, writes_onnx
 from uvc.layers.columns import Columns, columns_of
 from uvc.layers.token_pruning import Slimming, row_scores
 
@@ -191,7 +191,7 @@ class CompactAttention(nn.Module):
         """
         dropout = drop_rate(self._modules.get("attn_drop"))
         # There one product of several heads turns q, k and v around first, which takes longer.
-        apart = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        apart = writes_onnx()
         if self._flat == [False] and not apart:
             q, k, v = self._heads(x)[0]
             return [attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)]
