@@ -154,7 +154,8 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     for r in rows:
         key = tuple(r[name] for name in ("model", "structure", "share", "batch", "threads"))
         lines.setdefault(key, {})[r["runtime"]] = r
-    about = ", ".join(rows[-1][name] for name in ("device", "versions", "date"))
+    newest = max(rows, key=lambda r: r["date"])
+    about = ", ".join(newest[name] for name in ("device", "versions", "date"))
     runtimes = [name for name in RUNTIMES if any(name in found for found in lines.values())]
     heads = " | ".join(f"{name}, dense ms | ratio" for name in runtimes)
     text = [
