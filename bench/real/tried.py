@@ -120,7 +120,7 @@ def run(setup: Setup, budget: float, search: Search, posts: dict[str, Post], fil
     context = RealContext(setup, SEED, budget, weights)
     model = copy.deepcopy(context.dense)
     context.dense.requires_grad_(False)
-    args = (model, context.batches, context.val, budget, "macs", context.dense, config)
+    args = (model, context.batches, context.val, budget, "macs", config, context.dense)
     plan = Plan(*args, out=None, resume=False, latency=None, teacher_cache=context.answers)
     start, cpu = time.monotonic(), time.process_time()
     with RunLog(None) as log:
