@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from bench.quality import gates, pruning, rivals, tried
+from bench.quality import gates, pruning, rivals
 from bench.quality.context import HEADS, WIDTH, Context, build, narrow_width
 from uvc.config import DistillConfig
 from uvc.training.compress import compress
@@ -49,12 +49,6 @@ def _compress(context: Context, model: nn.Module, budget: float, epochs: int, **
 def only(*families: str) -> Callable[[Context], nn.Module]:
     """UVC that removes groups of these families, and skips."""
     return lambda context: uvc(context, families=families)
-
-
-def activation_basis(context: Context) -> nn.Module:
-    """UVC in bases of heads from activations."""
-    model = tried.balance_by_activations(context.student(), context)
-    return _compress(context, model, context.budget, context.config.search_epochs, balance=False)
 
 
 def prune_then_skip(context: Context) -> nn.Module:
@@ -118,16 +112,16 @@ ARMS: dict[str, Arm] = {
     "uvc_no_distill": Arm(uvc, search=True, distill=False),
     "prune_then_skip": Arm(prune_then_skip, search=True),
     "skip_then_prune": Arm(skip_then_prune, search=True),
-    "uvc_cross_terms": Arm(lambda c: uvc(c, method="cross_terms"), search=True),
-    "uvc_activation_basis": Arm(activation_basis, search=True),
-    "uvc_compensated": Arm(lambda c: uvc(c, method="compensated"), search=True),
-    "uvc_fisher_probe": Arm(lambda c: uvc(c, method="fisher_probe"), search=True),
     "published": Arm(lambda c: uvc(c, method="published"), search=True),
 }
 # Tried and not kept: their rows stay in the tables, their code in the history.
 FORMER = (
     "uvc_whole_heads",
     "uvc_no_dims",
+    "uvc_cross_terms",
+    "uvc_activation_basis",
+    "uvc_compensated",
+    "uvc_fisher_probe",
     "uvc_one_cycle",
     "global_taylor_rescored_one_cycle",
 )

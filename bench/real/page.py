@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.quality.page import between_markers
-from bench.quality.report import OURS, Row, line, mean_of, paired, shown
+from bench.quality.report import OURS, Row, line, mean_of, paired, read_rows, shown
 from bench.real.arms import ARMS
 from bench.real.harness import Job, jobs, key
-from bench.real.setup import Setup
+from bench.real.setup import VERSION, Setup
 
 BUDGETS, SEEDS, MODES = (0.5, 0.33), (0, 1), ("epochs", "compute")
 NAMES = {
@@ -19,6 +19,19 @@ NAMES = {
     "global_taylor_rescored": "global Taylor, re-scored",
     "tp_isomorphic": "torch-pruning, isomorphic",
     "dense_extra": "dense, trained on",
+}
+
+TRIED = Path(__file__).with_name("tried.csv")  # rows of what was tried after the search
+TRIED_NAMES = {
+    "uvc": "**as it is**",
+    "uvc_kept_optimizer": "the same two cycles, the optimiser kept, no second warm-up of the rate",
+    "uvc_one_cycle": "one cycle over the whole run, one optimiser",
+    "uvc_one_cycle_fresh": "one cycle, a fresh optimiser after the search",
+    "uvc_one_cycle_early": "one cycle, one optimiser, the budget reached at 0.35 of the search, not 0.7",
+    "uvc_layer_decay": "as it is, rates of earlier blocks lower by 0.8 each in post-training",
+    "uvc_averaged": "as it is, weights of post-training averaged (0.98)",
+    "uvc_features": "as it is, outputs of all blocks drawn to the teacher's in half of post-training",
+    "uvc_four_two": "as it is, but four epochs of search and two of post-training",
 }
 
 
@@ -110,6 +123,46 @@ def stand(rows: list[Row]) -> str:
     return " ".join(out)
 
 
+def tried(rows: list[Row]) -> str:
+    """What was tried where settings are chosen: top-1 after the search and after post-training."""
+    out = ["| three epochs of search, three of post-training | 0.33 | 0.5 |", "|---|---|---|"]
+    for arm, name in TRIED_NAMES.items():
+        own = {float(row["budget"]): row for row in of_part(rows, "tune") if row["arm"] == arm}
+        both = [
+            f"{_short(r['before_top1'])}, {_short(r['after_top1'])}" if (r := own.get(b)) else ""
+            for b in (0.33, 0.5)
+        ]
+        out.append(line([name, *both]))
+    return "\n".join(out)
+
+
+def held_out(rows: list[Row]) -> str:
+    """Top-1 after post-training by seed: as it is, with one cycle, and with more of the epochs searched."""
+    out = [
+        "| held-out pictures, seeds 0, 1 | as it is | one cycle | four epochs and two |",
+        "|---|---|---|---|",
+    ]
+    for budget in BUDGETS:
+        for arm, name in (("uvc", "UVC"), ("global_taylor_rescored", "global Taylor, re-scored")):
+            found = (
+                _by_seed(rows, each, budget, "after_top1")
+                for each in (arm, f"{arm}_one_cycle", f"{arm}_four_two")
+            )
+            out.append(line([f"{budget:g}, {name}", *found]))
+    return "\n".join(out)
+
+
+def tried_rows() -> list[Row]:
+    """Those of `TRIED`, with what they have in common with rows of results. Arms that share their epochs in
+    another way than four and two have three and three.
+    """
+    rows = read_rows(TRIED, VERSION)
+    return [
+        {**r, "mode": "epochs", "arm": "uvc_four_two" if r["search_epochs"] == "4" else r["arm"]}
+        for r in rows
+    ]
+
+
 def setting(rows: list[Row]) -> str:
     """The setting that all rows have in common."""
     if not rows:
@@ -137,9 +190,10 @@ def wanted() -> list[Job]:
 
 def blocks(rows: list[Row]) -> dict[str, str]:
     """The text of every block of the page."""
-    rows = of_part(rows)
+    rows, others = of_part(rows), tried_rows()
     writers = (results, teachers, short, stand, setting)
-    return {writer.__name__: writer(rows) for writer in writers}
+    texts = {writer.__name__: writer(rows) for writer in writers}
+    return {**texts, "tried": tried(others), "held_out": held_out([*rows, *of_part(others)])}
 
 
 def filled(text: str, rows: list[Row]) -> str:
