@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import uvc
 from uvc.compaction import equivalent, forms_of, in_form, quick_forms
 from uvc.layers import FORMS
-from uvc.layers.compact_layers import in_whole_vectors
+from uvc.layers.compact_attention import in_whole_vectors
 
 CASES = list(structures(small_vit()))
 
@@ -173,6 +173,39 @@ def test_torch_export_gives_the_same_outputs():
     x = torch.randn(2, 3, 16, 16)
     exported = torch.export.export(small, (x,)).module()
     assert error(exported(x), small(x)) < 1e-6
+
+
+def products(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """The products of matrices in a compiled program, in their order."""
+    names = []
+
+    def backend(graph, inputs):
+        names.extend(n.target.__name__ for n in graph.graph.nodes if callable(n.target))
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert error(torch.compile(model, backend=backend, fullgraph=True)(x), model(x)) < 1e-5
+    return [name for name in names if name in ("linear", "addmm")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_the_last_product_of_a_half_begins_with_the_residual(form):
+    structure = uvc.Structure.random(small_vit(), 0.5, seed=3)
+    model = uvc.compact(uvc.apply_structure(small_vit(), structure), form).eval()
+    alone, x = copy.deepcopy(model), images(model, 2)
+    for block in alone.blocks:
+        block.attn.register_forward_hook(lambda *_: None)
+    found, hooked = products(model, x), products(alone, x)
+    last = ["linear", "addmm"]
+    assert found == [*last * 2 * len(model.blocks), "linear"]
+    assert hooked == [*["linear", "linear", *last] * len(model.blocks), "linear"]
+
+
+def test_compiled_a_layer_scale_lies_between_a_half_and_the_residual():
+    model = small_vit(init_values=0.5)
+    model = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5, seed=3))).eval()
+    assert set(products(model, images(model, 2))) == {"linear"}
 
 
 @pytest.mark.parametrize("name", MODELS)

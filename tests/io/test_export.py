@@ -10,12 +10,14 @@ import timm
 import torch
 from oracle import TOLERANCE, small_vit, stored
 from oracle import error as error_of
+from served import made
 
 import uvc
 import uvc.models
 from uvc.cli import run
 from uvc.compaction import in_form
 from uvc.io.export import export, suited
+from uvc.io.runtimes import write_onnx
 from uvc.io.serialization import load
 
 needs_onnx = pytest.mark.skipif(
@@ -78,6 +80,20 @@ def test_heads_of_an_onnx_program_run_alone_and_are_not_turned_around(form, fold
     halves = [(b.attn and b.heads, b.mlp and b.neurons) for b in (block.record for block in small.blocks)]
     products = 2 * sum(bool(half) for pair in halves for half in pair)
     assert ops.count("Gemm") == products + 1  # they add their bias; the classifier
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", ["eva02", "geglu", "grouped queries"])
+def test_gated_mlps_and_q_k_and_v_of_their_own_add_their_bias_in_one_op_too(kind, tmp_path):
+    import onnx
+
+    model = made(kind)
+    small = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5, seed=1))).eval()
+    write_onnx(small, torch.randn(2, 3, 16, 16), tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    weights = {tensor.name for tensor in graph.initializer}
+    alone = [node for node in graph.node if node.op_type == "MatMul" and weights & set(node.input)]
+    assert not alone and any(node.op_type == "Gemm" for node in graph.node)
 
 
 def test_padded_heads_are_exported_as_one_product(folder, images, tmp_path):

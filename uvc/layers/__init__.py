@@ -7,8 +7,8 @@ from uvc.layers._surgery import meta_copy
 from uvc.layers.attention import UVCAttention
 from uvc.layers.block import Reads, UVCBlock
 from uvc.layers.block_kinds import compact_kind, kind_of_block
+from uvc.layers.compact_attention import FORMS, heads_in_groups
 from uvc.layers.compact_block import CompactBlock
-from uvc.layers.compact_layers import FORMS, heads_in_groups
 from uvc.layers.convert import check, check_children, convert, families, is_compacted, set_recompute
 from uvc.layers.families import Families, families_of, layers_of, units_of
 from uvc.layers.geglu import UVCGeGluMlp

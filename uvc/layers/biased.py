@@ -13,8 +13,9 @@ from timm.models.beit import gen_relative_position_index
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactAttention, added, through_part
+from uvc.layers.compact_attention import CompactAttention, added
 from uvc.layers.heads import Heads, Source, with_biases
+from uvc.layers.small_weights import through_part
 
 
 class Unmasked(Heads):

@@ -70,11 +70,32 @@ def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if x.dim() > 2 and writes_onnx():
         # ONNX has a product that adds its bias for matrices alone, and ONNX Runtime does not fuse the two.
         return linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-    before, after, back_before, back = GLOBAL_HOOKS
-    if before or after or back_before or back or not is_plain(linear):
+    if hooked_everywhere() or not is_plain(linear):
         return linear(x)
     parameters = linear._parameters
     return F.linear(x, parameters["weight"], parameters["bias"])
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks are set on all modules there are."""
+    before, after, back_before, back = GLOBAL_HOOKS
+    return bool(before or after or back_before or back)
+
+
+def sums_in_products(x: torch.Tensor) -> bool:
+    """Whether `product_onto` is worth it for x: in compiled programs on CPUs; measured in float32 alone."""
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return not writes_onnx() and not torch.is_autocast_enabled("cpu")
+
+
+def product_onto(x: torch.Tensor, linear: nn.Module, read: torch.Tensor) -> torch.Tensor:
+    """x + linear(read), in a product that begins with x and its bias as its sum."""
+    if not is_plain(linear) or linear._parameters["bias"] is None:
+        return x + product(linear, read)
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    total = torch.addmm(x.flatten(0, -2) + bias, read.flatten(0, -2), weight.t())
+    return total.unflatten(0, x.shape[:-1])
 
 
 def writes_onnx() -> bool:
@@ -84,8 +105,7 @@ def writes_onnx() -> bool:
 
 def watched() -> bool:
     """Whether hooks are set on all modules there are, other than those that only note where a program is."""
-    before, after, back_before, back = GLOBAL_HOOKS
-    if not (before or after or back_before or back):
+    if not hooked_everywhere():
         return False
     hooks = (hook for kind in GLOBAL_HOOKS for hook in kind.values())
     return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
 from uvc.layers.block import InARow, UVCBlock, dropped, norm_last, scaled
-from uvc.layers.children import carry_hooks, drop_hooks
-from uvc.layers.compact_layers import passes_on
+from uvc.layers.children import carry_hooks, drop_hooks, hooked_everywhere, is_untouched, sums_in_products
 from uvc.layers.kinds import prunable
+from uvc.layers.small_weights import passes_on
 from uvc.layers.token_pruning import Slimming, due, slim
 
 
@@ -38,8 +38,18 @@ class CompactBlock(InARow):
         for name in self.FULL.stays(dense):
             if name not in self._modules:
                 self.add_module(name, copy.deepcopy(getattr(dense, name)))
+        # The class of each half whose branch is added as it leaves the half's last product.
+        self._bare = {half: type(self._modules[half]) for half in ("attn", "mlp") if self._adds(half)}
         self.train(dense.training)
         carry_hooks(dense, self)
+
+    def _adds(self, half: str) -> bool:
+        """Whether nothing lies between a half and the sum, on whichever tokens."""
+        digit, own = ("1", "attended") if half == "attn" else ("2", "fed")
+        parts = {f"ls{digit}", f"drop_path{digit}", "drop_path"} & self._modules.keys()
+        between = self.norm_last or parts or f"gamma_{digit}" in self._parameters
+        plain = getattr(type(self), own) is getattr(InARow, own)
+        return plain and not between and hasattr(self._modules.get(half), "onto")
 
     def _keep_half(self, dense: UVCBlock, digit: str, name: str, small: nn.Module) -> None:
         carry_hooks(getattr(dense, name), small)
@@ -98,20 +108,35 @@ class CompactBlock(InARow):
         residual = self.residual(x)
         if self.record.attn:
             y = x if self.norm_last else children["norm1"](x)
-            if slimming is None:
-                branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
-            else:
-                branch, scores = children["attn"].scored(y, slimming)
-            branch = children["norm1"](branch) if self.norm_last else scaled(self, "1", branch)
-            residual = residual + dropped(self, "1", branch)
-        x = residual
+            bare = slimming is None and attn_mask is None and not is_causal and not positions
+            if not bare or (x := self._onto(residual, "attn", y)) is None:
+                if slimming is None:
+                    branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
+                else:
+                    branch, scores = children["attn"].scored(y, slimming)
+                branch = children["norm1"](branch) if self.norm_last else scaled(self, "1", branch)
+                x = residual + dropped(self, "1", branch)
+        else:
+            x = residual
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
-            branch = self.fed(x if self.norm_last else children["norm2"](x))
-            branch = children["norm2"](branch) if self.norm_last else scaled(self, "2", branch)
-            x = x + dropped(self, "2", branch)
+            y = x if self.norm_last else children["norm2"](x)
+            if (total := self._onto(x, "mlp", y)) is None:
+                branch = self.fed(y)
+                branch = children["norm2"](branch) if self.norm_last else scaled(self, "2", branch)
+                total = x + dropped(self, "2", branch)
+            x = total
         return self.ended(x)
+
+    def _onto(self, x: Tensor, half: str, y: Tensor) -> Tensor | None:
+        """x + what a half makes of y, where its last product can begin with x; else None."""
+        layer = self._modules[half]
+        if not sums_in_products(x) or half not in self._bare or hooked_everywhere():
+            return None
+        if type(layer) is not self._bare[half] or not is_untouched(layer):
+            return None
+        return layer.onto(x, y)
 
 
 def _moved(values: Tensor, before: Tensor, after: Tensor) -> nn.Parameter:

@@ -12,15 +12,9 @@ from timm.layers import DiffAttention
 from torch import Tensor, nn
 
 from uvc.layers.children import drop_rate
-from uvc.layers.compact_layers import (
-    CompactAttention,
-    heads_in_groups,
-    heads_of_mask,
-    masked,
-    through_part,
-    without_inputs,
-)
+from uvc.layers.compact_attention import CompactAttention, heads_in_groups, heads_of_mask, masked
 from uvc.layers.heads import Heads, gathered_rows, padded_rows
+from uvc.layers.small_weights import through_part, without_inputs
 
 LAMBDAS = ("lambda_a", "lambda_b", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 

@@ -8,9 +8,11 @@ import copy
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactMlp, smaller
+from uvc.layers.children import product
+from uvc.layers.compact_mlp import CompactMlp
 from uvc.layers.mlp import Neurons
 from uvc.layers.prunable import Part, rows
+from uvc.layers.small_weights import smaller
 
 
 class CompactGeGluMlp(CompactMlp):
@@ -25,7 +27,7 @@ class CompactGeGluMlp(CompactMlp):
     def hidden(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> the kept neurons [B, N, F']."""
         x = self.norm_first(x)
-        return self.act(self.w0(x)) * self.w1(x)
+        return self.act(product(self.w0, x)) * product(self.w1, x)
 
 
 class UVCGeGluMlp(Neurons, GeGluMlp):

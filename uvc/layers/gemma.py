@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactAttention, CompactSwiGLU, heads_of_mask, through_part
+from uvc.layers.compact_attention import CompactAttention, heads_of_mask
+from uvc.layers.compact_mlp import CompactSwiGLU
 from uvc.layers.other_blocks import LAYOUTS, CompactOtherBlock, Layout, OtherBlock
 from uvc.layers.other_layers import SeenAttention, SeenGatedMlp
+from uvc.layers.small_weights import through_part
 
 # What timm calls the layers that clip.
 OWN = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import PADDING, linear_of, select
+from uvc.layers.children import product
 from uvc.layers.prunable import Part, rows
 from uvc.layers.rotary import CompactRotary, UVCAttentionRope
+from uvc.layers.small_weights import PADDING, linear_of, select
 
 
 class CompactGrouped(CompactRotary):
@@ -27,8 +28,8 @@ class CompactGrouped(CompactRotary):
         self._taken = [[[dense.shared(row) for row in part] for part in parts] for _, *parts in kept]
 
     def _projected(self, x: Tensor) -> list[tuple[Tensor, ...]]:
-        q = self.q(x).split([len(group.heads) * group.dq for group in self.groups], -1)
-        k, v = (F.pad(part(x), (0, 1)) for part in (self.k, self.v))
+        q = product(self.q, x).split([len(group.heads) * group.dq for group in self.groups], -1)
+        k, v = (F.pad(product(part, x), (0, 1)) for part in (self.k, self.v))
         taken = [
             [torch.tensor(index, dtype=torch.int64, device=x.device) for index in group]
             for group in self._taken

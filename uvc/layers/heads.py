@@ -13,7 +13,7 @@ from uvc_kernels.warn_once import warn_once
 
 from uvc.layers.children import DROPS, drop_rate, is_plain, is_untouched, linear_fault, say_called, watched
 from uvc.layers.columns import columns_of
-from uvc.layers.compact_layers import CompactAttention, added, attend, heads_of_mask, masked
+from uvc.layers.compact_attention import CompactAttention, added, attend, heads_of_mask, masked
 from uvc.layers.prunable import Part, Prunable, device_of, rows
 from uvc.layers.token_pruning import Slimming, row_scores
 

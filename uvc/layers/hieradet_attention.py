@@ -11,7 +11,7 @@ from timm.models.hieradet_sam2 import MultiScaleAttention
 from torch import Tensor, nn
 
 from uvc.layers.biased import Unmasked
-from uvc.layers.compact_layers import CompactAttention
+from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.heads import Heads
 
 

@@ -10,7 +10,7 @@ from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
 from uvc.layers.biased import Unmasked
-from uvc.layers.compact_layers import CompactAttention
+from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.heads import Heads
 
 

@@ -25,8 +25,9 @@ from uvc.layers.children import (
     watched,
 )
 from uvc.layers.columns import columns_of
-from uvc.layers.compact_layers import CompactGluMlp, CompactMlp, CompactSwiGLU, without_inputs
+from uvc.layers.compact_mlp import CompactGluMlp, CompactMlp, CompactSwiGLU
 from uvc.layers.prunable import Part, Prunable, device_of, rows
+from uvc.layers.small_weights import without_inputs
 
 
 class Neurons(Prunable):

@@ -16,9 +16,9 @@ from uvc.layers._surgery import take_over
 from uvc.layers.block import UVCBlock, gated
 from uvc.layers.children import HOOKS
 from uvc.layers.compact_block import CompactBlock
-from uvc.layers.compact_layers import passes_on, through_part
 from uvc.layers.other_layers import SeenAttention, SeenGatedMlp, SeenMlp, SeenMultihead, SeenRotaryAttention
 from uvc.layers.prunable import Prunable
+from uvc.layers.small_weights import passes_on, through_part
 
 
 class Layout(NamedTuple):

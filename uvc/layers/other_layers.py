@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import uvc_kernels
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactSwiGLU
+from uvc.layers.compact_mlp import CompactSwiGLU
 from uvc.layers.heads import Heads, Source
 from uvc.layers.mlp import Neurons, UVCSwiGLU
 from uvc.layers.rotary import CompactRotary, RotaryHeads

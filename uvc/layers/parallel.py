@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from uvc.layers._surgery import take_over
 from uvc.layers.block import UVCBlock, gated
 from uvc.layers.columns import Columns
-from uvc.layers.compact_layers import CompactMlp, linear_of, select
+from uvc.layers.compact_mlp import CompactMlp
 from uvc.layers.differential import LAMBDAS, DiffHeads
 from uvc.layers.heads import Heads, Source
 from uvc.layers.mlp import Neurons
 from uvc.layers.other_blocks import LAYOUTS, CompactOtherBlock, Layout, OtherBlock, kind_of
 from uvc.layers.other_layers import SeenHeads, SeenNeurons
 from uvc.layers.prunable import Part
+from uvc.layers.small_weights import linear_of, select
 
 
 class SeenParallelAttention(SeenHeads, Heads):

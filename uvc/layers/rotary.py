@@ -11,8 +11,9 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from uvc.layers.compact_layers import CompactAttention, heads_of_mask, through_part
+from uvc.layers.compact_attention import CompactAttention, heads_of_mask
 from uvc.layers.heads import Heads, Source, with_biases
+from uvc.layers.small_weights import through_part
 
 
 class _Rotary(nn.Module):

@@ -9,7 +9,7 @@ from timm.models import vision_transformer_sam
 from torch import Tensor, nn
 
 from uvc.layers.biased import Unmasked
-from uvc.layers.compact_layers import CompactAttention
+from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.heads import Heads
 
 

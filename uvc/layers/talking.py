@@ -10,7 +10,8 @@ from timm.models.cait import TalkingHeadAttn
 from torch import Tensor, nn
 
 from uvc.layers.biased import Unmasked
-from uvc.layers.compact_layers import CompactAttention, through_part, without_inputs
+from uvc.layers.compact_attention import CompactAttention
+from uvc.layers.small_weights import through_part, without_inputs
 
 
 def talk(attn: nn.Module, scores: Tensor) -> Tensor:

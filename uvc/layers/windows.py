@@ -12,7 +12,7 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor, nn
 
 from uvc.layers.biased import CompactBeit, Unmasked, _BeitBias
-from uvc.layers.compact_layers import CompactAttention
+from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.heads import Heads, Source, with_biases
 
 

@@ -9,7 +9,7 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from torch import Tensor, nn
 
 from uvc.layers.biased import Unmasked
-from uvc.layers.compact_layers import CompactAttention
+from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.windows import InWindow, UnitLength, Windowed
 
 

@@ -249,7 +249,8 @@ def _image_data(
         raise ValueError(f"aa: {views.aa!r} is no policy of timm ({error}); try rand-m9-mstd0.5") from None
     if workers > (processors := len(os.sched_getaffinity(0))):
         warnings.warn(
-            f"workers: {workers} processes will read images, but this run may use {processors} processors; "
+            f"workers: {workers} processes will read images, but this run may use {processors} "
+            f"processor{'' if processors == 1 else 's'}; "
             f"--workers {processors} is likely to be faster",
             stacklevel=2,
         )

@@ -1,27 +1,33 @@
-"""Attention and MLPs after compaction: plain torch on small weights.
+"""Attention after compaction: plain torch on small weights.
 
 B batch, N tokens, D width; h heads of a group, dq and dv the q/k and v dims of each.
 """
 
-import copy
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.layers.children import drop_rate, is_plain, is_untouched, product, writes_onnx
-from uvc.layers.columns import Columns, columns_of
+from uvc.layers.children import drop_rate, product, product_onto, writes_onnx
+from uvc.layers.small_weights import (
+    PADDING,
+    after,
+    linear_of,
+    select,
+    smaller,
+    take_parts,
+    through_part,
+    without_inputs,
+)
 from uvc.layers.token_pruning import Slimming, row_scores
 
 # How what is kept runs: a product for each group of equal heads; or one for all of them, with zeros up to one
 # size, and neurons with zeros up to a multiple.
 FORMS = ("grouped", "padded")
-PADDING = -1  # in the place of a row: zeros
+
 # Of dims that heads are padded to: rows of whole vectors, and pairs of dims stay together.
 MULTIPLE = 4
-# Of neurons: at 197 tokens both products of 374 took 4% longer than those of 376.
-NEURONS = 8
 
 
 class HeadGroup(NamedTuple):
@@ -133,7 +139,7 @@ class CompactAttention(nn.Module):
         if (qkv := self._modules.get("qkv")) is not None:
             parts = torch.split_with_sizes(product(qkv, x), self._sizes, -1)
             return list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
-        parts = [getattr(self, name)(x).split(self._sizes[i::3], -1) for i, name in enumerate("qkv")]
+        parts = [product(self._modules[n], x).split(self._sizes[i::3], -1) for i, n in enumerate("qkv")]
         return list(zip(*parts, strict=True))
 
     def _heads(self, x: Tensor) -> list[tuple[Tensor, ...]]:
@@ -153,6 +159,12 @@ class CompactAttention(nn.Module):
         if self._plain and attn_mask is None and not is_causal and not positions:
             return self._left(x, self._plain_outputs(x))
         return self.scored(x, None, attn_mask, is_causal, **positions)[0]
+
+    def onto(self, total: Tensor, x: Tensor) -> Tensor | None:
+        """total + what it makes of x, where it ends in a product, else None."""
+        if not self._plain or "proj_drop" in self._modules:
+            return None
+        return product_onto(total, self._modules["proj"], self._read(x, self._plain_outputs(x)))
 
     def scored(
         self,
@@ -211,11 +223,15 @@ class CompactAttention(nn.Module):
 
     def _left(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """What the attention makes of its input x and of what each group gives."""
+        return through_part(self, "proj_drop", product(self._modules["proj"], self._read(x, outputs)))
+
+    def _read(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        """What the last layer reads."""
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         out = through_part(self, "norm", out if self._order is None else out[..., self._order])
         if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return through_part(self, "proj_drop", product(self._modules["proj"], out))
+            out = out * product(self.gate, x).sigmoid()
+        return out
 
 
 def attend(
@@ -280,94 +296,6 @@ def weighed(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
     return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
 
 
-class CompactMlp(nn.Module):
-    """The two linear layers over the kept neurons only; in the padded form some more, which are zero."""
-
-    # Whether the kept neurons are multiplied by gates, so that a neuron of zeros gives zero.
-    GATED = False
-
-    def __init__(self, dense: nn.Module, neurons: tuple[int, ...], form: str = "grouped"):
-        super().__init__()
-        rows = list(neurons)
-        if form == "padded" and (self.GATED or gives_zero(dense.act)):
-            size = min(-(-len(rows) // NEURONS) * NEURONS, dense.fc2.in_features)
-            rows += [PADDING] * (size - len(rows))
-        self._keep_rows(dense, rows)
-        self.act = copy.deepcopy(dense.act)
-        take_parts(self, dense, "drop1", *(["norm"] if dense.NORM_INSIDE else []))
-        self.fc2 = smaller(dense.fc2, columns=rows)
-        take_parts(self, dense, "drop2")
-
-    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
-        self.fc1 = smaller(dense.fc1, rows=neurons)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> the kept neurons [B, N, F']."""
-        return self._modules["act"](product(self._modules["fc1"], x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> [B, N, D]."""
-        fc2 = self._modules["fc2"]
-        if fc2.in_features == 0:
-            return through_part(self, "drop2", without_inputs(fc2, x))
-        hidden = through_part(self, "norm", through_part(self, "drop1", self.hidden(x)))
-        return through_part(self, "drop2", product(fc2, hidden))
-
-
-class CompactGluMlp(CompactMlp):
-    """A gated MLP whose fc1 holds value and gate, one behind the other."""
-
-    GATED = True
-
-    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
-        self.gate_last = dense.gate_last
-        self.fc1 = smaller(dense.fc1, rows=neurons + after(dense.fc2.in_features, neurons))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> the kept neurons [B, N, F']."""
-        a, b = self.fc1(x).chunk(2, dim=-1)
-        return a * self.act(b) if self.gate_last else self.act(a) * b
-
-
-class CompactSwiGLU(CompactMlp):
-    """A gated MLP of two first layers, fc1_g the gate and fc1_x the value."""
-
-    GATED = True
-
-    def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
-        self.fc1_g, self.fc1_x = smaller(dense.fc1_g, rows=neurons), smaller(dense.fc1_x, rows=neurons)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> the kept neurons [B, N, F']."""
-        return self.act(self.fc1_g(x)) * self.fc1_x(x)
-
-
-def gives_zero(act: nn.Module) -> bool:
-    """Whether an activation without weights is zero at zero, so that columns behind it get no gradient."""
-    zero = torch.zeros(1, device="cpu")
-    with torch.no_grad():
-        return not any(True for _ in act.parameters()) and bool(act(zero) == 0)
-
-
-def passes_on(module: nn.Module) -> bool:
-    """Whether a module gives what it gets, in training too, and nobody watches it do so."""
-    drops_nothing = type(module) is nn.Dropout and module.p == 0.0
-    return (type(module) is nn.Identity or drops_nothing) and is_untouched(module)
-
-
-def take_parts(new: nn.Module, dense: nn.Module, *names: str) -> None:
-    """Copies of the children of `dense` that do something: calling one takes as long as a small product."""
-    for name in names:
-        if (part := dense._modules.get(name)) is not None and not passes_on(part):
-            new.add_module(name, copy.deepcopy(part))
-
-
-def through_part(layer: nn.Module, name: str, x: Tensor) -> Tensor:
-    """x through the child of this name, where there is one."""
-    part = layer._modules.get(name)
-    return x if part is None else part(x)
-
-
 def heads_of_mask(attn_mask: Tensor | None, heads: list[int], num_heads: int) -> Tensor | None:
     """The part of an attention mask [..., H or 1, N, N] that concerns the kept heads."""
     if attn_mask is None or attn_mask.dim() < 3 or attn_mask.shape[-3] != num_heads or num_heads == 1:
@@ -391,49 +319,3 @@ def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     if mask is None:
         return scores
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-
-
-def after(start: int, rows: list[int]) -> list[int]:
-    """Rows counted from `start` on."""
-    return [row if row == PADDING else start + row for row in rows]
-
-
-def select(tensor: Tensor, dim: int, index: list[int]) -> Tensor:
-    """A copy of the given rows or columns, zeros for padding, detached; frozen if `tensor` is."""
-    index = torch.tensor(index, dtype=torch.int64, device=tensor.device)
-    kept = tensor.detach().index_select(dim, index.clamp_min(0))
-    kept.movedim(dim, 0)[index == PADDING] = 0
-    return nn.Parameter(kept, requires_grad=tensor.requires_grad)
-
-
-def linear_of(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear layer of this weight and bias."""
-    # Made with one feature on meta and filled after, as torch's initialisation warns about zero features.
-    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
-    return linear
-
-
-def smaller(
-    dense: nn.Linear | Columns, rows: list[int] | None = None, columns: list[int] | None = None
-) -> nn.Linear:
-    """A copy of the given rows, or columns, of `dense`; without columns the bias stays."""
-    if rows is not None:
-        bias = None if dense.bias is None else select(dense.bias, 0, rows)
-        return linear_of(select(dense.weight, 0, rows), bias)
-    bias = dense.bias
-    bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    weight, first = columns_of(dense)
-    return linear_of(select(weight, 1, after(first, columns)), bias)
-
-
-def without_inputs(linear: nn.Module, x: Tensor) -> Tensor:
-    """What a linear layer without inputs adds to every token of x [B, N, D]."""
-    if not is_plain(linear):
-        return linear(x.new_zeros(*x.shape[:-1], 0))
-    # The bias alone, as exported programs do not take matrices without columns.
-    out = x.new_zeros(*x.shape[:-1], linear.out_features)
-    return out if linear.bias is None else out + linear.bias
