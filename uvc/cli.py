@@ -184,7 +184,7 @@ def compress(config: Path | None, show_config: bool, quiet: bool, as_json: bool,
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted{_how_to_continue(run.out)}") from None
     except (OSError, RuntimeError) as error:
-        # torch says it wherever the run stands.
+        # torch says it wherever the run stands, or where the next batch is asked for.
         reader = str(error).startswith("DataLoader worker (pid")
         if not reader and not isinstance(error, OSError):
             raise

@@ -18,8 +18,10 @@ from test_compress import CONFIG, digits_data, digits_model
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from uvc import cli
 from uvc.training.checkpoint import load_run, save_run
 from uvc.training.compress import compress
+from uvc.training.data import TensorLoader
 from uvc.training.logger import RunLog
 from uvc.training.signals import Stopped, asked, stop_on_signals
 
@@ -242,3 +244,17 @@ def test_where_a_worker_dies_a_line_says_how_to_go_on(tmp_path):
     assert lines[0].startswith("uvc: a process that reads images has ended (DataLoader worker (pid")
     assert lines[0].endswith(f"; continue with: uvc compress --resume --out {out}")
     assert (out / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("said", ["(pid 7) is killed by signal: Killed. ", "(pid(s) 7) exited unexpectedly"])
+def test_a_worker_s_death_is_one_line_whichever_way_torch_says_it(said, tmp_path, monkeypatch, capsys):
+    def batches(_):
+        raise RuntimeError(f"DataLoader worker {said}")
+        yield
+
+    monkeypatch.setattr(TensorLoader, "__iter__", batches)
+    out = tmp_path / "out"
+    assert cli.run(["compress", "--data", "digits", "--budget", "0.5", "--out", str(out), "--quiet"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "reads images" in line]
+    ended = f"a process that reads images has ended (DataLoader worker {said.strip()})"
+    assert lines == [f"uvc: {ended}; continue with: uvc compress --resume --out {out}"]

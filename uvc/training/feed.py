@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvc.io.files import one_line
 from uvc.training.checkpoint import random_state, set_random_state
 from uvc.training.signals import asked
 
@@ -48,13 +47,9 @@ class Feed:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                ended = "DataLoader worker" in str(error)
+            except RuntimeError:
                 if asked():  # whoever ended this process has ended its workers, too
                     return
-                if ended:
-                    said = one_line(error)
-                    raise RuntimeError(f"workers: a process that reads images has ended: {said}") from None
                 raise
             yield batch
 
