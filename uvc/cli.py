@@ -184,16 +184,23 @@ def compress(config: Path | None, show_config: bool, quiet: bool, as_json: bool,
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted{_how_to_continue(run.out)}") from None
     except (OSError, RuntimeError) as error:
-        # torch says it wherever the run stands, or where the next batch is asked for.
-        reader = str(error).startswith("DataLoader worker (pid")
-        if not reader and not isinstance(error, OSError):
+        said = _of_a_reader(error)
+        if not said and not isinstance(error, OSError):
             raise
-        said = f"a process that reads images has ended ({' '.join(str(error).split())})" if reader else error
-        raise click.UsageError(f"{said}{_how_to_continue(run.out)}") from None
+        raise click.UsageError(f"{said or error}{_how_to_continue(run.out)}") from None
     if main and as_json:
         _print_json({"folder": run.out, **summary})
     elif main:
         _print_report(Path(run.out), summary)
+
+
+def _of_a_reader(error: Exception) -> str | None:
+    """What to say of a process that reads images and has ended, as torch says wherever a command stands, or
+    where the next batch is asked for; None: it is another error.
+    """
+    said = " ".join(str(error).split())
+    ended = said.startswith("DataLoader worker (pid")
+    return f"a process that reads images has ended ({said})" if ended else None
 
 
 def _how_to_continue(out: str | None) -> str:
@@ -403,9 +410,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:
         return _fail("interrupted", 130)
     except (ValueError, RuntimeError, OSError) as error:
-        if _is_bug(error):
+        said = _of_a_reader(error)
+        if not said and _is_bug(error):
             raise
-        return _fail(str(error), 2)
+        return _fail(said or str(error), 2)
     return status if isinstance(status, int) else 0
 
 

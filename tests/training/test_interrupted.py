@@ -18,6 +18,7 @@ from test_compress import CONFIG, digits_data, digits_model
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import uvc
 from uvc import cli
 from uvc.training.checkpoint import load_run, save_run
 from uvc.training.compress import compress
@@ -258,3 +259,6 @@ def test_a_worker_s_death_is_one_line_whichever_way_torch_says_it(said, tmp_path
     lines = [line for line in capsys.readouterr().err.splitlines() if "reads images" in line]
     ended = f"a process that reads images has ended (DataLoader worker {said.strip()})"
     assert lines == [f"uvc: {ended}; continue with: uvc compress --resume --out {out}"]
+    uvc.save(uvc.compact(uvc.convert(digits_model())), out / "model")
+    assert cli.run(["eval", str(out / "model"), "--data", "digits"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"uvc: {ended}"
