@@ -208,6 +208,14 @@ def test_compiled_a_layer_scale_lies_between_a_half_and_the_residual():
     assert set(products(model, images(model, 2))) == {"linear"}
 
 
+def test_compiled_a_drop_path_that_is_set_later_is_not_passed_over():
+    model = small_vit()
+    model = uvc.compact(uvc.apply_structure(model, uvc.Structure.random(model, 0.5, seed=3))).eval()
+    for block in model.blocks:
+        block.drop_path1 = block.drop_path2 = nn.Identity()
+    assert set(products(model, images(model, 2))) == {"linear"}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_padded_heads_equal_grouped_ones(name):
     model = MODELS[name]().double().eval()

@@ -38,18 +38,8 @@ class CompactBlock(InARow):
         for name in self.FULL.stays(dense):
             if name not in self._modules:
                 self.add_module(name, copy.deepcopy(getattr(dense, name)))
-        # The class of each half whose branch is added as it leaves the half's last product.
-        self._bare = {half: type(self._modules[half]) for half in ("attn", "mlp") if self._adds(half)}
         self.train(dense.training)
         carry_hooks(dense, self)
-
-    def _adds(self, half: str) -> bool:
-        """Whether nothing lies between a half and the sum, on whichever tokens."""
-        digit, own = ("1", "attended") if half == "attn" else ("2", "fed")
-        parts = {f"ls{digit}", f"drop_path{digit}", "drop_path"} & self._modules.keys()
-        between = self.norm_last or parts or f"gamma_{digit}" in self._parameters
-        plain = getattr(type(self), own) is getattr(InARow, own)
-        return plain and not between and hasattr(self._modules.get(half), "onto")
 
     def _keep_half(self, dense: UVCBlock, digit: str, name: str, small: nn.Module) -> None:
         carry_hooks(getattr(dense, name), small)
@@ -130,11 +120,17 @@ class CompactBlock(InARow):
         return self.ended(x)
 
     def _onto(self, x: Tensor, half: str, y: Tensor) -> Tensor | None:
-        """x + what a half makes of y, where its last product can begin with x; else None."""
-        layer = self._modules[half]
-        if not sums_in_products(x) or half not in self._bare or hooked_everywhere():
+        """x + what a half makes of y, where its last product can begin with x, as nothing lies between a half
+        and the sum, on whichever tokens; else None.
+        """
+        if not sums_in_products(x) or hooked_everywhere():
             return None
-        if type(layer) is not self._bare[half] or not is_untouched(layer):
+        layer = self._modules[half]
+        digit, own = ("1", "attended") if half == "attn" else ("2", "fed")
+        parts = {f"ls{digit}", f"drop_path{digit}", "drop_path"} & self._modules.keys()
+        between = self.norm_last or parts or f"gamma_{digit}" in self._parameters
+        bare = getattr(type(self), own) is getattr(InARow, own)
+        if between or not bare or not hasattr(layer, "onto") or not is_untouched(layer):
             return None
         return layer.onto(x, y)
 
