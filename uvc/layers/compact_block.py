@@ -127,10 +127,10 @@ class CompactBlock(InARow):
             return None
         layer = self._modules[half]
         digit, own = ("1", "attended") if half == "attn" else ("2", "fed")
-        parts = {f"ls{digit}", f"drop_path{digit}", "drop_path"} & self._modules.keys()
-        between = self.norm_last or parts or f"gamma_{digit}" in self._parameters
+        parts = f"ls{digit}", f"drop_path{digit}", "drop_path"
+        between = any(name in self._modules for name in parts) or f"gamma_{digit}" in self._parameters
         bare = getattr(type(self), own) is getattr(InARow, own)
-        if between or not bare or not hasattr(layer, "onto") or not is_untouched(layer):
+        if self.norm_last or between or not bare or not hasattr(layer, "onto") or not is_untouched(layer):
             return None
         return layer.onto(x, y)
 
