@@ -3,6 +3,8 @@
 B batch, N tokens, D width; h heads of a group, dq and dv the q/k and v dims of each.
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -201,10 +203,10 @@ class CompactAttention(nn.Module):
 
         A head alone in its group keeps its shape. At batch 1 a small model's latency is made of calls.
         """
+        if writes_onnx():
+            return self._alone(x)
         dropout = drop_rate(self._modules.get("attn_drop"))
-        # There one product of several heads turns q, k and v around first, which takes longer.
-        apart = writes_onnx()
-        if self._flat == [False] and not apart:
+        if self._flat == [False]:
             q, k, v = self._heads(x)[0]
             return [attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)]
         outputs, parts = [], self._projected(x)
@@ -212,13 +214,33 @@ class CompactAttention(nn.Module):
         for group, flat, (q, k, v) in zip(self.groups, self._flat, parts, strict=True):
             if flat:
                 outputs.append(weighed(scaled_scores(q, k, self.scale, zero), v, dropout))
-            elif apart and group.dq:
-                for each in zip(*(part.chunk(len(group.heads), -1) for part in (q, k, v)), strict=True):
-                    scores = scaled_scores(*each[:2], self.scale, zero)
-                    outputs.append(weighed(scores, each[2], dropout))
             else:
                 q, k, v = in_heads(group, (q, k, v))
                 outputs.append(attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2))
+        return outputs
+
+    def _alone(self, x: Tensor) -> list[Tensor]:
+        """What each head gives, [B, N, dv], of an ONNX program, where one product of several heads turns q, k
+        and v around first, which takes longer. Without q/k dims the heads of a group stay together.
+        """
+        counts = [len(group.heads) if group.dq else 1 for group in self.groups for _ in "qkv"]
+        sizes = [[size // count] * count for size, count in zip(self._sizes, counts, strict=True)]
+
+        def split(name: str, sizes: list[list[int]]) -> Iterator[Tensor]:
+            return iter(product(self._modules[name], x).split([*chain(*sizes)], -1))
+
+        whole = "qkv" in self._modules  # all is split off in one op, by the order of its rows
+        found = [split("qkv", sizes)] * 3 if whole else [split(n, sizes[i::3]) for i, n in enumerate("qkv")]
+        parts = [[next(found[i % 3]) for _ in part] for i, part in enumerate(sizes)]
+        dropout, outputs = drop_rate(self._modules.get("attn_drop")), []
+        for group, *heads in zip(self.groups, parts[::3], parts[1::3], parts[2::3], strict=True):
+            for q, k, v in zip(*heads, strict=True):
+                if group.dq:
+                    outputs.append(weighed(scaled_scores(q, k, self.scale, x.new_zeros(1, 1, 1)), v, dropout))
+                else:
+                    q, k, v = in_heads(group, (q, k, v))
+                    out = attend(q, k, v, self.scale, None, False, dropout)
+                    outputs.append(out.transpose(1, 2).flatten(2))
         return outputs
 
     def _left(self, x: Tensor, outputs: list[Tensor]) -> Tensor:

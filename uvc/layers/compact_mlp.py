@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from uvc.layers.children import product, product_onto
+from uvc.layers.children import product, product_onto, writes_onnx
 from uvc.layers.small_weights import PADDING, after, smaller, take_parts, through_part, without_inputs
 
 # Neurons are padded to multiples of it: at 197 tokens both products of 374 took 4% longer than those of 376.
@@ -45,6 +45,9 @@ class CompactMlp(nn.Module):
         fc2 = self._modules["fc2"]
         if fc2.in_features == 0:
             return through_part(self, "drop2", without_inputs(fc2, x))
+        if x.dim() > 2 and writes_onnx():
+            # Of matrices all along, so that nothing is reshaped between its products.
+            return self.forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return through_part(self, "drop2", product(fc2, self._read(x)))
 
     def onto(self, total: Tensor, x: Tensor) -> Tensor | None:
