@@ -37,10 +37,11 @@ from uvc.io.runtimes import read_onnx, read_openvino, write_onnx
 ROOT = Path(__file__).parent
 PAGE = ROOT.parent / "docs" / "export.md"
 MARKS = ("<!-- runtimes -->\n", "<!-- /runtimes -->"), ("<!-- shares -->\n", "<!-- /shares -->")
-SHARE = 0.5  # of the MACs, in the first table; the second is of all others
+SHARE = 0.5  # of the MACs of `MODELS`, in the first table; the second is of all others
 # Of what torch runs; for the others it is chosen as `uvc export` does.
 FORMS = {"eager": "auto", "compiled": "auto", "onnxruntime": "export", "openvino": "export"}
 RUNTIMES = tuple(FORMS)
+TORCH = ("eager", "compiled")
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 FIELDS = (
     "date", "commit", "device", "versions", "model", "structure", "share", "form", "macs", "batch", "threads",
@@ -71,7 +72,7 @@ def make(model: nn.Module, kind: str, keep: float) -> uvc.Structure:
 
 def loaded(model: nn.Module, runtime: str, images: Tensor, folder: Path) -> Run:
     """What runs the model on these images in a runtime, with torch's number of threads, once warm."""
-    if runtime in ("eager", "compiled"):
+    if runtime in TORCH:
         program = torch.compile(model, dynamic=False) if runtime == "compiled" else model
     else:
         path = folder / f"{id(model)}.onnx"
@@ -137,8 +138,8 @@ def read(path: Path) -> list[dict[str, str]]:
     """The latest row of each case, in order of cases."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    key = ("model", "structure", "share", "batch", "threads", "runtime")
-    latest = {tuple(r[name] for name in key): r for r in rows}
+    key = ("model", "structure", "share", "batch", "threads")
+    latest = {(*(r[name] for name in key), column(r)): r for r in rows}
     names = {name: i for i, name in enumerate((*MODELS, *RUNTIMES, "ragged", "even"))}
 
     def place(r: Mapping[str, str]) -> tuple[float, ...]:
@@ -148,15 +149,21 @@ def read(path: Path) -> list[dict[str, str]]:
     return sorted(latest.values(), key=place)
 
 
+def column(r: Mapping[str, str]) -> str:
+    """Where a row stands in a table: its runtime, with what `compress` saves where torch runs that."""
+    return f"{r['runtime']}, grouped" if r["runtime"] in TORCH and r["form"] == "grouped" else r["runtime"]
+
+
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """The latest rows as Markdown: a line for each model, structure, share, batch and threads."""
     lines: dict[tuple[str, ...], dict[str, Mapping[str, str]]] = {}
     for r in rows:
         key = tuple(r[name] for name in ("model", "structure", "share", "batch", "threads"))
-        lines.setdefault(key, {})[r["runtime"]] = r
+        lines.setdefault(key, {})[column(r)] = r
     newest = max(rows, key=lambda r: r["date"])
     about = ", ".join(newest[name] for name in ("device", "versions", "date"))
-    runtimes = [name for name in RUNTIMES if any(name in found for found in lines.values())]
+    names = [label for name in RUNTIMES for label in (name, f"{name}, grouped")]
+    runtimes = [name for name in names if any(name in found for found in lines.values())]
     heads = " | ".join(f"{name}, dense ms | ratio" for name in runtimes)
     text = [
         f"{about}; milliseconds of the dense model, the compacted model's time over them:",
@@ -175,7 +182,7 @@ def write_docs(page: Path = PAGE, found: Path | None = None) -> None:
     """Put the tables between their marks."""
     rows, text = read(found or results()), page.read_text()
     for (begin, end), half in zip(MARKS, (True, False), strict=True):
-        chosen = [r for r in rows if (float(r["share"]) == SHARE) is half]
+        chosen = [r for r in rows if (float(r["share"]) == SHARE and r["model"] in MODELS) is half]
         if begin in text and chosen:
             before, rest = text.split(begin)
             text = before + begin + table(chosen) + end + rest.split(end)[1]
@@ -200,7 +207,7 @@ def cases(options: argparse.Namespace, folder: Path) -> "Sequence[tuple[dict[str
                 model=name,
                 structure=kind,
                 share=share,
-                form=options.form if options.form and runtime in ("eager", "compiled") else FORMS[runtime],
+                form=options.form if options.form and runtime in TORCH else FORMS[runtime],
                 macs=round(macs, 4),
                 batch=batch,
                 threads=threads,

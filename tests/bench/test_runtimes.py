@@ -29,9 +29,20 @@ def test_every_case_is_timed_and_kept_and_the_latest_counts(tmp_path, capsys):
     assert [r["structure"] for r in rows] == ["ragged", "even"]
     assert all(0 < float(r["low"]) <= float(r["ratio"]) <= float(r["high"]) for r in rows)
     page = tmp_path / "page.md"
-    page.write_text("before\n" + "old".join(runtimes.MARKS[0]) + "\nafter\n")
+    page.write_text("before\n" + "old".join(runtimes.MARKS[1]) + "\nafter\n")
     runtimes.write_docs(page, to)
     assert f"**{float(rows[0]['ratio']):.3f}**" in page.read_text() and "old" not in page.read_text()
+
+
+def test_what_compress_saves_has_a_column_of_its_own(tmp_path):
+    to = tmp_path / "rows.csv"
+    for form in ("auto", "grouped"):
+        what = {"model": "m", "structure": "even", "share": 0.8, "form": form, "macs": 0.8, "batch": 1,
+                "threads": 1, "runtime": "eager"}  # fmt: skip
+        runtimes.keep(runtimes.row(what, [2.0] * 5, [1.0 if form == "auto" else 3.0] * 5), to)
+    text = runtimes.table(runtimes.read(to))
+    assert "eager, dense ms | ratio | eager, grouped, dense ms | ratio" in text
+    assert "| m | even | 0.8 | 1 | 1 | 2.0 | **0.500** | 2.0 | **1.500** |" in text
 
 
 def test_the_table_in_the_docs_is_that_of_the_rows(tmp_path):
