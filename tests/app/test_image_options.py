@@ -9,7 +9,7 @@ import torch
 from oracle import needs_whole_naflex
 from PIL import Image
 
-from uvc.app import pipeline
+from uvc.app import start
 from uvc.app.options import join_numbers
 from uvc.cli import run
 from uvc.config import RunConfig
@@ -115,5 +115,5 @@ def test_a_model_for_images_of_any_size_is_run_and_counted_at_the_tokens_that_ar
 def test_a_model_is_counted_at_the_input_size_that_is_stated(name):
     images = replace(RunConfig().images, input_size=(3, 160, 160))
     with torch.device("meta"):
-        model = pipeline._model(RunConfig(model=name, images=images), 5)
+        model = start.model_of(RunConfig(model=name, images=images), 5)
     assert image_of(model) == (3, 160, 160)

@@ -8,9 +8,9 @@ from PIL import Image
 
 from uvc import cli
 from uvc.app.options import read_model_args
-from uvc.app.pipeline import _data
 from uvc.app.resolve import resolve, stored_run
 from uvc.app.run_dir import check_out, open_out
+from uvc.app.start import open_data
 from uvc.config import Config, DataConfig, RunConfig
 from uvc.recipes import RECIPES
 
@@ -72,7 +72,7 @@ def test_images_are_prepared_as_a_run_says(tmp_path):
             Image.new("RGB", (8, 8), "white").save(tmp_path / part / name / "0.png")
     views = DataConfig(mean=(0.5,), std=(0.25,), color_jitter=0.0)
     run = RunConfig(data=str(tmp_path), images=views, training=Config(batch_size=2))
-    for part in _data(run, {"input_size": (3, 8, 8)})[:2]:
+    for part in open_data(run, {"input_size": (3, 8, 8)})[:2]:
         ((images, _),) = part
         assert torch.allclose(images, torch.tensor(2.0))
 

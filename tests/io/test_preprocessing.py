@@ -147,7 +147,7 @@ def with_names(tmp_path, names: tuple[str, ...] | None):
 def test_eval_prepares_images_as_the_model_was_trained(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
-        "uvc.app.pipeline.count_right", lambda model, loader, device: (seen.extend(loader), (1, 2))[1]
+        "uvc.app.evaluating.count_right", lambda model, loader, device: (seen.extend(loader), (1, 2))[1]
     )
     data = image_folder(tmp_path / "data")
     assert run(["eval", str(with_names(tmp_path / "run", ("ant", "bee"))), "--data", str(data)]) == 0

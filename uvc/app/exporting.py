@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from uvc_kernels.timing import milliseconds, take_turns
 
-from uvc.app.pipeline import data_of
+from uvc.app.evaluating import data_of
 from uvc.app.run_dir import OPTIONS
 from uvc.compaction import compact
 from uvc.environment import choose_device

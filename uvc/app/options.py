@@ -8,10 +8,12 @@ import copy
 import re
 import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
+FOLDER = click.Path(path_type=Path)
 SEVERAL = ("--input-size", "--mean", "--std", "--scale")  # options that take several numbers
 
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from uvc.app.charts import Line, Point, Share, curves, scatter, shares
 from uvc.app.page_template import PAGE
-from uvc.app.pipeline import read_summary
-from uvc.app.run_dir import COMPACT, OPTIONS, read_json
+from uvc.app.run_dir import COMPACT, OPTIONS, read_json, read_summary
 from uvc.app.summary import count_text
 from uvc.costs import block_costs, counts, prices
 from uvc.io.drawing import structure_picture

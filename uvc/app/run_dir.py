@@ -29,6 +29,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """`summary.json` of a finished run; ValueError when there is none."""
+    if not (folder / SUMMARY).is_file():
+        raise ValueError(
+            f"DIR: {str(folder)!r} holds no finished run; finish it with uvc compress --resume --out"
+        )
+    return read_json(folder / SUMMARY)
+
+
 def check_out(out: Path, resume: bool) -> None:
     """ValueError unless a run may start in `out` (missing or empty), or may continue there with `resume`."""
     if out.exists() and not out.is_dir():

@@ -1,15 +1,15 @@
-"""What a run tells its user: log, progress, picture of the structure, latency, final table."""
+"""What a run tells its user: the final table, and the picture of the structure."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uvc.io.files import write_whole
+from uvc.io.serialization import load
+from uvc.structure import Structure
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from uvc.structure import Structure
 
 
 def result_table(summary: Mapping[str, Any]) -> "Table":
@@ -50,7 +50,7 @@ def count_text(value: float) -> str:
     return f"{value:g}"
 
 
-def draw_structure(structure: "Structure", dense: "Structure", path: Path, title: str) -> None:
+def draw_structure(structure: Structure, dense: Structure, path: Path, title: str) -> None:
     """Write a PNG: one row per block, what is kept in colour, what is removed in grey.
 
     `dense` is the structure of the uncompressed model; it says how many heads, dims and neurons there were.
@@ -59,3 +59,10 @@ def draw_structure(structure: "Structure", dense: "Structure", path: Path, title
 
     figure = structure_figure(structure, dense, title)
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=150))
+
+
+def draw_run(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `structure.png` from the model and the structure in a run folder."""
+    structure = Structure.from_json((folder / "structure.json").read_text())
+    title = f"{summary['model']} on {summary['data']}: {summary['macs_ratio']:.1%} of the MACs kept"
+    draw_structure(structure, Structure.dense(load(folder)), folder / "structure.png", title)
