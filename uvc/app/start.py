@@ -23,6 +23,7 @@ TEACHER = "teacher"  # folder in the folder of a run
 
 
 def open_data(run: RunConfig, model_input: Mapping[str, Any]) -> Data:
+    """The data of a run, prepared as timm's `pretrained_cfg` says that its model takes images."""
     return load_data(
         run.data,
         model_input=model_input,
