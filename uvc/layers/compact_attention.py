@@ -215,9 +215,13 @@ class CompactAttention(nn.Module):
             if flat:
                 outputs.append(weighed(scaled_scores(q, k, self.scale, zero), v, dropout))
             else:
-                q, k, v = in_heads(group, (q, k, v))
-                outputs.append(attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2))
+                outputs.append(self._together(group, (q, k, v), dropout))
         return outputs
+
+    def _together(self, group: HeadGroup, parts: tuple[Tensor, ...], dropout: float) -> Tensor:
+        """What the heads of a group give, [B, N, h * dv], in one product of q, k and v [B, N, h * dims]."""
+        q, k, v = in_heads(group, parts)
+        return attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)
 
     def _alone(self, x: Tensor) -> list[Tensor]:
         """What each head gives, [B, N, dv], of an ONNX program, where one product of several heads turns q, k
@@ -238,9 +242,7 @@ class CompactAttention(nn.Module):
                 if group.dq:
                     outputs.append(weighed(scaled_scores(q, k, self.scale, x.new_zeros(1, 1, 1)), v, dropout))
                 else:
-                    q, k, v = in_heads(group, (q, k, v))
-                    out = attend(q, k, v, self.scale, None, False, dropout)
-                    outputs.append(out.transpose(1, 2).flatten(2))
+                    outputs.append(self._together(group, (q, k, v), dropout))
         return outputs
 
     def _left(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
