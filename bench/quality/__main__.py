@@ -18,6 +18,7 @@ from bench.quality import elastic, harness, page, report
 from bench.quality.arms import ARMS, MAIN
 from bench.quality.context import accept, write_acceptance
 from bench.quality.tasks import TASKS
+from uvc.io.files import make_folder
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -58,6 +59,8 @@ def main() -> None:
             setattr(options, name, default)
         elif name not in TAKES[options.command]:
             parser.error(f"{options.command} takes no --{name}")
+    if options.command in ("run", "elastic", "accept"):
+        make_folder(options.results.parent, "--results")  # before hours of training, not after them
     if options.command == "accept":
         rows = [accept(TASKS[name], seed) for name in options.tasks for seed in options.seeds]
         write_acceptance(rows, options.results.with_name("tasks.json"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.real import harness, packages, page, pictures, weights
 from bench.real.arms import ARMS
 from bench.real.setup import CONFIG, TEACHER_RATE, Setup
+from uvc.io.files import make_folder
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -71,6 +72,7 @@ def fetch(folder: Path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Rows that are missing; stopped by SIGTERM, the same command goes on."""
+    make_folder(options.results.parent, "--results")
     config, folder = replace(CONFIG, learning_rate=options.lr), options.folder.absolute()
     setup = Setup(folder, options.part, config, teacher_rate=options.teacher_lr)
     wanted = harness.jobs(setup, options.arms, options.budgets, options.seeds, options.mode)

@@ -295,10 +295,12 @@ def test_an_option_that_a_command_does_not_read_is_refused(typed, monkeypatch, c
 def test_several_budgets_lie_beside_the_results_that_are_named(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(elastic, "run", lambda *options: given.append(options))
-    options = ["elastic", "--seeds", "3", "--tasks", "pairs", "--results", str(tmp_path / "other.csv")]
+    other = tmp_path / "new" / "other.csv"
+    options = ["elastic", "--seeds", "3", "--tasks", "pairs", "--results", str(other)]
     monkeypatch.setattr("sys.argv", ["bench.quality", *options])
     command.main()
-    assert given == [(["pairs"], [3], 300.0, tmp_path / "elastic.csv")]
+    assert given == [(["pairs"], [3], 300.0, other.with_name("elastic.csv"))]
+    assert other.parent.is_dir()  # where rows go is known to be there before anything is trained
 
 
 def test_a_task_found_hard_enough_leaves_the_others_findings(tmp_path):
