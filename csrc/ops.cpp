@@ -62,6 +62,7 @@ STABLE_TORCH_LIBRARY(uvc_kernels, m) {
 }
 
 static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(uvc::instruction_set()); }
+static PyObject* own_products(PyObject*, PyObject*) { return PyBool_FromLong(uvc::own_products()); }
 // What the host build of the CUDA kernels did since the last call: loads of matrices, and the turns of shared memory that
 // they took; of its last launch blocks, threads of each, and bytes of shared memory; how often a kernel was allowed more;
 // the loads of the scheduler with most.
@@ -78,6 +79,7 @@ static PyObject* host_record(PyObject*, PyObject*) {
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef functions[] = {
       {"instruction_set", instruction_set, METH_NOARGS, "The instruction set that the CPU loops chose."},
+      {"own_products", own_products, METH_NOARGS, "Whether products of float32 are not the vendor's."},
       {"host_record", host_record, METH_NOARGS, "Matrix loads and turns of the host build, and its last launch."},
       {nullptr, nullptr, 0, nullptr}};
   static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, functions, nullptr, nullptr,

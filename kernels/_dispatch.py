@@ -55,6 +55,13 @@ def instruction_set() -> str | None:
     return importlib.import_module("uvc_kernels._C").instruction_set()
 
 
+def own_products() -> bool:
+    """Whether the CPU kernels multiply float32 matrices themselves, not by torch's products: on AMD's
+    processors with AVX-512, or as UVC_CPU_PRODUCTS (own or vendor) has it.
+    """
+    return extension_error is None and importlib.import_module("uvc_kernels._C").own_products()
+
+
 def provide_reference(op: str, run: Callable) -> None:
     """Make `run` the plain-torch implementation of `op`."""
     _references[op] = run

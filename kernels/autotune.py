@@ -327,6 +327,7 @@ def _build() -> dict[str, str]:
         "torch": torch.__version__,
         "extension": extension,
         "instructions": os.environ.get("UVC_CPU_ISA", ""),
+        "products": os.environ.get("UVC_CPU_PRODUCTS", ""),
         "processors": str(os.cpu_count()),
     }
 

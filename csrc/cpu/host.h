@@ -1,4 +1,4 @@
-// What the CPU ops share on the host side: checks, views, vendor matrix products, packing of kept rows and columns.
+// What the CPU ops share on the host side: checks, views, matrix products, packing of kept rows and columns.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -87,8 +87,30 @@ inline Tensor columns_of(const Tensor& t, int64_t rows, Range r, int64_t columns
   return view(t, r.begin, rows, r.size(), columns, transposed);
 }
 
-// out = a b, by the vendor's matrix product. Not through torch's dispatcher, whose state is the calling thread's.
+// out = a b in float32, each thread some columns, or where these are few some rows of them.
+inline void multiply_own(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const Product<float> p{a.size(0),       a.size(1),   b.size(1),   data<float>(a), a.stride(0),      a.stride(1),
+                         data<float>(b),  b.stride(0), b.stride(1), data<float>(out), out.stride(0)};
+  const int64_t across = (p.columns + kProductColumns - 1) / kProductColumns;
+  const int64_t down = std::clamp<int64_t>((torch::stable::get_num_threads() + across - 1) / across, 1, p.rows / 48 + 1);
+  const int64_t height = (p.rows + down - 1) / down;
+  parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = begin / across * height, column = begin % across;
+      const int64_t next = std::min(across, column + end - begin);
+      loops<float>().multiply(p, row, std::min(p.rows, row + height), column * kProductColumns,
+                              std::min(p.columns, next * kProductColumns));
+      begin += next - column;
+    }
+  });
+}
+// out = a b, by the vendor's product unless ours is known to be faster. Not through torch's dispatcher, whose state is the
+// calling thread's.
 inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (out.numel() == 0) return;
+  if (out.scalar_type() == ScalarType::Float && own_products() && out.stride(1) == 1 &&
+      (b.stride(0) == 1 || b.stride(1) == 1))
+    return multiply_own(out, a, b);
   check(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()) == AOTI_TORCH_SUCCESS, "torch's matrix product failed");
 }
 

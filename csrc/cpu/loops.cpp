@@ -100,7 +100,23 @@ Isa chosen_isa() {
   return isa;
 }
 
+bool choose_own_products() {
+  const char* given = std::getenv("UVC_CPU_PRODUCTS");
+  const std::string wish = given == nullptr ? "" : given;
+  if (wish == "own" || wish == "vendor") return wish == "own";
+#if UVC_X86
+  return __builtin_cpu_is("amd") && chosen_isa() >= Isa::kAvx512;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
+
+bool own_products() {
+  static const bool own = choose_own_products();
+  return own;
+}
 
 const char* instruction_set() {
   switch (chosen_isa()) {

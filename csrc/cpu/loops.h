@@ -66,6 +66,20 @@ struct Head {
   ScoreBias<Accumulator<T>> bias;
 };
 
+// out [rows, columns] = a [rows, depth] b [depth, columns]. An entry of out, and of b or of its transpose, stands next to the
+// one of the next column.
+template <class A>
+struct Product {
+  int64_t rows, depth, columns;
+  const A* a;
+  int64_t a_row, a_column;  // how far apart rows, and columns, stand
+  const A* b;
+  int64_t b_row, b_column;
+  A* out;
+  int64_t out_row;
+};
+constexpr int64_t kProductColumns = 48;  // a multiple of the columns that `multiply` takes at a time
+
 template <class T>
 struct Loops {
   using A = Accumulator<T>;
@@ -92,6 +106,8 @@ struct Loops {
   void (*add_to_rows)(T* p, const A* q, int64_t rows, int64_t n);
   // p[i] <- p[i] * q[i], zero where q[i] is zero
   void (*multiply_row)(T* p, const A* q, int64_t n);
+  // The product, for some rows and some columns of out.
+  void (*multiply)(const Product<A>& product, int64_t row, int64_t row_end, int64_t column, int64_t column_end);
 };
 
 // Copies that choose and cast. An index of -1 gives zeros.
@@ -115,5 +131,8 @@ template <class Out, class In>
 const Copies<Out, In>& copies();
 // Its name, as UVC_CPU_ISA has it; avx512_bf16: with the products of bfloat16 pairs.
 const char* instruction_set();
+// Whether products of float32 are ours, not the vendor's. UVC_CPU_PRODUCTS=own|vendor decides, read once; else they are
+// where they are known to be faster, on AMD's processors with AVX-512.
+bool own_products();
 
 }  // namespace uvc

@@ -41,7 +41,17 @@ def test_the_instruction_set_is_the_best_that_is_not_above_the_one_asked_for():
 def test_the_instruction_set_and_what_lowers_it_are_shown(monkeypatch):
     monkeypatch.setenv("UVC_CPU_ISA", "avx2")
     monkeypatch.setattr(_dispatch, "instruction_set", lambda: "avx2")
-    assert re.search(r"CPU kernels\W+avx2, UVC_CPU_ISA=avx2", shown(doctor._machine()))
+    monkeypatch.setattr(_dispatch, "own_products", lambda: False)
+    assert re.search(r"CPU kernels\W+avx2, UVC_CPU_ISA=avx2\W", shown(doctor._machine()))
+
+
+def test_whose_products_the_kernels_run_is_shown(monkeypatch):
+    monkeypatch.delenv("UVC_CPU_ISA", raising=False)
+    monkeypatch.setenv("UVC_CPU_PRODUCTS", "own")
+    monkeypatch.setattr(_dispatch, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(_dispatch, "own_products", lambda: True)
+    kernels = doctor.machine()["CPU kernels"]
+    assert kernels == "avx512, own products of float32, UVC_CPU_PRODUCTS=own"
 
 
 def test_a_build_without_kernels_is_shown(monkeypatch):

@@ -92,7 +92,7 @@ def test_a_choice_is_measured_anew_after_a_day(monkeypatch, tmp_path):
     assert len(asked) == 1 and choice["fastest"] == "cpu"
 
 
-@pytest.mark.parametrize("what", ["torch", "extension", "instructions", "processors"])
+@pytest.mark.parametrize("what", ["torch", "extension", "instructions", "products", "processors"])
 def test_what_another_build_found_does_not_count(what, monkeypatch):
     times(monkeypatch, cpu=1.0, dense=0.5)
     call()

@@ -34,13 +34,15 @@ def machine() -> dict[str, str]:
     """Versions, processor, devices and build."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     built = "built" if _dispatch.extension_error is None else f"not built: {_dispatch.extension_error}"
-    chosen, asked = _dispatch.instruction_set(), os.environ.get("UVC_CPU_ISA")
+    chosen = _dispatch.instruction_set()
+    asked = [f"{n}={os.environ[n]}" for n in ("UVC_CPU_ISA", "UVC_CPU_PRODUCTS") if n in os.environ]
+    products = ["own products of float32"] if _dispatch.own_products() else []
     return {
         **versions(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "CUDA devices": ", ".join(devices) or "none",
         "uvc_kernels._C": built,
-        "CPU kernels": (chosen or "not built") + (f", UVC_CPU_ISA={asked}" if asked else ""),
+        "CPU kernels": ", ".join([chosen or "not built", *products, *asked]),
         "forced backend": os.environ.get("UVC_BACKEND") or "none",
     }
 
