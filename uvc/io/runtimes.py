@@ -107,7 +107,7 @@ def write_onnx_int8(
     """An ONNX program whose products with weights are of 8-bit numbers, by ONNX Runtime's quantisation.
 
     Ranges of activations are those on `images`, batches that the model sees in use. Products of two
-    activations, softmax and norms stay in float32.
+    activations, convolutions, softmax and norms stay in float32.
     """
     tools = importlib.import_module("onnxruntime.quantization")
     onnx = importlib.import_module("onnx")
@@ -124,8 +124,9 @@ def write_onnx_int8(
         plain, ready = Path(draft, "plain.onnx"), Path(draft, "ready.onnx")
         write_onnx(model, x, plain, optimize)
         tools.shape_inference.quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
-        kinds = ["MatMul", "Gemm", "Conv"]
-        # Results stay in float32: else what follows is of 8-bit numbers, too, and softmax is slow in them.
+        # Results stay in float32: else what follows is of 8-bit numbers, too, and softmax is slow in them. A
+        # convolution with such results would run in float32, on numbers that are quantised and back.
+        kinds = ["MatMul", "Gemm"]
         rest = {"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": kinds}
         tools.quantize_static(
             str(ready), str(path), Reader(),
