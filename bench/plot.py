@@ -15,7 +15,7 @@ from pathlib import Path
 
 from uvc.bench.figure import draw
 from uvc.bench.rows import Row, latest, read
-from uvc.bench.table import OPS, SOLVER, fractions, solver_shares
+from uvc.bench.table import OPS, SOLVER, solver_shares
 from uvc.environment import slug
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ MODELS = {
 def load(results: Path) -> list[Row]:
     """The last row of each setting on each device; the order is that of the files."""
     rows = []
-    for suite in ("models", "kernels", "quick"):
+    for suite in ("models", "kernels"):
         for path in sorted(results.rglob(f"{suite}.csv")):
             rows += read(path)
     return latest(rows)
@@ -88,22 +88,6 @@ def training_table(rows: Sequence[Row], device: str) -> list[str]:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
-
-
-def fractions_table(rows: Sequence[Row], device: str) -> list[str]:
-    """What `uvc bench` measured: on the fly beside the compacted model, converted beside dense."""
-    out = [
-        "| model | batch | dtype | threads | keep | | time | ± | memory of the step | with what stands |",
-        "|---" * 10 + "|",
-    ]
-    for f in fractions(row for row in rows if row.device == device and row.suite == "quick"):
-        r = f.row
-        out.append(
-            f"| {MODELS.get(r.model, r.model)} | {r.batch} | {r.dtype} | {r.threads or ''} | {r.keep:g} | "
-            f"{r.variant.replace('_', ' ')} / {f.other.variant} | {f.time:.3f} | {f.noise:.1%} | "
-            f"{f.memory:.2f} | {f.memory_with_standing:.2f} |"
-        )
-    return out if len(out) > 2 else []
 
 
 def _beside(fly: Row, rows: Sequence[Row]) -> dict[str, Row]:
@@ -171,7 +155,6 @@ BLOCKS: dict[str, Callable[[Sequence[Row], str], list[str]]] = {
     "models": models_table,
     "layers": layers_table,
     "ops": ops_table,
-    "fractions": fractions_table,
 }
 
 

@@ -4,35 +4,50 @@
     search / compacted              the same with the solver beside it
     converted / dense               nothing pruned
 
-All are timed in turn in one process, as bench/README.md says; below 1 the first is faster.
+All are timed in turn in one process, as bench/README.md says; below 1 the first is faster. Rows are kept in
+bench/results/<device>/ratios.csv, of which --docs writes the table of docs/bench.md.
 
 python bench/ratios.py [--models deit_tiny_patch16_224 ...] [--tokens 197 ...] [--batch 8 ...] [--threads 1 2]
-                       [--dtype float32 bfloat16] [--keep 0.5] [--seconds 30] [--clock wall]
+                       [--dtype float32 bfloat16] [--keep 0.5] [--seconds 30] [--clock wall] [--docs]
 """
 
 import argparse
 import copy
+import csv
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import timm
 import torch
+from uvc_kernels import _dispatch
 
 from uvc.bench.steps import images_and_labels, searching, training
 from uvc.bench.timing import Round, ratio
 from uvc.bench.variants import build
-from uvc.environment import device_name
+from uvc.environment import commit, device_name, slug, versions_line
+from uvc.io.files import write_text
+
+ROOT = Path(__file__).parent
+PAGE = ROOT.parent / "docs" / "bench.md"
+MARKS = ("<!-- ratios -->\n", "<!-- /ratios -->")
 
 PIXELS = {17: 64, 37: 96, 65: 128, 197: 224, 577: 384}  # patches of 16 pixels and a class token
 RATIOS = (("fly", "dense"), ("fly", "compacted"), ("search", "compacted"), ("converted", "dense"))
+NAMES = [" / ".join(pair) for pair in RATIOS]
+CASE = ("model", "tokens", "batch", "dtype", "threads", "keep")
+ABOUT = ("date", "commit", "device", "versions", "products")
+FIELDS = (*ABOUT, *CASE, "dense_ms", *(f for name in NAMES for f in (name, f"{name} ±")), "rounds")
 FEWEST = 5  # rounds
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}  # the second on a busy machine
 
 
-def measure(model: str, tokens: int, batch: int, dtype: torch.dtype, options: argparse.Namespace) -> str:
-    """One row of the table: milliseconds of the dense step, then the ratios with their noise."""
+def measure(
+    model: str, tokens: int, batch: int, dtype: torch.dtype, options: argparse.Namespace
+) -> dict[str, object]:
+    """The figures of a row: milliseconds of the dense step, the ratios with their noise, rounds."""
     cpu = torch.device("cpu")
     dense = timm.create_model(model, img_size=PIXELS[tokens])
     built, left = build(
@@ -53,9 +68,64 @@ def measure(model: str, tokens: int, batch: int, dtype: torch.dtype, options: ar
     while len(race.samples["fly"]) < FEWEST or time.monotonic() - start < options.seconds:
         race.run()
     timings = race.timings()
-    found = (ratio(timings[a], timings[b]) for a, b in RATIOS)
-    cells = [f"{value:.3f} ±{noise:.0%}" for value, noise in found]
-    return " | ".join([f"{timings['dense'].ms:.1f}", *cells, str(len(race.samples["fly"]))])
+    found: dict[str, object] = {"dense_ms": round(timings["dense"].ms, 1), "rounds": len(race.samples["fly"])}
+    for name, (a, b) in zip(NAMES, RATIOS, strict=True):
+        value, noise = ratio(timings[a], timings[b])
+        found |= {name: round(value, 4), f"{name} ±": round(noise, 4)}
+    return found
+
+
+def results() -> Path:
+    """The CSV of this device."""
+    return ROOT / "results" / slug(device_name(torch.device("cpu"))) / "ratios.csv"
+
+
+def keep(row: Mapping[str, object], path: Path) -> None:
+    """Add a row to a CSV."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The latest row of each case, in order of cases."""
+    with path.open(newline="") as file:
+        latest = {tuple(r[name] for name in CASE): r for r in csv.DictReader(file)}
+
+    def place(r: Mapping[str, str]) -> tuple[object, ...]:
+        sizes = {"tiny": 0, "small": 1, "base": 2}
+        size = next((n for name, n in sizes.items() if name in r["model"]), len(sizes))
+        return size, r["model"], r["dtype"] != "float32", *(int(r[n]) for n in ("tokens", "batch", "threads"))
+
+    return sorted(latest.values(), key=place)
+
+
+def line(r: Mapping[str, object]) -> str:
+    """A row of the table."""
+    case = (str(r[name]) for name in CASE[:-1])
+    cells = (f"{float(str(r[name])):.3f} ±{float(str(r[f'{name} ±'])):.0%}" for name in NAMES)
+    return f"| {' | '.join((*case, str(r['dense_ms']), *cells, str(r['rounds'])))} |"
+
+
+def head() -> list[str]:
+    """The first lines of the table."""
+    names = [*CASE[:-1], "dense ms", *NAMES, "rounds"]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def write_docs(page: Path = PAGE, found: Path | None = None) -> None:
+    """Put the table between its marks."""
+    rows, text, (begin, end) = read(found or results()), page.read_text(), MARKS
+    newest = max(rows, key=lambda r: r["date"])
+    about = ", ".join(newest[name] for name in ("device", "versions", "date"))
+    own = f"products of float32: {newest['products']}"
+    lines = [f"{about}; {own}; keep {newest['keep']}:", "", *head(), *map(line, rows), ""]
+    before, rest = text.split(begin)
+    write_text(page, before + begin + "\n".join(lines) + end + rest.split(end)[1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,15 +141,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--seconds", type=float, default=30.0, help="of rounds, for every row")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--to", type=Path, default=None, help="the CSV; that of this device")
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/bench.md, time nothing")
     options = parser.parse_args(arguments)
-    print(f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, keep {options.keep:g}\n")
-    names = ["model", "tokens", "batch", "dtype", "threads", "dense ms", *map(" / ".join, RATIOS), "rounds"]
-    print("|".join(["", *(f" {name} " for name in names), ""]), "---".join("|" * (len(names) + 1)), sep="\n")
+    if options.docs:
+        write_docs()
+        return 0
+    print(*head(), sep="\n", flush=True)
     cases = (options.models, options.tokens, options.batch, options.dtype, options.threads)
     for model, tokens, batch, dtype, threads in itertools.product(*cases):
         torch.set_num_threads(threads)
-        row = measure(model, tokens, batch, getattr(torch, dtype), options)
-        print(f"| {model} | {tokens} | {batch} | {dtype} | {threads} | {row} |", flush=True)
+        figures = measure(model, tokens, batch, getattr(torch, dtype), options)
+        products = "our own" if _dispatch.own_products() else "the vendor's"
+        device = device_name(torch.device("cpu"))
+        about = (time.strftime("%Y-%m-%d"), commit() or "", device, versions_line(), products)
+        case = (model, tokens, batch, dtype, threads, options.keep)
+        row = dict(zip(FIELDS, (*about, *case), strict=False)) | figures
+        keep(row, options.to or results())
+        print(line(row), flush=True)
     return 0
 
 

@@ -87,12 +87,49 @@ inline Tensor columns_of(const Tensor& t, int64_t rows, Range r, int64_t columns
   return view(t, r.begin, rows, r.size(), columns, transposed);
 }
 
-// out = a b in float32, each thread some columns, or where these are few some rows of them.
+// ---- threads ----
+
+// One of `count` shares of the work, and which part of 0..n is its own, in whole units.
+struct Share {
+  int64_t index, count;
+  Range of(int64_t n, int64_t unit = 16) const {
+    const int64_t each = ((n + unit - 1) / unit + count - 1) / count * unit;
+    return {std::min(n, index * each), std::min(n, (index + 1) * each)};
+  }
+};
+
+// While this lives the calling thread has a share, and cuts nothing further.
+struct InShare {
+  InShare() { here() = true; }
+  ~InShare() { here() = false; }
+  static bool& here() {
+    static thread_local bool here = false;
+    return here;
+  }
+};
+
+// work(share) for as many shares as there are threads. All products and loops of a share run on its thread: one that
+// sleeps is woken once, not for each of them (about 25 us), and ragged sizes are cut evenly. Where 0..n does not cut
+// evenly there is one share, whose products and loops are themselves cut.
+template <class F>
+void for_shares(int64_t n, int64_t unit, F&& work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || 4 * Share{0, threads}.of(n, unit).end * threads > 5 * n) return work(Share{0, 1});
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const InShare in_share;
+    for (int64_t i = begin; i < end; ++i) work(Share{i, threads});
+  });
+}
+
+// ---- products ----
+
+// out = a b in float32, each thread some columns, or where these are fewer than the threads some rows of them.
 inline void multiply_own(const Tensor& out, const Tensor& a, const Tensor& b) {
   const Product<float> p{a.size(0),       a.size(1),   b.size(1),   data<float>(a), a.stride(0),      a.stride(1),
                          data<float>(b),  b.stride(0), b.stride(1), data<float>(out), out.stride(0)};
   const int64_t across = (p.columns + kProductColumns - 1) / kProductColumns;
-  const int64_t down = std::clamp<int64_t>((torch::stable::get_num_threads() + across - 1) / across, 1, p.rows / 48 + 1);
+  const int64_t threads = InShare::here() ? 1 : torch::stable::get_num_threads();
+  const int64_t down = std::clamp<int64_t>((threads + across - 1) / across, 1, p.rows / 48 + 1);
   const int64_t height = (p.rows + down - 1) / down;
   parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     while (begin < end) {
@@ -112,29 +149,6 @@ inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
       (b.stride(0) == 1 || b.stride(1) == 1))
     return multiply_own(out, a, b);
   check(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()) == AOTI_TORCH_SUCCESS, "torch's matrix product failed");
-}
-
-// ---- threads ----
-
-// One of `count` shares of the work, and which part of 0..n is its own, in whole units.
-struct Share {
-  int64_t index, count;
-  Range of(int64_t n, int64_t unit = 16) const {
-    const int64_t each = ((n + unit - 1) / unit + count - 1) / count * unit;
-    return {std::min(n, index * each), std::min(n, (index + 1) * each)};
-  }
-};
-
-// work(share) for as many shares as there are threads. All products and loops of a share run on its thread: one that
-// sleeps is woken once, not for each of them (about 25 us), and ragged sizes are cut evenly. Where 0..n does not cut
-// evenly there is one share, whose products and loops are themselves cut.
-template <class F>
-void for_shares(int64_t n, int64_t unit, F&& work) {
-  const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1 || 4 * Share{0, threads}.of(n, unit).end * threads > 5 * n) return work(Share{0, 1});
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(Share{i, threads});
-  });
 }
 
 // ---- types ----

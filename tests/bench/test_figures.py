@@ -51,6 +51,34 @@ def test_every_marked_table_is_what_the_csv_says(plot):
     assert plot.filled(text, plot.load(RESULTS)) == text, "run: python bench/plot.py"
 
 
+def test_the_table_of_ratios_is_what_the_csv_says(tmp_path):
+    ratios, page = script("ratios"), tmp_path / "bench.md"
+    page.write_text((ROOT / "docs" / "bench.md").read_text())
+    ratios.write_docs(page, next(RESULTS.rglob("ratios.csv")))
+    assert page.read_text() == (ROOT / "docs" / "bench.md").read_text(), "run: python bench/ratios.py --docs"
+
+
+def test_a_row_of_ratios_is_kept_and_the_latest_is_shown(tmp_path, monkeypatch):
+    ratios, page, kept = script("ratios"), tmp_path / "page.md", tmp_path / "new" / "ratios.csv"
+    page.write_text("before\n<!-- ratios -->\nold\n<!-- /ratios -->\nafter\n")
+    figures = (
+        {"dense_ms": 100.0, "rounds": 5}
+        | {n: 0.5 for n in ratios.NAMES}
+        | {f"{n} ±": 0.02 for n in ratios.NAMES}
+    )
+    monkeypatch.setattr(ratios, "measure", lambda *_: figures)
+    threads = torch.get_num_threads()
+    for times, count in ((0.5, "17"), (0.25, "197"), (0.75, "17")):
+        figures["fly / dense"] = times
+        ratios.main(["--tokens", count, "--threads", "1", "--to", str(kept)])
+    torch.set_num_threads(threads)
+    ratios.write_docs(page, kept)
+    before, _, *lines, after = page.read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| deit_tiny")]
+    assert (before, after) == ("before", "after") and "keep 0.5:" in lines[0]
+    assert [(row[1], row[6]) for row in rows] == [("17", "0.750 ±2%"), ("197", "0.250 ±2%")]
+
+
 def test_the_speed_that_the_readme_begins_with_is_a_row(plot):
     case = ("models", "deit_tiny_patch16_224", "training", 0.5, "float32", 1)
     rows = [r for r in plot.load(RESULTS) if (r.suite, r.model, r.what, r.keep, r.dtype, r.threads) == case]
@@ -88,7 +116,6 @@ def test_tables_pages_and_pictures_come_from_rows(plot, results, tmp_path):
 def test_every_block_has_its_table(plot, results):
     for suite, name, ours, other in (
         ("kernels", "gather forward", "kernel/cpu", "plain_torch"),
-        ("quick", "training", "on_the_fly/auto", "compacted"),
         ("kernels", "mlp forward", "on_the_fly/cpu", "dense"),
     ):
         timings = {"dense": 4.0, other: 4.0, ours: 3.0} if other != "plain_torch" else {other: 4.0, ours: 3.0}
@@ -105,7 +132,6 @@ def test_every_block_has_its_table(plot, results):
         "models": "| DeiT-T | inference | 0.25 | 8 | float32 | 1 | 4.00 |",
         "layers": "| deit_tiny mlp forward | 8 | float32 | cpu | 3.00 | 1.33 |",
         "ops": "| deit_tiny | gather forward | 0.5 | float32 | cpu | 3.00 | 4.00 | 1.33 |",
-        "fractions": "on the fly / compacted | 0.750 | 2.0% |",
     }
     assert set(expected) == set(plot.BLOCKS)
     for name, line in expected.items():
