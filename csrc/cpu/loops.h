@@ -66,8 +66,8 @@ struct Head {
   ScoreBias<Accumulator<T>> bias;
 };
 
-// out [rows, columns] = a [rows, depth] b [depth, columns]. An entry of out, and of b or of its transpose, stands next to the
-// one of the next column.
+// out [rows, columns] = a [rows, depth] b [depth, columns]. Columns of out stand next to one another, and so do the columns, or
+// the rows, of b.
 template <class A>
 struct Product {
   int64_t rows, depth, columns;
