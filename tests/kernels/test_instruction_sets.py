@@ -68,6 +68,7 @@ def test_attention_and_sums_are_exact_under(isa):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("isa", SETS)
 def test_the_whole_kernel_suite_passes_under(isa):
     run_under(isa, "-m", "not slow", "--deselect", "test_instruction_sets.py", ".")
