@@ -24,11 +24,11 @@ import timm
 import torch
 from uvc_kernels import _dispatch
 
+from uvc.bench.kept import keep, put
 from uvc.bench.steps import images_and_labels, searching, training
 from uvc.bench.timing import Round, ratio
 from uvc.bench.variants import build
 from uvc.environment import commit, device_name, slug, versions_line
-from uvc.io.files import write_text
 
 ROOT = Path(__file__).parent
 PAGE = ROOT.parent / "docs" / "bench.md"
@@ -39,7 +39,6 @@ RATIOS = (("fly", "dense"), ("fly", "compacted"), ("search", "compacted"), ("con
 NAMES = [" / ".join(pair) for pair in RATIOS]
 CASE = ("model", "tokens", "batch", "dtype", "threads", "keep")
 ABOUT = ("date", "commit", "device", "versions", "products")
-FIELDS = (*ABOUT, *CASE, "dense_ms", *(f for name in NAMES for f in (name, f"{name} ±")), "rounds")
 FEWEST = 5  # rounds
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}  # the second on a busy machine
 
@@ -68,27 +67,16 @@ def measure(
     while len(race.samples["fly"]) < FEWEST or time.monotonic() - start < options.seconds:
         race.run()
     timings = race.timings()
-    found: dict[str, object] = {"dense_ms": round(timings["dense"].ms, 1), "rounds": len(race.samples["fly"])}
+    found: dict[str, object] = {"dense_ms": round(timings["dense"].ms, 1)}
     for name, (a, b) in zip(NAMES, RATIOS, strict=True):
         value, noise = ratio(timings[a], timings[b])
         found |= {name: round(value, 4), f"{name} ±": round(noise, 4)}
-    return found
+    return found | {"rounds": len(race.samples["fly"])}
 
 
 def results() -> Path:
     """The CSV of this device."""
     return ROOT / "results" / slug(device_name(torch.device("cpu"))) / "ratios.csv"
-
-
-def keep(row: Mapping[str, object], path: Path) -> None:
-    """Add a row to a CSV."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -119,13 +107,11 @@ def head() -> list[str]:
 
 def write_docs(page: Path = PAGE, found: Path | None = None) -> None:
     """Put the table between its marks."""
-    rows, text, (begin, end) = read(found or results()), page.read_text(), MARKS
+    rows = read(found or results())
     newest = max(rows, key=lambda r: r["date"])
     about = ", ".join(newest[name] for name in ("device", "versions", "date"))
-    own = f"products of float32: {newest['products']}"
-    lines = [f"{about}; {own}; keep {newest['keep']}:", "", *head(), *map(line, rows), ""]
-    before, rest = text.split(begin)
-    write_text(page, before + begin + "\n".join(lines) + end + rest.split(end)[1])
+    about += f"; products of float32: {newest['products']}; keep {newest['keep']}:"
+    put(page, MARKS, "\n".join([about, "", *head(), *map(line, rows), ""]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = device_name(torch.device("cpu"))
         about = (time.strftime("%Y-%m-%d"), commit() or "", device, versions_line(), products)
         case = (model, tokens, batch, dtype, threads, options.keep)
-        row = dict(zip(FIELDS, (*about, *case), strict=False)) | figures
+        row = dict(zip((*ABOUT, *CASE), (*about, *case), strict=True)) | figures
         keep(row, options.to or results())
         print(line(row), flush=True)
     return 0

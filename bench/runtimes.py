@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import uvc
 import uvc.models
+from uvc.bench.kept import keep, put
 from uvc.environment import commit, device_name, slug, versions_line
 from uvc.io.export import suited
-from uvc.io.files import write_text
 from uvc.io.runtimes import read_onnx, read_openvino, write_onnx
 
 ROOT = Path(__file__).parent
@@ -123,17 +123,6 @@ def results() -> Path:
     return ROOT / "results" / slug(device_name(torch.device("cpu"))) / "runtimes.csv"
 
 
-def keep(found: Mapping[str, object], path: Path) -> None:
-    """Add a row to a CSV."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(found)
-
-
 def read(path: Path) -> list[dict[str, str]]:
     """The latest row of each case, in order of cases."""
     with path.open(newline="") as file:
@@ -180,13 +169,11 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
 
 def write_docs(page: Path = PAGE, found: Path | None = None) -> None:
     """Put the tables between their marks."""
-    rows, text = read(found or results()), page.read_text()
-    for (begin, end), half in zip(MARKS, (True, False), strict=True):
+    rows = read(found or results())
+    for marks, half in zip(MARKS, (True, False), strict=True):
         chosen = [r for r in rows if (float(r["share"]) == SHARE and r["model"] in MODELS) is half]
-        if begin in text and chosen:
-            before, rest = text.split(begin)
-            text = before + begin + table(chosen) + end + rest.split(end)[1]
-    write_text(page, text)
+        if chosen:
+            put(page, marks, table(chosen))
 
 
 def cases(options: argparse.Namespace, folder: Path) -> "Sequence[tuple[dict[str, object], Run, Run]]":
