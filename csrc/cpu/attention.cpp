@@ -1,6 +1,6 @@
 // Attention over kept heads and dims. B images, N tokens, D width, A = heads * head dim, M = B*N.
 // Packed rows: kept q dims, kept k dims, kept v dims; `qkv` [2Q + V, M] and `heads` [V.., M] are channel-major, so every
-// matrix product is one vendor call on strided views and each (image, head) is a block of contiguous rows. `stats`
+// matrix product is one call on strided views and each (image, head) is a block of contiguous rows. `stats`
 // [heads, 2, M] keeps each query's largest score and 1 / sum of exp(score - largest).
 //
 // With positions: `turn` [2, I, G, K, length] holds for every dim the cosine, and the sine, negative for the first dim of a

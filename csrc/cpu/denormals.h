@@ -7,7 +7,7 @@
 // number of terms of its sum.
 //
 // The mode belongs to a thread, and a new thread inherits it: so it is set inside each piece of work (`parallel_for`)
-// and never while torch may start threads, which would keep it. Vendor products run in the caller's own mode; of what
+// and never while torch may start threads, which would keep it. The vendor's products run in the caller's own mode; of what
 // the kernels hand them nothing is subnormal.
 #pragma once
 
