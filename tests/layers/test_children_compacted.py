@@ -1,9 +1,12 @@
 """A layer whose children were changed, where weights are read: refused by name, or right once compacted."""
 
+import copy
+
 import pytest
 import torch
 from changed_children import CHANGES, Half, LoRA, X, linears, pruned_then_changed, wrap
 from oracle import error, small_vit, structures
+from timm.layers import set_fast_norm
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -116,6 +119,89 @@ def test_hooks_on_blocks_attention_and_mlp_go_along_when_compacted():
     small(torch.randn(X))
     assert seen == ["LayerNorm", ["attn_mask", "is_causal"], "CompactAttention", "CompactMlp", "CompactBlock"]
     assert not any(m._forward_hooks for m in small.blocks[0].origin.modules())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", ["grouped", "padded"])
+def test_a_block_that_is_read_computes_what_it_computes_called(form, training):
+    model = small_vit()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]), form)
+    small.train(training)
+    watched = copy.deepcopy(small)
+    for block in watched.blocks:
+        block.mlp.register_forward_hook(lambda *_: None)
+    assert all(block._is_bare() for block in small.blocks)
+    assert not any(block._is_bare() for block in watched.blocks)
+    x = torch.randn(X)
+    outs = [m(x) for m in (small, watched)]
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    for (name, p), q in zip(small.named_parameters(), watched.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+class Twice(nn.Module):
+    """Two times its input."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+PUT = ["ls1", "drop_path2", "attn.proj_drop", "attn.norm", "mlp.drop1", "mlp.norm", "mlp.drop2"]
+REPLACED = ["norm1", "attn", "norm2", "mlp"]
+
+
+@pytest.mark.parametrize("form", ["grouped", "padded"])
+@pytest.mark.parametrize("path", [*PUT, *REPLACED])
+def test_what_is_put_into_a_compacted_block_runs(form, path):
+    model = small_vit().double()
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]), form)
+    x, block, seen = torch.randn(X, dtype=torch.float64), small.blocks[0], []
+    before = small(x)
+    *half, name = path.split(".")
+    new = nn.Sequential(block.get_submodule(path), Twice()) if path.startswith("norm") else Twice()
+    new.register_forward_hook(lambda *_: seen.append(path))
+    if path in ("attn", "mlp"):
+        new.forward = lambda x, **_: 2 * x
+    block.get_submodule(".".join(half)).add_module(name, new)
+    assert error(small(x), before) > 1e-3 and seen == [path]
+
+
+@pytest.mark.parametrize("how", ["in place", "as another module"])
+@pytest.mark.parametrize("path", ["attn", "mlp", "norm1"])
+def test_what_is_compiled_in_a_compacted_block_runs_compiled(path, how):
+    model, calls = small_vit(), []
+
+    def backend(graph, _):
+        calls.append(path)
+        return graph.forward
+
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]))
+    block = small.blocks[0]
+    if how == "in place":
+        block.get_submodule(path).compile(backend=backend)
+    else:
+        setattr(block, path, torch.compile(block.get_submodule(path), backend=backend))
+    small(torch.randn(X))
+    assert calls == [path]
+
+
+def test_a_norm_in_half_precision_computes_as_timm_has_it():
+    """timm's fast norm takes the dtype of autocast, torch's own float32."""
+    set_fast_norm(True)
+    try:
+        model = small_vit()
+    finally:
+        set_fast_norm(False)
+    small = uvc.compact(model)
+    called = copy.deepcopy(small)
+    for block in called.blocks:
+        block.norm1.register_forward_hook(lambda *_: None)
+        block.norm2.register_forward_hook(lambda *_: None)
+    x = torch.randn(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(small(x), called(x))
 
 
 @pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn", "blocks.1.mlp"])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor, nn
 
 from uvc.layers._surgery import take_over
+from uvc.layers.children import normed
 from uvc.layers.kinds import ATTENTIONS, MLPS, NORM_LAST, prunable
 from uvc.layers.token_pruning import Slimming, due, slim
 
@@ -136,7 +137,7 @@ class UVCBlock(InARow):
         slimming, scores = due(self._slimming, x, attn_mask, is_causal), None
         residual = self.residual(x)
         if not self._skip[0]:
-            y = x if self.norm_last else self.norm1(x)
+            y = x if self.norm_last else normed(self.norm1, x)
             if slimming is not None:
                 scores = self.attn.token_scores(y, slimming)
             branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
@@ -146,7 +147,10 @@ class UVCBlock(InARow):
         if slimming is not None:
             x = slim(x, scores, slimming)
         if not self._skip[1]:
-            branch = self.norm2(self.fed(x)) if self.norm_last else scaled(self, "2", self.fed(self.norm2(x)))
+            if self.norm_last:
+                branch = self.norm2(self.fed(x))
+            else:
+                branch = scaled(self, "2", self.fed(normed(self.norm2, x)))
             x = x + dropped(self, "2", gated(branch, self._gates[1]))
         return self.ended(x)
 

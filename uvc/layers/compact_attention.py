@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uvc.layers.children import drop_rate, product, product_onto, writes_onnx
+from uvc.layers.children import drop_rate, product, product_onto, runs_as_it_is, writes_onnx
 from uvc.layers.small_weights import (
     PADDING,
     after,
@@ -30,6 +30,10 @@ FORMS = ("grouped", "padded")
 
 # Of dims that heads are padded to: rows of whole vectors, and pairs of dims stay together.
 MULTIPLE = 4
+
+
+# The children of an attention that does no more than its products and softmax.
+PROJECTIONS = {"qkv", "q", "k", "v", "proj"}
 
 
 class HeadGroup(NamedTuple):
@@ -104,6 +108,8 @@ class CompactAttention(nn.Module):
         # Columns of q, k and v of each group, one behind the other; which groups are `flat`.
         self._sizes = [len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)]
         self._flat = [group.flat for group in self.groups]
+        # Whether q, k and v of all heads are thirds of one product.
+        self._equal = "qkv" in self._modules and [g.dq == g.dv for g in self.groups] == [True]
 
     def _keep_sources(self, dense: nn.Module, kept: list[tuple[list[int], ...]]) -> None:
         """The rows of q, k and v that these groups of heads keep."""
@@ -146,11 +152,10 @@ class CompactAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """q, k and v of each group, [B, h, N, dims]."""
-        B, N, _ = x.shape
-        first = self.groups[0]
-        if len(self.groups) == 1 and first.dq == first.dv and "qkv" in self._modules:
+        if self._equal:
             # As few calls as in timm's layer.
-            qkv = product(self._modules["qkv"], x).reshape(B, N, 3, len(first.heads), first.dv)
+            (B, N, _), (group,) = x.shape, self.groups
+            qkv = product(self._modules["qkv"], x).reshape(B, N, 3, len(group.heads), group.dv)
             return [qkv.permute(2, 0, 3, 1, 4).unbind(0)]
         return [in_heads(*found) for found in zip(self.groups, self._projected(x), strict=True)]
 
@@ -162,11 +167,13 @@ class CompactAttention(nn.Module):
             return self._left(x, self._plain_outputs(x))
         return self.scored(x, None, attn_mask, is_causal, **positions)[0]
 
-    def onto(self, total: Tensor, x: Tensor) -> Tensor | None:
-        """total + what it makes of x, where it ends in a product, else None."""
-        if not self._plain or "proj_drop" in self._modules:
-            return None
-        return product_onto(total, self._modules["proj"], self._read(x, self._plain_outputs(x)))
+    def adds(self) -> bool:
+        """Whether calling it is products and softmax alone, so that the last may add to something else."""
+        return self._plain and self._modules.keys() <= PROJECTIONS and runs_as_it_is(self)
+
+    def onto(self, total: Tensor, x: Tensor) -> Tensor:
+        """total + what it makes of x, where it `adds`."""
+        return product_onto(total, self._modules["proj"], joined(self._plain_outputs(x)))
 
     def scored(
         self,
@@ -251,11 +258,16 @@ class CompactAttention(nn.Module):
 
     def _read(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """What the last layer reads."""
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        out = joined(outputs)
         out = through_part(self, "norm", out if self._order is None else out[..., self._order])
         if self.gate is not None:
             out = out * product(self.gate, x).sigmoid()
         return out
+
+
+def joined(outputs: list[Tensor]) -> Tensor:
+    """What groups give, side by side."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def attend(
@@ -265,9 +277,8 @@ def attend(
 
     Scores are 0 when dq is 0.
     """
-    if q.shape[-1] == v.shape[-1]:
-        on_gpu = q.device.type == "cuda"
-        if on_gpu:
+    if q.size(-1) == v.size(-1):
+        if on_gpu := q.is_cuda:
             q, k, v = (in_whole_vectors(t) for t in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale

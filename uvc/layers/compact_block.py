@@ -10,10 +10,21 @@ from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
 from uvc.layers.block import InARow, UVCBlock, dropped, norm_last, scaled
-from uvc.layers.children import carry_hooks, drop_hooks, hooked_everywhere, is_untouched, sums_in_products
+from uvc.layers.children import (
+    carry_hooks,
+    drop_hooks,
+    hooked_everywhere,
+    normed,
+    writes_onnx,
+)
+from uvc.layers.compact_attention import CompactAttention
+from uvc.layers.compact_mlp import CompactMlp
 from uvc.layers.kinds import prunable
 from uvc.layers.small_weights import passes_on
 from uvc.layers.token_pruning import Slimming, due, slim
+
+# The children of a block that does nothing besides.
+HALVES = {"norm1", "attn", "norm2", "mlp"}
 
 
 class CompactBlock(InARow):
@@ -38,6 +49,9 @@ class CompactBlock(InARow):
         for name in self.FULL.stays(dense):
             if name not in self._modules:
                 self.add_module(name, copy.deepcopy(getattr(dense, name)))
+        steps = ("residual", "attended", "fed", "ended")
+        own = all(getattr(type(self), step) is getattr(InARow, step) for step in steps)
+        self._straight = own and not self.norm_last and not self._parameters
         self.train(dense.training)
         carry_hooks(dense, self)
 
@@ -93,46 +107,48 @@ class CompactBlock(InARow):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **positions
     ) -> Tensor:
         """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
+        if attn_mask is None and not is_causal and not positions and self._is_bare():
+            return self._bare(x)
         slimming = None if self.slimming is None else due(self.slimming, x, attn_mask, is_causal)
         scores, children = None, self._modules  # read there, as attributes of a module take a call each
         residual = self.residual(x)
         if self.record.attn:
-            y = x if self.norm_last else children["norm1"](x)
-            bare = slimming is None and attn_mask is None and not is_causal and not positions
-            if not bare or (x := self._onto(residual, "attn", y)) is None:
-                if slimming is None:
-                    branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
-                else:
-                    branch, scores = children["attn"].scored(y, slimming)
-                branch = children["norm1"](branch) if self.norm_last else scaled(self, "1", branch)
-                x = residual + dropped(self, "1", branch)
-        else:
-            x = residual
+            y = x if self.norm_last else normed(children["norm1"], x)
+            if slimming is None:
+                branch = self.attended(y, attn_mask=attn_mask, is_causal=is_causal, **positions)
+            else:
+                branch, scores = children["attn"].scored(y, slimming)
+            branch = children["norm1"](branch) if self.norm_last else scaled(self, "1", branch)
+            residual = residual + dropped(self, "1", branch)
+        x = residual
         if slimming is not None:
             x = slim(x, scores, slimming)
         if self.record.mlp:
-            y = x if self.norm_last else children["norm2"](x)
-            if (total := self._onto(x, "mlp", y)) is None:
-                branch = self.fed(y)
-                branch = children["norm2"](branch) if self.norm_last else scaled(self, "2", branch)
-                total = x + dropped(self, "2", branch)
-            x = total
+            branch = self.fed(x if self.norm_last else normed(children["norm2"], x))
+            branch = children["norm2"](branch) if self.norm_last else scaled(self, "2", branch)
+            x = x + dropped(self, "2", branch)
         return self.ended(x)
 
-    def _onto(self, x: Tensor, half: str, y: Tensor) -> Tensor | None:
-        """x + what a half makes of y, where its last product can begin with x, as nothing lies between a half
-        and the sum, on whichever tokens; else None.
-        """
-        if not sums_in_products(x) or hooked_everywhere():
-            return None
-        layer = self._modules[half]
-        digit, own = ("1", "attended") if half == "attn" else ("2", "fed")
-        parts = f"ls{digit}", f"drop_path{digit}", "drop_path"
-        between = any(name in self._modules for name in parts) or f"gamma_{digit}" in self._parameters
-        bare = getattr(type(self), own) is getattr(InARow, own)
-        if self.norm_last or between or not bare or not hasattr(layer, "onto") or not is_untouched(layer):
-            return None
-        return layer.onto(x, y)
+    def _is_bare(self) -> bool:
+        """Whether all it does is to add to its tokens what its halves make of them, normed."""
+        children = self._modules
+        if not self._straight or self.slimming is not None or not children.keys() <= HALVES:
+            return False
+        if writes_onnx() or hooked_everywhere():
+            return False
+        attn, mlp = children.get("attn"), children.get("mlp")
+        if attn is not None and not (isinstance(attn, CompactAttention) and attn.adds()):
+            return False
+        return mlp is None or (isinstance(mlp, CompactMlp) and mlp.adds())
+
+    def _bare(self, x: Tensor) -> Tensor:
+        """What a bare block makes of x; at batch 1 a small model's latency is made of calls."""
+        children = self._modules
+        if (attn := children.get("attn")) is not None:
+            x = attn.onto(x, normed(children["norm1"], x))
+        if (mlp := children.get("mlp")) is not None:
+            x = mlp.onto(x, normed(children["norm2"], x))
+        return x
 
 
 def _moved(values: Tensor, before: Tensor, after: Tensor) -> nn.Parameter:
