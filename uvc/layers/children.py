@@ -110,7 +110,7 @@ def sums_in_products(x: torch.Tensor) -> bool:
 def product_onto(x: torch.Tensor, linear: nn.Module, read: torch.Tensor) -> torch.Tensor:
     """x + linear(read), where that is worth it in a product that begins with x and its bias."""
     if not sums_in_products(x) or not is_plain(linear) or linear._parameters["bias"] is None:
-        return x + product(linear, read)
+        return x + product(linear, read if x.dim() > 2 else read.flatten(0, -2))
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     total = torch.addmm(x.flatten(0, -2) + bias, read.flatten(0, -2), weight.t())
     return total.unflatten(0, x.shape[:-1])

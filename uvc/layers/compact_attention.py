@@ -171,9 +171,10 @@ class CompactAttention(nn.Module):
         """Whether calling it is products and softmax alone, so that the last may add to something else."""
         return self._plain and self._modules.keys() <= PROJECTIONS and runs_as_it_is(self)
 
-    def onto(self, total: Tensor, x: Tensor) -> Tensor:
-        """total + what it makes of x, where it `adds`."""
-        return product_onto(total, self._modules["proj"], joined(self._plain_outputs(x)))
+    def onto(self, total: Tensor, x: Tensor, tokens: int | None = None) -> Tensor:
+        """total + what it makes of x, where it `adds`; both may be [B * N, D], with N `tokens`, in ONNX."""
+        outputs = self._plain_outputs(x) if tokens is None else self._alone(x, tokens)
+        return product_onto(total, self._modules["proj"], joined(outputs))
 
     def scored(
         self,
@@ -230,7 +231,7 @@ class CompactAttention(nn.Module):
         q, k, v = in_heads(group, parts)
         return attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)
 
-    def _alone(self, x: Tensor) -> list[Tensor]:
+    def _alone(self, x: Tensor, tokens: int | None = None) -> list[Tensor]:
         """What each head gives, [B, N, dv], of an ONNX program, where one product of several heads turns q, k
         and v around first, which takes longer. Without q/k dims the heads of a group stay together.
         """
@@ -238,7 +239,9 @@ class CompactAttention(nn.Module):
         sizes = [[size // count] * count for size, count in zip(self._sizes, counts, strict=True)]
 
         def split(name: str, sizes: list[list[int]]) -> Iterator[Tensor]:
-            return iter(product(self._modules[name], x).split([*chain(*sizes)], -1))
+            found = product(self._modules[name], x)
+            found = found if tokens is None else found.unflatten(0, (-1, tokens))
+            return iter(found.split([*chain(*sizes)], -1))
 
         whole = "qkv" in self._modules  # all is split off in one op, by the order of its rows
         found = [split("qkv", sizes)] * 3 if whole else [split(n, sizes[i::3]) for i, n in enumerate("qkv")]

@@ -108,6 +108,9 @@ class CompactBlock(InARow):
     ) -> Tensor:
         """x [B, N, D] -> [B, N', D], fewer if it slims; all other arguments go to the attention."""
         if attn_mask is None and not is_causal and not positions and self._is_bare():
+            if x.dim() == 3 and writes_onnx():
+                # Of matrices all along, so that nothing is reshaped between its products and sums.
+                return self._bare(x.flatten(0, 1), x.shape[1]).unflatten(0, x.shape[:2])
             return self._bare(x)
         slimming = None if self.slimming is None else due(self.slimming, x, attn_mask, is_causal)
         scores, children = None, self._modules  # read there, as attributes of a module take a call each
@@ -134,18 +137,21 @@ class CompactBlock(InARow):
         children = self._modules
         if not self._straight or self.slimming is not None or not children.keys() <= HALVES:
             return False
-        if writes_onnx() or hooked_everywhere():
+        if hooked_everywhere():
             return False
         attn, mlp = children.get("attn"), children.get("mlp")
         if attn is not None and not (isinstance(attn, CompactAttention) and attn.adds()):
             return False
         return mlp is None or (isinstance(mlp, CompactMlp) and mlp.adds())
 
-    def _bare(self, x: Tensor) -> Tensor:
-        """What a bare block makes of x; at batch 1 a small model's latency is made of calls."""
+    def _bare(self, x: Tensor, tokens: int | None = None) -> Tensor:
+        """What a bare block makes of x [B, N, D], or [B * N, D] with N `tokens`.
+
+        At batch 1 a small model's latency is made of calls.
+        """
         children = self._modules
         if (attn := children.get("attn")) is not None:
-            x = attn.onto(x, normed(children["norm1"], x))
+            x = attn.onto(x, normed(children["norm1"], x), tokens)
         if (mlp := children.get("mlp")) is not None:
             x = mlp.onto(x, normed(children["norm2"], x))
         return x
