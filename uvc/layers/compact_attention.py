@@ -105,11 +105,14 @@ class CompactAttention(nn.Module):
         steps = ("positioned", "bias", "relative", "scored")
         own = all(getattr(type(self), step) is getattr(CompactAttention, step) for step in steps)
         self._plain = own and bool(groups) and not {"q_norm", "k_norm"} & self._modules.keys()
+        bare = self._plain and self._modules.keys() <= PROJECTIONS
+        self._children = len(self._modules) if bare else None
         # Columns of q, k and v of each group, one behind the other; which groups are `flat`.
         self._sizes = [len(g.heads) * d for g in self.groups for d in (g.dq, g.dq, g.dv)]
         self._flat = [group.flat for group in self.groups]
-        # Whether q, k and v of all heads are thirds of one product.
-        self._equal = "qkv" in self._modules and [g.dq == g.dv for g in self.groups] == [True]
+        # Heads and dims of each where q, k and v of all are thirds of one product.
+        thirds = "qkv" in self._modules and [g.dq == g.dv for g in self.groups] == [True]
+        self._thirds = (len(self.groups[0].heads), self.groups[0].dv) if thirds else None
 
     def _keep_sources(self, dense: nn.Module, kept: list[tuple[list[int], ...]]) -> None:
         """The rows of q, k and v that these groups of heads keep."""
@@ -152,10 +155,9 @@ class CompactAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """q, k and v of each group, [B, h, N, dims]."""
-        if self._equal:
+        if (thirds := self._thirds) is not None:
             # As few calls as in timm's layer.
-            (B, N, _), (group,) = x.shape, self.groups
-            qkv = product(self._modules["qkv"], x).reshape(B, N, 3, len(group.heads), group.dv)
+            qkv = product(self._modules["qkv"], x).reshape(*x.shape[:2], 3, *thirds)
             return [qkv.permute(2, 0, 3, 1, 4).unbind(0)]
         return [in_heads(*found) for found in zip(self.groups, self._projected(x), strict=True)]
 
@@ -169,7 +171,7 @@ class CompactAttention(nn.Module):
 
     def adds(self) -> bool:
         """Whether calling it is products and softmax alone, so that the last may add to something else."""
-        return self._plain and self._modules.keys() <= PROJECTIONS and runs_as_it_is(self)
+        return len(self._modules) == self._children and runs_as_it_is(self)
 
     def onto(self, total: Tensor, x: Tensor, tokens: int | None = None) -> Tensor:
         """total + what it makes of x, where it `adds`; both may be [B * N, D], with N `tokens`, in ONNX."""
@@ -214,11 +216,11 @@ class CompactAttention(nn.Module):
         if writes_onnx():
             return self._alone(x)
         dropout = drop_rate(self._modules.get("attn_drop"))
-        if self._flat == [False]:
+        if self._thirds is not None:
             q, k, v = self._heads(x)[0]
             return [attend(q, k, v, self.scale, None, False, dropout).transpose(1, 2).flatten(2)]
         outputs, parts = [], self._projected(x)
-        zero = parts[0][0].new_zeros(1, 1, 1)
+        zero = parts[0][0].new_zeros(1, 1, 1) if any(self._flat) else None
         for group, flat, (q, k, v) in zip(self.groups, self._flat, parts, strict=True):
             if flat:
                 outputs.append(weighed(scaled_scores(q, k, self.scale, zero), v, dropout))

@@ -51,7 +51,8 @@ class CompactBlock(InARow):
                 self.add_module(name, copy.deepcopy(getattr(dense, name)))
         steps = ("residual", "attended", "fed", "ended")
         own = all(getattr(type(self), step) is getattr(InARow, step) for step in steps)
-        self._straight = own and not self.norm_last and not self._parameters
+        bare = own and not self.norm_last and not self._parameters and self._modules.keys() <= HALVES
+        self._children = len(self._modules) if bare else None
         self.train(dense.training)
         carry_hooks(dense, self)
 
@@ -135,9 +136,7 @@ class CompactBlock(InARow):
     def _is_bare(self) -> bool:
         """Whether all it does is to add to its tokens what its halves make of them, normed."""
         children = self._modules
-        if not self._straight or self.slimming is not None or not children.keys() <= HALVES:
-            return False
-        if hooked_everywhere():
+        if len(children) != self._children or self.slimming is not None or hooked_everywhere():
             return False
         attn, mlp = children.get("attn"), children.get("mlp")
         if attn is not None and not (isinstance(attn, CompactAttention) and attn.adds()):

@@ -36,6 +36,8 @@ class CompactMlp(nn.Module):
         take_parts(self, dense, "drop1", *(["norm"] if dense.NORM_INSIDE else []))
         self.fc2 = smaller(dense.fc2, columns=rows)
         take_parts(self, dense, "drop2")
+        bare = self.fc2.in_features > 0 and not self._modules.keys() & PARTS
+        self._children = len(self._modules) if bare else None
 
     def _keep_rows(self, dense: nn.Module, neurons: list[int]) -> None:
         self.fc1 = smaller(dense.fc1, rows=neurons)
@@ -56,8 +58,7 @@ class CompactMlp(nn.Module):
 
     def adds(self) -> bool:
         """Whether calling it ends in a product, which may add to something else."""
-        children = self._modules
-        return not children.keys() & PARTS and children["fc2"].in_features > 0 and runs_as_it_is(self)
+        return len(self._modules) == self._children and runs_as_it_is(self)
 
     def onto(self, total: Tensor, x: Tensor) -> Tensor:
         """total + what it makes of x, where it `adds`."""
