@@ -99,9 +99,7 @@ def hooked_everywhere() -> bool:
 
 
 def sums_in_products(x: torch.Tensor) -> bool:
-    """Whether a product begins with what it is added to: in compiled programs on CPUs; measured in float32
-    alone.
-    """
+    """Whether a product begins with what it is added to: in compiled programs on CPUs, in float32."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return not torch.is_autocast_enabled("cpu")

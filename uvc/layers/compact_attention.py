@@ -31,7 +31,6 @@ FORMS = ("grouped", "padded")
 # Of dims that heads are padded to: rows of whole vectors, and pairs of dims stay together.
 MULTIPLE = 4
 
-
 # The children of an attention that does no more than its products and softmax.
 PROJECTIONS = {"qkv", "q", "k", "v", "proj"}
 

@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
 from uvc.layers.block import InARow, UVCBlock, dropped, norm_last, scaled
-from uvc.layers.children import (
-    carry_hooks,
-    drop_hooks,
-    hooked_everywhere,
-    normed,
-    writes_onnx,
-)
+from uvc.layers.children import carry_hooks, drop_hooks, hooked_everywhere, normed, writes_onnx
 from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.compact_mlp import CompactMlp
 from uvc.layers.kinds import prunable
