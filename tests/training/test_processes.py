@@ -115,6 +115,7 @@ def threads_of(asked):
     os.environ.pop("OMP_NUM_THREADS", None)
     with warnings.catch_warnings(action="error"):
         here("cpu", asked)
+    dist.barrier()  # whose place they meet at must not leave before the others are there
     return torch.get_num_threads()
 
 
