@@ -71,6 +71,23 @@ def test_int8_multiplies_in_8_bits_and_is_judged_on_validation_images(folder, ca
 
 
 @needs_onnx
+def test_int8_is_timed_with_as_many_threads_as_float32_whatever_the_run_had(folder, capsys):
+    run = folder / "run.json"
+    options = json.loads(run.read_text())
+    options["training"]["threads"] = 1
+    run.write_text(json.dumps(options))
+    before = torch.get_num_threads()
+    try:
+        for asked, threads in ([], 2), (["--threads", "3"], 3):
+            torch.set_num_threads(2)
+            for more in [], ["--int8"]:
+                found = told([folder, "--format", "onnx", "--time", *asked, *more], capsys)
+                assert found["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_onnx
 def test_float16_is_compared_with_the_model_in_float32(folder, capsys):
     found = told([folder, "--format", "onnx", "--dtype", "float16"], capsys)
     plain = told([folder, "--format", "onnx"], capsys)

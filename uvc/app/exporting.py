@@ -54,6 +54,8 @@ def export_run(
     choose_device("cpu", threads)
     opened, images = None, None
     if int8:
+        # With the same threads as every export, not the run's own.
+        threads = torch.get_num_threads()
         opened, _, _ = data_of(folder, load_shapes(folder), data, data_root, threads=threads)
         images = calibration(opened)
     target, difference = export(folder, format, to, dtype=dtype, calibration=images, check=check)
