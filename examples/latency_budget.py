@@ -1,4 +1,4 @@
-"""A budget in milliseconds: measure the parts of the model where it will run, then search by that.
+"""A budget in latency: measure the parts of the model where it will run, then search by that.
 
 python latency_budget.py [EPOCHS]   # of the search; 4
 """

@@ -209,13 +209,25 @@ def test_a_half_model_is_exported_in_its_dtype_or_refused_in_one_line(format, dt
     code = run(["export", str(tmp_path), "--format", format])
     if format == "onnx" and dtype == torch.bfloat16:
         error = capsys.readouterr().err
-        assert code == 2 and "save the model in float32" in error and error.count("\n") == 1
-        assert not any((tmp_path / "export").iterdir())
+        assert code == 2 and "give --dtype float32 or float16" in error and error.count("\n") == 1
+        assert not (tmp_path / "export").exists()
         return
     assert code == 0
     found = answer(export(tmp_path, format)[0], images.to(dtype))
     assert found.dtype == dtype
     assert (found.float() - expected).abs().max() < HALF[dtype] * expected.abs().max()
+
+
+@needs_onnx
+def test_dtypes_that_onnx_does_not_run_in_are_refused_before_anything_is_written(tmp_path):
+    model = small("compacted")
+    uvc.save(model, tmp_path / "float32")
+    uvc.save(model.half(), tmp_path / "float16")
+    with pytest.raises(ValueError, match="--dtype: NumPy has no bfloat16"):
+        export(tmp_path / "float32", "onnx", dtype="bfloat16")
+    with pytest.raises(ValueError, match="--int8: .* the model is in float16; save it in float32"):
+        export(tmp_path / "float16", "onnx", calibration=[torch.randn(2, 3, 32, 32)])
+    assert not any((tmp_path / name / "export").exists() for name in ("float32", "float16"))
 
 
 @needs_onnx

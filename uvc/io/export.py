@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from uvc_kernels.warn_once import warn_once
 
 from uvc.compaction import compact, in_form
-from uvc.io.dtypes import check_runs, sample_images
+from uvc.io.dtypes import check_runs, input_dtype, sample_images
 from uvc.io.files import one_line
 from uvc.io.runtimes import CHECKS, FORMATS, Program, first, need, need_compiler, write_onnx_int8
 from uvc.io.serialization import load
@@ -59,6 +59,11 @@ def export(
     target = Path(folder, "export", f"{stem}{mark}{dot}{end}") if to is None else Path(to)
     model = load(folder).eval().requires_grad_(False)
     check_runs(model)
+    own = str(input_dtype(model)).removeprefix("torch.")
+    if calibration is not None and own != "float32":
+        raise ValueError(f"--int8: its other numbers are float32, the model is in {own}; save it in float32")
+    if format == "onnx" and "bfloat16" in (dtype, own if dtype is None else None):
+        raise ValueError("--dtype: NumPy has no bfloat16 to run onnx with; give --dtype float32 or float16")
     batches = [sample_images(model, batch) for batch in BATCHES]
     small = suited(model, format, calibration is not None)
     if calibration is not None:
