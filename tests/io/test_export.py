@@ -225,7 +225,7 @@ def test_dtypes_that_onnx_does_not_run_in_are_refused_before_anything_is_written
     uvc.save(model.half(), tmp_path / "float16")
     with pytest.raises(ValueError, match="--dtype: NumPy has no bfloat16"):
         export(tmp_path / "float32", "onnx", dtype="bfloat16")
-    with pytest.raises(ValueError, match="--int8: .* the model is in float16; save it in float32"):
+    with pytest.raises(ValueError, match=r"--int8: .* the model is in float16; save it in float32"):
         export(tmp_path / "float16", "onnx", calibration=[torch.randn(2, 3, 32, 32)])
     assert not any((tmp_path / name / "export").exists() for name in ("float32", "float16"))
 
