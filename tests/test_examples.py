@@ -66,7 +66,6 @@ def test_an_example_without_labels_of_images_runs(name, says, capsys, monkeypatc
     assert re.search(says, shown := capsys.readouterr().out), shown
 
 
-@pytest.mark.slow
 def test_two_processes_find_one_structure():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "UVC_MEASURE": "0"}
