@@ -123,8 +123,9 @@ def test_hooks_on_blocks_attention_and_mlp_go_along_when_compacted():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("form", ["grouped", "padded"])
-def test_a_block_that_is_read_computes_what_it_computes_called(form, training):
-    model = small_vit()
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_a_block_that_is_read_computes_what_it_computes_called(form, training, scale):
+    model = small_vit(init_values=scale)
     small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]), form)
     small.train(training)
     watched = copy.deepcopy(small)
@@ -153,9 +154,9 @@ REPLACED = ["norm1", "attn", "norm2", "mlp"]
 
 
 @pytest.mark.parametrize("form", ["grouped", "padded"])
-@pytest.mark.parametrize("path", [*PUT, *REPLACED])
+@pytest.mark.parametrize("path", [*PUT, *REPLACED, "ls2"])
 def test_what_is_put_into_a_compacted_block_runs(form, path):
-    model = small_vit().double()
+    model = small_vit(init_values=0.3 if path == "ls2" else None).double()
     small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]), form)
     x, block, seen = torch.randn(X, dtype=torch.float64), small.blocks[0], []
     before = small(x)
@@ -166,6 +167,19 @@ def test_what_is_put_into_a_compacted_block_runs(form, path):
         new.forward = lambda x, **_: 2 * x
     block.get_submodule(".".join(half)).add_module(name, new)
     assert error(small(x), before) > 1e-3 and seen == [path]
+
+
+def test_a_layer_scale_that_gave_way_to_another_child_is_missed_by_none():
+    model = small_vit(init_values=0.3)
+    small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]))
+    block, x = small.blocks[0], torch.randn(X)
+    before = small(x)
+    with torch.no_grad():
+        block.attn.proj.weight *= block.ls1.gamma[:, None]
+        block.attn.proj.bias *= block.ls1.gamma
+    del block.ls1
+    block.add_module("note", nn.Identity())
+    torch.testing.assert_close(small(x), before)
 
 
 @pytest.mark.parametrize("how", ["in place", "as another module"])

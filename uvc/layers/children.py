@@ -105,8 +105,12 @@ def sums_in_products(x: torch.Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu")
 
 
-def product_onto(x: torch.Tensor, linear: nn.Module, read: torch.Tensor) -> torch.Tensor:
-    """x + linear(read), where that is worth it in a product that begins with x and its bias."""
+def product_onto(
+    x: torch.Tensor, linear: nn.Module, read: torch.Tensor, gamma: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x + gamma * linear(read), where that is worth it in a product that begins with x and its bias."""
+    if gamma is not None:
+        return x + product(linear, read if x.dim() > 2 else read.flatten(0, -2)) * gamma
     if not sums_in_products(x) or not is_plain(linear) or linear._parameters["bias"] is None:
         return x + product(linear, read if x.dim() > 2 else read.flatten(0, -2))
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]

@@ -172,10 +172,10 @@ class CompactAttention(nn.Module):
         """Whether calling it is products and softmax alone, so that the last may add to something else."""
         return len(self._modules) == self._children and runs_as_it_is(self)
 
-    def onto(self, total: Tensor, x: Tensor, tokens: int | None = None) -> Tensor:
-        """total + what it makes of x, where it `adds`; both may be [B * N, D], with N `tokens`, in ONNX."""
+    def onto(self, total: Tensor, x: Tensor, gamma: Tensor | None, tokens: int | None = None) -> Tensor:
+        """total + gamma times what it makes of x, where it `adds`; in ONNX both may be [B * N, D]."""
         outputs = self._plain_outputs(x) if tokens is None else self._alone(x, tokens)
-        return product_onto(total, self._modules["proj"], joined(outputs))
+        return product_onto(total, self._modules["proj"], joined(outputs), gamma)
 
     def scored(
         self,

@@ -6,19 +6,27 @@ B batch, N tokens, D width.
 import copy
 
 import torch
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from uvc.layers._surgery import meta_copy
 from uvc.layers.block import InARow, UVCBlock, dropped, norm_last, scaled
-from uvc.layers.children import carry_hooks, drop_hooks, hooked_everywhere, normed, writes_onnx
+from uvc.layers.children import (
+    carry_hooks,
+    drop_hooks,
+    hooked_everywhere,
+    normed,
+    runs_as_it_is,
+    writes_onnx,
+)
 from uvc.layers.compact_attention import CompactAttention
 from uvc.layers.compact_mlp import CompactMlp
 from uvc.layers.kinds import prunable
 from uvc.layers.small_weights import passes_on
 from uvc.layers.token_pruning import Slimming, due, slim
 
-# The children of a block that does nothing besides.
-HALVES = {"norm1", "attn", "norm2", "mlp"}
+# The children of a block that does nothing besides; a scale stays where its half does.
+HALVES = {"norm1", "attn", "ls1", "norm2", "mlp", "ls2"}
 
 
 class CompactBlock(InARow):
@@ -47,6 +55,7 @@ class CompactBlock(InARow):
         own = all(getattr(type(self), step) is getattr(InARow, step) for step in steps)
         bare = own and not self.norm_last and not self._parameters and self._modules.keys() <= HALVES
         self._children = len(self._modules) if bare else None
+        self._scales = tuple(name for name in ("ls1", "ls2") if name in self._modules)
         self.train(dense.training)
         carry_hooks(dense, self)
 
@@ -132,6 +141,10 @@ class CompactBlock(InARow):
         children = self._modules
         if len(children) != self._children or self.slimming is not None or hooked_everywhere():
             return False
+        for name in self._scales:
+            scale = children.get(name)
+            if type(scale) is not LayerScale or not runs_as_it_is(scale):
+                return False
         attn, mlp = children.get("attn"), children.get("mlp")
         if attn is not None and not (isinstance(attn, CompactAttention) and attn.adds()):
             return False
@@ -144,10 +157,15 @@ class CompactBlock(InARow):
         """
         children = self._modules
         if (attn := children.get("attn")) is not None:
-            x = attn.onto(x, normed(children["norm1"], x), tokens)
+            x = attn.onto(x, normed(children["norm1"], x), gamma(children.get("ls1")), tokens)
         if (mlp := children.get("mlp")) is not None:
-            x = mlp.onto(x, normed(children["norm2"], x))
+            x = mlp.onto(x, normed(children["norm2"], x), gamma(children.get("ls2")))
         return x
+
+
+def gamma(scale: nn.Module | None) -> Tensor | None:
+    """What a layer scale multiplies by."""
+    return None if scale is None else scale._parameters["gamma"]
 
 
 def _moved(values: Tensor, before: Tensor, after: Tensor) -> nn.Parameter:

@@ -59,9 +59,9 @@ class CompactMlp(nn.Module):
         """Whether calling it ends in a product, which may add to something else."""
         return len(self._modules) == self._children and runs_as_it_is(self)
 
-    def onto(self, total: Tensor, x: Tensor) -> Tensor:
-        """total + what it makes of x, where it `adds`."""
-        return product_onto(total, self._modules["fc2"], self.hidden(x))
+    def onto(self, total: Tensor, x: Tensor, gamma: Tensor | None) -> Tensor:
+        """total + gamma times what it makes of x, where it `adds`."""
+        return product_onto(total, self._modules["fc2"], self.hidden(x), gamma)
 
     def _read(self, x: Tensor) -> Tensor:
         """What the last layer reads."""
