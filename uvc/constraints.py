@@ -55,7 +55,7 @@ def limits(
         if fraction < limit.smallest:
             raise ValueError(
                 f"budget: {fraction} is below {limit.smallest:.4f}, the smallest reachable {name} budget of "
-                "this model"
+                "this model; ask for more"
             )
         found.append(limit)
     return tuple(found)
