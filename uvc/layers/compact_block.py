@@ -156,16 +156,17 @@ class CompactBlock(InARow):
         At batch 1 a small model's latency is made of calls.
         """
         children = self._modules
+        first, second = self._gammas() if self._scales else (None, None)
         if (attn := children.get("attn")) is not None:
-            x = attn.onto(x, normed(children["norm1"], x), gamma(children.get("ls1")), tokens)
+            x = attn.onto(x, normed(children["norm1"], x), first, tokens)
         if (mlp := children.get("mlp")) is not None:
-            x = mlp.onto(x, normed(children["norm2"], x), gamma(children.get("ls2")))
+            x = mlp.onto(x, normed(children["norm2"], x), second)
         return x
 
-
-def gamma(scale: nn.Module | None) -> Tensor | None:
-    """What a layer scale multiplies by."""
-    return None if scale is None else scale._parameters["gamma"]
+    def _gammas(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the layer scales of both halves multiply by."""
+        scales = (self._modules.get(name) for name in ("ls1", "ls2"))
+        return tuple(None if scale is None else scale._parameters["gamma"] for scale in scales)
 
 
 def _moved(values: Tensor, before: Tensor, after: Tensor) -> nn.Parameter:
