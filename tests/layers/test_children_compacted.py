@@ -169,7 +169,7 @@ def test_what_is_put_into_a_compacted_block_runs(form, path):
     assert error(small(x), before) > 1e-3 and seen == [path]
 
 
-def test_a_layer_scale_that_gave_way_to_another_child_is_missed_by_none():
+def test_a_layer_scale_that_was_removed_is_not_read():
     model = small_vit(init_values=0.3)
     small = uvc.compact(uvc.apply_structure(model, structures(model)["random at keep 0.5"]))
     block, x = small.blocks[0], torch.randn(X)

@@ -62,7 +62,7 @@ def export(
     own = str(input_dtype(model)).removeprefix("torch.")
     if calibration is not None and own != "float32":
         raise ValueError(f"--int8: its other numbers are float32, the model is in {own}; save it in float32")
-    if format == "onnx" and "bfloat16" in (dtype, own if dtype is None else None):
+    if format == "onnx" and (dtype or own) == "bfloat16":
         raise ValueError("--dtype: NumPy has no bfloat16 to run onnx with; give --dtype float32 or float16")
     batches = [sample_images(model, batch) for batch in BATCHES]
     small = suited(model, format, calibration is not None)

@@ -112,11 +112,13 @@ def sums_in_products(x: torch.Tensor) -> bool:
 def product_onto(
     x: torch.Tensor, linear: nn.Module, read: torch.Tensor, gamma: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x + gamma * linear(read), where that is worth it in a product that begins with x and its bias."""
-    if gamma is not None:
-        return x + product(linear, read if x.dim() > 2 else read.flatten(0, -2)) * gamma
-    if not sums_in_products(x) or not is_plain(linear) or linear._parameters["bias"] is None:
-        return x + product(linear, read if x.dim() > 2 else read.flatten(0, -2))
+    """x + linear(read), or x + gamma * linear(read); the former, where that is worth it, in a product that
+    begins with x and its bias.
+    """
+    begins_with_x = gamma is None and sums_in_products(x) and is_plain(linear)
+    if not begins_with_x or linear._parameters["bias"] is None:
+        branch = product(linear, read if x.dim() > 2 else read.flatten(0, -2))
+        return x + (branch if gamma is None else branch * gamma)
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     total = torch.addmm(x.flatten(0, -2) + bias, read.flatten(0, -2), weight.t())
     return total.unflatten(0, x.shape[:-1])
